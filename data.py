@@ -1,0 +1,309 @@
+"""Pairs of a clean and a degraded image with a caption: from a CSV, degraded on the fly, or drawn by the program.
+
+    python data.py pairs PHOTOS --out pairs                 degrade a folder of photos once: pairs/pairs.csv + images
+    python data.py pairs PHOTOS --out val --degradations gaussian_noise:sigma=25
+
+A CSV has the header image_path,condition_image_path,caption (the last two may be empty or absent). Paths are absolute
+or relative to the CSV. An empty condition is made from the clean image each time it is drawn; an empty caption
+becomes a prompt that names the degradations.
+"""
+import csv
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, describe, draw_recipe, make_prompt,
+                     open_image, parse_degradations, run_script, save_image, write_csv)
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+CACHE_BYTES = 512 * 2**20  # decoded photos that a data set keeps in memory, per worker; the rest is read again
+
+
+def seed_for(seed, index, what):
+    """The one source of randomness: a 63-bit seed for a numpy or torch generator, from the run's seed, a step or
+    sample index, and what the numbers are for. Same inputs, same numbers, in any process and any order."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}/{what}".encode()).digest()[:8], "big") >> 1
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pixels <-> tensors. Nobody else converts.
+
+def to_tensor(image):
+    """PIL image (alpha ignored) -> float tensor [3, H, W] in [-1, 1], RGB."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_image(tensor):
+    """[3, H, W] in [-1, 1] (values outside are clipped) -> PIL RGB image, rounded to the nearest level."""
+    levels = ((tensor.detach().float().cpu() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Where pairs come from. A source has a length, and load(i) -> (clean, condition or None, caption, what it is called).
+
+class CsvPairs:
+    """The rows of a pairs.csv. Raises UserError, naming the row, for anything missing or unreadable."""
+
+    def __init__(self, path):
+        self.path, self.cache, self.cached = Path(path), {}, 0
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file, strict=True)
+                header = [name.strip() for name in reader.fieldnames or []]
+                reader.fieldnames = header
+                lines = [(reader.line_num, row) for row in reader]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{path}: cannot read this CSV: {reason}") from None
+        if "image_path" not in header:
+            found = f"its first line has {', '.join(header)}" if header else "the file is empty"
+            raise UserError(f"{path}: no column image_path ({found}); the header is image_path,condition_image_path,caption")
+        if not lines:
+            raise UserError(f"{path}: a header and no rows")
+        if "condition_image_path" not in header and len(header) > 1:  # a misspelt column should not pass unseen
+            print(f"{path}: no column condition_image_path among {', '.join(header)}: the conditions are made on the fly")
+        self.rows = [self._check(line, row) for line, row in lines]
+
+    def _check(self, line, row):
+        """(line number, clean path, condition path or None, caption) of one row, both files present."""
+        clean, condition, caption = ((row.get(key) or "").strip() for key in ("image_path", "condition_image_path", "caption"))
+        if not clean or None in row:
+            raise UserError(f"{self.path}, line {line}: {'more fields than columns' if clean else 'image_path is empty'}")
+        paths = [self.path.parent / name if name else None for name in (clean, condition)]
+        for path in paths:
+            if path and not path.is_file():
+                raise UserError(f"{self.path}, line {line}: no file {path}")
+        return line, *paths, caption
+
+    def __len__(self):
+        return len(self.rows)
+
+    def load(self, index):
+        line, clean_path, condition_path, caption = self.rows[index]
+        where = f"{self.path}, line {line}"
+        try:
+            clean, condition = self._open(clean_path), self._open(condition_path) if condition_path else None
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if condition and clean.size != condition.size:
+            raise UserError(f"{where}: a pair of different sizes: {clean_path.name} is {_size(clean)}, "
+                            f"{condition_path.name} is {_size(condition)}")
+        return clean, condition, caption, where
+
+    def _open(self, path):
+        image = self.cache.get(path)
+        if image is None:
+            image = open_image(path, notice=False).convert("RGB")
+            if self.cached < CACHE_BYTES:
+                self.cache[path] = image
+                self.cached += 3 * image.width * image.height
+        return image
+
+
+class DeadLeaves:
+    """count procedural images (the built-in demo), each made when it is first asked for."""
+
+    def __init__(self, count, size, seed):
+        self.count, self.size, self.seed, self.cache = count, size, seed, {}
+
+    def __len__(self):
+        return self.count
+
+    def load(self, index):
+        if index not in self.cache:
+            self.cache[index] = dead_leaves(self.size, np.random.default_rng(seed_for(self.seed, index, "dead leaves")))
+        return self.cache[index], None, "", f"procedural image {index}"
+
+
+def _size(image):
+    return f"{image.width}x{image.height}"
+
+
+def dead_leaves(size, rng):
+    """A size x size picture of opaque shapes that hide each other: discs, boxes and triangles whose radii follow
+    r^-3, which gives the edges, flat areas and 1/f spectrum of photographs (Lee, Mumford & Huang 2001; as training
+    images: Achddou et al. 2021). Each has a colour near one of a small palette, a shading and perhaps a texture."""
+    grid_y, grid_x = np.mgrid[:size, :size].astype(np.float32)
+    grey = rng.uniform(0.02, 0.98, (rng.integers(3, 8), 1))  # natural palettes vary in brightness more than in hue
+    palette = grey + rng.normal(0, rng.uniform(0.03, 0.25), (len(grey), 3))
+    noise = _pink_noise(size, rng)
+    image = np.ones((size, size, 3), np.float32) * palette[0]
+    smallest, largest, count = 1.5, size * 0.6, size * size // 24
+    radii = (rng.uniform(size=count) * (smallest**-2 - largest**-2) + largest**-2) ** -0.5
+    for radius in radii:
+        cx, cy = rng.uniform(-0.1 * size, 1.1 * size, 2)
+        reach = int(1.5 * radius) + 2
+        x0, x1, y0, y1 = (int(np.clip(v, 0, size)) for v in (cx - reach, cx + reach, cy - reach, cy + reach))
+        if x0 >= x1 or y0 >= y1:
+            continue
+        box = slice(y0, y1), slice(x0, x1)
+        angle, aspect, kind = rng.uniform(0, np.pi), rng.uniform(0.3, 1), rng.integers(3)
+        dx, dy = (grid_x[box] - cx) / radius, (grid_y[box] - cy) / radius
+        u, v = dx * np.cos(angle) + dy * np.sin(angle), (dy * np.cos(angle) - dx * np.sin(angle)) / aspect
+        if kind == 0:
+            edge = np.sqrt(u * u + v * v)
+        elif kind == 1:
+            edge = np.maximum(abs(u), abs(v))
+        else:
+            edge = np.maximum(np.maximum(-2 * v, v + 1.7 * u), v - 1.7 * u)
+        softness = radius * aspect / rng.choice([0.7, 1, 1, 2, 4])  # most edges are one pixel wide, some out of focus
+        alpha = np.clip((1 - edge) * softness + 0.5, 0, 1)[..., None]
+        color = palette[rng.integers(len(palette))] + rng.normal(0, 0.06, 3)
+        below = image[min(max(int(cy), 0), size - 1), min(max(int(cx), 0), size - 1)]
+        color = below + rng.uniform(0.1, 1) * (color - below)  # much detail in photographs is of low contrast
+        light = (rng.normal(0, 0.1) * u)[..., None]
+        texture = rng.random()
+        if texture < 0.3:
+            oy, ox = rng.integers(0, size, 2)
+            light = light + rng.uniform(0.02, 0.15) * noise[oy:oy + y1 - y0, ox:ox + x1 - x0]
+        elif texture < 0.45:
+            fx, fy = rng.normal(0, 0.8, 2)
+            wave = np.sin(fx * grid_x[box] + fy * grid_y[box] + rng.uniform(0, 6.3))
+            light = light + (rng.uniform(0.02, 0.12) * wave)[..., None]
+        image[box] += alpha * (color.astype(np.float32) + light - image[box])
+    return Image.fromarray(np.clip(np.rint(image * 255), 0, 255).astype(np.uint8))
+
+
+def _pink_noise(size, rng):
+    """[2 * size, 2 * size, 1], zero mean, unit variance, amplitude spectrum 1/f: bark, grass, cloth."""
+    frequency = np.hypot(np.fft.fftfreq(2 * size)[:, None], np.fft.rfftfreq(2 * size)[None])
+    frequency[0, 0] = np.inf
+    noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((2 * size, 2 * size))) / frequency, s=(2 * size, 2 * size))
+    return (noise / noise.std()).astype(np.float32)[..., None]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What training draws.
+
+class PairedDataset(torch.utils.data.Dataset):
+    """Crops of pairs, as {"clean", "condition": [3, crop, crop] in [-1, 1], "caption": str}.
+
+    source: CsvPairs or DeadLeaves. rows: which of its indices to use (default all).
+    degradations: [(name, strengths)] as parse_degradations gives them; 1 to max_degradations are applied.
+    degradation: "auto" degrades on the fly where a row has no condition image, "on_the_fly" everywhere, "paired" nowhere.
+    crop: side in pixels; None gives whole images.
+    training: True: item n is the n-th draw of an endless stream that visits every row once per epoch in a new order,
+    with random crop, flip and caption dropout, all from (seed, n): a run can stop and go on at any n.
+    False: item n is row n, centre crop, the same degradation always.
+    """
+
+    def __init__(self, source, crop, degradations=None, rows=None, degradation="auto", max_degradations=3,
+                 caption_dropout=0.1, training=True, seed=0):
+        self.source, self.crop, self.seed, self.training = source, crop, seed, training
+        self.degradations = parse_degradations(DEFAULT_DEGRADATIONS) if degradations is None else degradations
+        self.rows = list(range(len(source))) if rows is None else rows
+        self.degradation, self.max_degradations, self.caption_dropout = degradation, max_degradations, caption_dropout
+        self.epoch, self.order = -1, None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        """The item, or the UserError that kept it from being made (an exception raised in a worker process would
+        arrive as a page of traceback)."""
+        try:
+            return self.draw(index)
+        except UserError as error:
+            return error
+
+    def draw(self, index):
+        rng = np.random.default_rng(seed_for(self.seed, index, "train" if self.training else "validation"))
+        clean, condition, caption, where = self.source.load(self._row(index))
+        width, height = (self.crop or side for side in clean.size)
+        if width > clean.width or height > clean.height:
+            raise UserError(f"{where}: the image is {_size(clean)}, smaller than the {self.crop}-pixel crop; "
+                            f"use --resolution {min(clean.size) // 4 * 4} or larger images")
+        # one crop and one flip for both images of the pair: they cannot drift apart
+        room = clean.width - width, clean.height - height
+        left, top = rng.integers((room[0] + 1, room[1] + 1)) if self.training else (room[0] // 2, room[1] // 2)
+        flip = self.training and rng.random() < 0.5
+
+        def cut(image):
+            image = image.crop((left, top, left + width, top + height))
+            return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+
+        clean, names = cut(clean), []
+        if self.degradation == "paired" and condition is None:
+            raise UserError(f"{where}: no condition image, and --degradation paired makes none")
+        if condition is None or self.degradation == "on_the_fly":
+            recipe = draw_recipe(self.degradations, rng.integers(1, self.max_degradations + 1), rng)
+            condition, names = apply_recipe(clean, recipe, rng), [name for name, _ in recipe]
+        else:
+            condition = cut(condition)
+        caption = caption or make_prompt(names, rng)
+        if self.training and rng.random() < self.caption_dropout:
+            caption = ""
+        return {"clean": to_tensor(clean), "condition": to_tensor(condition), "caption": caption}
+
+    def _row(self, index):
+        if not self.training:
+            return self.rows[index]
+        epoch, position = divmod(index, len(self.rows))
+        if epoch != self.epoch:
+            self.order = np.random.default_rng(seed_for(self.seed, epoch, "order")).permutation(self.rows)
+            self.epoch = epoch
+        return self.order[position]
+
+
+def collate(items):
+    """[item] -> {"clean", "condition": [B, 3, H, W], "caption": [str]}, or the first UserError among them."""
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    batch = {key: torch.stack([item[key] for item in items]) for key in ("clean", "condition")}
+    return batch | {"caption": [item["caption"] for item in items]}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pre-generation.
+
+def list_images(folder):
+    """The pictures below a folder, sorted; hidden files are left out. Raises UserError if there are none."""
+    folder = Path(folder)
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.name[0] != "." and p.is_file())
+    if not found:
+        raise UserError(f"{folder}: " + ("no pictures in this folder" if folder.is_dir() else "no such folder"))
+    return found
+
+
+def make_pairs(photos, out, choices, counts, seed):
+    """Degrade every photo of a folder once -> out/clean/, out/condition/ (PNG) and, last, out/pairs.csv."""
+    out = Path(out)
+    if (out / "pairs.csv").exists():
+        raise UserError(f"{out / 'pairs.csv'} exists already; choose another --out")
+    rows = []
+    for i, path in enumerate(tqdm(list_images(photos), unit="img", desc="pairs")):
+        rng = np.random.default_rng(seed_for(seed, i, "pairs"))
+        clean = open_image(path).convert("RGB")
+        recipe = draw_recipe(choices, rng.integers(counts[0], counts[-1] + 1), rng)
+        name = f"{i:05d}_{path.stem}.png"
+        save_image(clean, out / "clean" / name)
+        save_image(apply_recipe(clean, recipe, rng), out / "condition" / name)
+        rows.append((f"clean/{name}", f"condition/{name}", make_prompt([n for n, _ in recipe], rng), describe(recipe)))
+    write_csv(out / "pairs.csv", [("image_path", "condition_image_path", "caption", "degradation")] + rows)
+    print(f"{len(rows)} pairs in {out / 'pairs.csv'}")
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("command", choices=["pairs"])
+    parser.add_argument("photos", help="folder of clean photos (searched recursively)")
+    parser.add_argument("--out", required=True, help="folder to make; pairs.csv appears when all images are written")
+    parser.add_argument("--degradations", nargs="+", default=DEFAULT_DEGRADATIONS, metavar="NAME",
+                        help="the set to draw from, e.g. jpeg gaussian_noise:sigma=25 (default: all but color_jitter)")
+    parser.add_argument("--num_degradations", nargs="+", type=int, default=[1, 3], metavar="N",
+                        help="how many per image: one number, or the lowest and highest (default 1 3)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if min(args.num_degradations) < 1 or len(args.num_degradations) > 2 or args.num_degradations[0] > args.num_degradations[-1]:
+        raise UserError(f"--num_degradations {' '.join(map(str, args.num_degradations))}: give one number, or low and high")
+    make_pairs(args.photos, args.out, parse_degradations(args.degradations), args.num_degradations, args.seed)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,349 @@
+"""Degradations: what the restorer learns to undo, and the prompts that name them.
+
+Each degradation takes a PIL image and a numpy Generator and gives a PIL image of the same mode and size. Units are
+8-bit levels (0..255); outputs are rounded and clipped. Grey (L) and RGB images keep their mode, others become RGB.
+(The sigma here is a noise level in an image; model.py's sigma is the noise fraction of a diffusion model.)
+
+    python degrade.py photo.jpg noisy.png                      two random degradations
+    python degrade.py photo.jpg noisy.png --only gaussian_noise:sigma=25
+    python degrade.py photo.jpg sheet.png --preview            all six, side by side, labelled
+"""
+import argparse
+import contextlib
+import csv
+import functools
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+
+# name -> keyword -> range it is drawn from: (low, high) floats, (low, high) integers, or a tuple of choices (a set)
+RANGES = {
+    "gaussian_noise": {"sigma": (5.0, 50.0)},
+    "poisson_noise": {"scale": (1.0, 5.0)},
+    "jpeg": {"quality": (10, 40)},
+    "gaussian_blur": {"kernel": {3, 5, 7, 9, 11}},
+    "downscale": {"factor": (2.0, 4.0)},
+    "color_jitter": {"brightness": (0.8, 1.2), "contrast": (0.8, 1.2)},
+}
+# A changed brightness leaves no trace in the image to invert, so its error only drowns the others': opt in.
+DEFAULT_DEGRADATIONS = ("gaussian_noise", "poisson_noise", "jpeg", "gaussian_blur", "downscale")
+
+
+class UserError(Exception):
+    """What is wrong, where, and what to do about it, in one line. Scripts print it and exit with status 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The six degradations.
+
+DEGRADATIONS = {}
+
+
+def degradation(function):
+    """Enter a function in DEGRADATIONS, and see to it that it only meets grey and RGB images."""
+    @functools.wraps(function)
+    def on_color(image, rng, *strength, **strengths):
+        return function(image if image.mode in ("L", "RGB") else image.convert("RGB"), rng, *strength, **strengths)
+    DEGRADATIONS[function.__name__] = on_color
+    return on_color
+
+
+def _to_uint8(array, like):
+    return Image.fromarray(np.clip(np.rint(array), 0, 255).astype(np.uint8), like.mode)
+
+
+@degradation
+def gaussian_noise(image, rng, sigma=None):
+    """x + N(0, sigma), independent in each pixel and channel. sigma in levels, 5..50."""
+    sigma = _strength("gaussian_noise", "sigma", sigma, rng)
+    x = np.asarray(image, np.float32)
+    return _to_uint8(x + sigma * rng.standard_normal(x.shape, np.float32), image)
+
+
+@degradation
+def poisson_noise(image, rng, scale=None):
+    """Poisson(x / scale) * scale: photon noise, whose variance scale * x grows with brightness. scale 1..5."""
+    scale = _strength("poisson_noise", "scale", scale, rng)
+    return _to_uint8(rng.poisson(np.asarray(image) / scale) * scale, image)
+
+
+@degradation
+def jpeg(image, rng, quality=None):
+    """Pillow's JPEG, chroma at half resolution (4:2:0, its default). quality 10..40."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=_strength("jpeg", "quality", quality, rng))
+    return Image.open(buffer).convert(image.mode)
+
+
+@degradation
+def gaussian_blur(image, rng, kernel=None):
+    """What OpenCV's GaussianBlur(kernel, 0) computes, to one level. kernel = width in pixels, 3, 5, 7, 9 or 11."""
+    kernel = _strength("gaussian_blur", "kernel", kernel, rng)
+    half = kernel // 2
+    weights = _gaussian_kernel(kernel)
+    x = np.asarray(image, np.float32)
+    for axis in (0, 1):  # separable: rows, then columns; the border mirrors without repeating the edge pixel
+        n = x.shape[axis]
+        x = np.pad(x, [(half, half) if a == axis else (0, 0) for a in range(x.ndim)], "reflect")
+        at = [slice(None)] * x.ndim
+
+        def shifted(k):
+            at[axis] = slice(k, k + n)
+            return x[tuple(at)]
+        y = weights[half] * shifted(half)
+        for k in range(half):  # a symmetric kernel: one product for each pair of taps
+            y += weights[k] * (shifted(k) + shifted(kernel - 1 - k))
+        x = y
+    return _to_uint8(np.floor(x + 0.5), image)  # OpenCV rounds halves up, and its kernels of 256ths make many
+
+
+def _gaussian_kernel(k):
+    """OpenCV takes its small kernels from a table of 256ths, the others from sigma = 0.3 * ((k - 1) / 2 - 1) + 0.8."""
+    table = {3: (64, 128), 5: (16, 64, 96), 7: (8, 28, 56, 72), 9: (4, 13, 30, 51, 60)}
+    if k in table:
+        weights = np.array(table[k] + table[k][-2::-1], np.float32)
+    else:
+        sigma = 0.3 * ((k - 1) * 0.5 - 1) + 0.8
+        weights = np.exp(-0.5 * ((np.arange(k, dtype=np.float32) - k // 2) / sigma) ** 2)
+    return weights / weights.sum()
+
+
+@degradation
+def downscale(image, rng, factor=None):
+    """Bicubic down by factor, bicubic up to the old size, both Pillow's (antialiased). factor: any real in 2..4."""
+    factor = _strength("downscale", "factor", factor, rng)
+    small = [max(1, round(side / factor)) for side in image.size]
+    return image.resize(small, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
+
+
+@degradation
+def color_jitter(image, rng, brightness=None, contrast=None):
+    """Brightness times a factor, then contrast about the grey mean (PIL ImageEnhance). Both 0.8..1.2."""
+    brightness = _strength("color_jitter", "brightness", brightness, rng)
+    contrast = _strength("color_jitter", "contrast", contrast, rng)
+    return ImageEnhance.Contrast(ImageEnhance.Brightness(image).enhance(brightness)).enhance(contrast)
+
+
+def _strength(name, keyword, value, rng):
+    """The given strength, checked, or one drawn from its range."""
+    allowed = RANGES[name][keyword]
+    if value is None:
+        if isinstance(allowed, set):
+            return int(rng.choice(sorted(allowed)))
+        low, high = allowed
+        return int(rng.integers(low, high + 1)) if isinstance(low, int) else float(rng.uniform(low, high))
+    legal = {"sigma": value >= 0, "scale": value >= 0.01, "quality": 1 <= value <= 100 and value == int(value),
+             "kernel": value >= 1 and value % 2 == 1, "factor": value >= 1, "brightness": value >= 0, "contrast": value >= 0}
+    if not (legal[keyword] and np.isfinite(value)):
+        raise UserError(f"{name}: {keyword} {value:g} makes no sense; it is drawn from {allowed}")
+    return int(value) if isinstance(allowed, set) or isinstance(allowed[0], int) else value
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Recipes: which degradations, in which order and how strong, and the prompt that names them.
+# A recipe is a list of (name, strengths), such as [("jpeg", {"quality": 20}), ("gaussian_noise", {"sigma": 25.0})].
+
+def parse_degradations(words):
+    """["jpeg", "gaussian_noise:sigma=25"] -> [("jpeg", {}), ("gaussian_noise", {"sigma": 25.0})]; a strength that is
+    not given stays open, to be drawn for each image. Raises UserError."""
+    parsed = []
+    for word in words:
+        name, _, rest = word.partition(":")
+        if name not in DEGRADATIONS:
+            raise UserError(f"unknown degradation {name!r}; there are {', '.join(DEGRADATIONS)}")
+        strengths = {}
+        for pair in filter(None, rest.split(":")):
+            key, _, value = pair.partition("=")
+            try:
+                strengths[key] = _strength(name, key, float(value), None)
+            except (KeyError, ValueError):
+                raise UserError(f"{word!r}: write it like {name}:{next(iter(RANGES[name]))}=NUMBER") from None
+        parsed.append((name, strengths))
+    if len({name for name, _ in parsed}) < len(parsed):
+        raise UserError(f"a degradation is named twice in {' '.join(words)}")
+    return parsed
+
+
+def draw_recipe(choices, count, rng):
+    """count distinct entries of choices (all, if there are fewer) in random order, their open strengths drawn."""
+    picked = [choices[i] for i in rng.permutation(len(choices))[:count]]
+    return [(name, {key: _strength(name, key, given.get(key), rng) for key in RANGES[name]}) for name, given in picked]
+
+
+def apply_recipe(image, recipe, rng):
+    for name, strengths in recipe:
+        image = DEGRADATIONS[name](image, rng, **strengths)
+    return image
+
+
+def describe(recipe):
+    """A recipe as parse_degradations reads it: "jpeg:quality=20 gaussian_noise:sigma=25"."""
+    return " ".join(":".join([name] + [f"{key}={value:.4g}" for key, value in strengths.items()])
+                    for name, strengths in recipe)
+
+
+def random_degradation(image, num_degradations=2, rng=None):
+    """num_degradations distinct ones of the default five, in random order, each of random strength.
+    rng: numpy Generator; None means default_rng(0): always the same recipe."""
+    rng = np.random.default_rng(0) if rng is None else rng
+    choices = [(name, {}) for name in DEFAULT_DEGRADATIONS]
+    return apply_recipe(image, draw_recipe(choices, num_degradations, rng), rng)
+
+
+PHRASES = {
+    "gaussian_noise": ("gaussian noise", "sensor noise", "random grain"),
+    "poisson_noise": ("photon noise", "shot noise", "low light noise"),
+    "jpeg": ("JPEG artifacts", "compression artifacts", "JPEG blocking"),
+    "gaussian_blur": ("gaussian blur", "defocus blur", "soft focus"),
+    "downscale": ("low resolution", "lost detail from downscaling", "pixelation from resizing"),
+    "color_jitter": ("wrong brightness and contrast", "shifted exposure", "faded colors"),
+}
+TEMPLATES = ("Remove {}.", "Restore this photo: it has {}.", "Clean up {} in this image.", "Fix the {}.",
+             "A sharp, clean photo without {}.", "Undo {}.")
+
+
+def make_prompt(names, rng):
+    """A random wording of the request to undo the named degradations; "" if there are none to name."""
+    if not names:
+        return ""
+    words = [PHRASES[name][rng.integers(len(PHRASES[name]))] for name in names]
+    listed = " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    return TEMPLATES[rng.integers(len(TEMPLATES))].format(listed)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Opening and saving pictures, and what every script of this project shares.
+
+def open_image(path, notice=True):
+    """Read a picture upright (EXIF orientation applied) as one of the modes L, LA, RGB, RGBA, 8 bits a channel.
+    16-bit grey is scaled to 8 bits, with a notice on stderr. Raises UserError with the path for anything unreadable."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # Pillow's decoders raise a dozen types for damaged files
+        reason = "not a picture that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise UserError(f"{path}: {reason}") from None
+    if image.mode == "F":
+        raise UserError(f"{path}: floating-point pixels have no fixed range; save the picture with 8 or 16 bits")
+    if image.mode[0] == "I":  # I;16 and its like
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise UserError(f"{path}: its values go beyond 16 bits; save the picture with 8 or 16 bits")
+        if notice:
+            print(f"{path}: 16-bit grey is converted to 8 bits", file=sys.stderr)
+        return _to_uint8(levels / 257, Image.new("L", (1, 1)))
+    transparent = image.has_transparency_data
+    if image.mode in ("1", "L", "LA", "La"):
+        return image.convert("LA" if transparent else "L")
+    return image.convert("RGBA" if transparent else "RGB")
+
+
+def save_image(image, path, **options):
+    """Write a picture, its format by extension. Raises UserError."""
+    with whole_file(path) as partial:
+        image.save(partial, **options)
+
+
+def write_text(path, text):
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_csv(path, rows):
+    with whole_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Gives a temporary name beside path, renamed when the block ends: nobody ever finds half a file under path, and
+    what stood there before survives a failure. Raises UserError if it cannot be written."""
+    path = Path(path)
+    partial = path.with_name(f".partial.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except (OSError, ValueError, KeyError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f"cannot write {path}: {error}") from None
+
+
+def make_folder(path):
+    """Make a folder and see that it can be written to, before long work begins. Raises UserError."""
+    write_text(Path(path) / ".probe", "")
+    (Path(path) / ".probe").unlink()
+    return Path(path)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, like all others."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} -h)")
+
+
+def run_script(main):
+    """Call main(); a UserError becomes one line and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def contact_sheet(image, rng):
+    """The clean image and all six degradations at random strength, in two labelled rows of four."""
+    thumb = image.copy()
+    thumb.thumbnail((320, 320))
+    recipes = [draw_recipe([(name, {})], 1, rng) for name in DEGRADATIONS]
+    return label_tiles([("clean", thumb)] + [(describe(r), apply_recipe(thumb, r, rng)) for r in recipes], columns=4)
+
+
+def label_tiles(tiles, columns):
+    """[(label, image)], all of the first one's size -> one RGB image, labels above the tiles."""
+    width, height = tiles[0][1].size
+    sheet = Image.new("RGB", (columns * (width + 4), -(-len(tiles) // columns) * (height + 18)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (label, image) in enumerate(tiles):
+        x, y = i % columns * (width + 4), i // columns * (height + 18)
+        draw.text((x + 2, y + 2), label, fill="black")
+        sheet.paste(image, (x, y + 16))
+    return sheet
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("image", help="picture to degrade")
+    parser.add_argument("out", help="where to write the result (format by extension)")
+    parser.add_argument("--only", metavar="NAME", help="this degradation alone, e.g. jpeg or jpeg:quality=20")
+    parser.add_argument("--num_degradations", type=int, default=2, help="how many to draw from the default five (default 2)")
+    parser.add_argument("--preview", action="store_true", help="write a labelled contact sheet of all six instead")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.num_degradations < 1:
+        raise UserError(f"--num_degradations {args.num_degradations}: at least 1")
+    rng = np.random.default_rng(abs(args.seed))
+    image = open_image(args.image).convert("RGB")
+    if args.preview:
+        return save_image(contact_sheet(image, rng), args.out)
+    choices = parse_degradations([args.only] if args.only else DEFAULT_DEGRADATIONS)
+    recipe = draw_recipe(choices, args.num_degradations, rng)
+    save_image(apply_recipe(image, recipe, rng), args.out)
+    print(f"{args.out}: {describe(recipe)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,258 @@
+"""Restore pictures with a trained checkpoint, and measure how well it does.
+
+    python evaluate.py --checkpoint out/demo --input noisy.jpg --output restored.jpg
+    python evaluate.py --checkpoint out/demo --input photos/ --output restored/           a folder, names kept
+    python evaluate.py --checkpoint out/demo --data val/pairs.csv                         table, CSV, JSON, grid
+
+Pictures of any size and mode: grey stays grey, transparency is kept, 16-bit grey becomes 8-bit, EXIF rotation is
+applied. --steps 1 gives the most faithful result (best PSNR), more steps give more texture.
+"""
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import PICTURES, CsvPairs, PairedDataset, list_images, seed_for, to_image, to_tensor
+from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, label_tiles, make_folder, open_image, parse_degradations,
+                     run_script, save_image, write_csv, write_text)
+from model import build_restorer, hash_prompts, load_weights, sample
+from vae import PixelAE, pad_to_multiple
+
+# ----------------------------------------------------------------------------------------------------------------
+# Metrics. Both images [B, 3, H, W] in [-1, 1]; one float64 value per image.
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB, 10 log10(range^2 / mse) over all pixels and channels; inf for equal images."""
+    mse = (a.double() - b.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / mse)
+
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004): gaussian window 11x11 of sigma 1.5, population variances, mean over
+    channels and over the positions where the window fits. scikit-image's with gaussian_weights, sigma=1.5,
+    use_sample_covariance=False. Raises ValueError for images below 11 pixels."""
+    if min(a.shape[2:]) < 11:
+        raise ValueError(f"SSIM needs 11x11 pixels, not {a.shape[3]}x{a.shape[2]}")
+    a, b = a.double() + 1, b.double() + 1                                   # black must be 0: SSIM compares means
+    window = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64, device=a.device) / 1.5) ** 2)
+    window = (window / window.sum()).expand(3, 1, 1, 11)
+
+    def blur(x):                                                            # [B, 3, H, W] -> [B, 3, H-10, W-10]
+        return F.conv2d(F.conv2d(x, window, groups=3), window.transpose(2, 3), groups=3)
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                               # 2 = range of [-1, 1]
+    score = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return score.flatten(1).mean(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Restoring.
+
+def find_checkpoint(path):
+    """A checkpoint folder, from its own path or from that of its run (whose file `latest` names it)."""
+    path = Path(path)
+    latest = path / "latest"
+    folder = path / latest.read_text(errors="replace").strip() if latest.is_file() else path
+    if not (folder / "config.json").is_file() or not (folder / "ema.safetensors").is_file():
+        raise UserError(f"{path}: no checkpoint here; give a run folder (with the file latest) or one of its step folders")
+    return folder
+
+
+def check_device(name):
+    """name, if this machine has that torch device. Raises UserError if not."""
+    try:
+        return torch.zeros(1, device=name).cpu() is not None and name
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from None
+
+
+def load_restorer(checkpoint, device="cpu"):
+    """-> (Restorer with the EMA weights, autoencoder). Raises UserError for anything that does not fit."""
+    folder = find_checkpoint(checkpoint)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        restorer = load_weights(build_restorer(config["model"]), folder / "ema.safetensors")
+        autoencoder = PixelAE(**config["model"]["autoencoder"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
+    return restorer.to(device).eval(), autoencoder
+
+
+TILE, OVERLAP = 1024, 64  # pixels: larger pictures are restored in tiles, so that memory stays bounded (1 GB)
+
+
+@torch.no_grad()
+def restore(restorer, autoencoder, pixels, captions, steps=1, seed=0):
+    """Degraded pixels [B, 3, H, W] in [-1, 1] of any size, and a caption each -> restored pixels, clipped to [-1, 1].
+    The noise depends on the seed and the image size alone: an image comes out the same whatever is beside it."""
+    height, width = pixels.shape[2:]
+    f = autoencoder.factor
+    pixels = pad_to_multiple(pixels, f)
+    generator = torch.Generator().manual_seed(seed_for(seed, 0, "restore"))
+    noise = torch.randn(autoencoder.channels, *(side // f for side in pixels.shape[2:]), generator=generator).to(pixels)
+    text, text_mask = (t.to(pixels.device) for t in hash_prompts(captions))
+    total, weights = torch.zeros_like(pixels), torch.zeros_like(pixels[:1, :1])
+    for top in tile_starts(pixels.shape[2]):
+        for left in tile_starts(pixels.shape[3]):
+            at = (..., slice(top, top + TILE), slice(left, left + TILE))
+            condition = autoencoder.encode(pixels[at])
+            tile_noise = noise[..., top // f:(top + TILE) // f, left // f:(left + TILE) // f].expand_as(condition)
+            tile = autoencoder.decode(sample(restorer, condition, text, text_mask, tile_noise, steps))
+            weight = ramp(tile.shape[2]).to(pixels)[:, None] * ramp(tile.shape[3]).to(pixels)
+            total[at] += weight * tile
+            weights[at] += weight
+    return (total / weights)[..., :height, :width].clamp(-1, 1)
+
+
+def tile_starts(length):
+    """Where tiles that overlap by at least OVERLAP begin, the last one ending at length."""
+    return [0] if length <= TILE else [*range(0, length - TILE, TILE - OVERLAP), length - TILE]
+
+
+def ramp(length):
+    """Weights that rise over OVERLAP pixels from either end, to blend neighbouring tiles."""
+    i = torch.arange(length)
+    return torch.minimum(i + 1, length - i).clamp(max=OVERLAP) / OVERLAP
+
+
+def restore_image(image, restorer, autoencoder, caption, steps, seed):
+    """A picture as open_image gives it -> the restored one, grey if it was grey, with its transparency."""
+    device = next(restorer.parameters()).device
+    pixels = restore(restorer, autoencoder, to_tensor(image)[None].to(device), [caption], steps, seed)
+    restored = to_image(pixels[0]).convert(image.mode.rstrip("A"))
+    if "A" in image.mode:
+        restored.putalpha(image.getchannel("A"))
+    return restored
+
+
+def restore_files(source, target, **how):
+    """Restore a file, or every picture below a folder into another folder under the same names."""
+    source, target = Path(source), Path(target)
+    if source.is_dir():
+        work = [(path, target / path.relative_to(source)) for path in list_images(source)]
+    else:
+        work = [(source, target / source.name if target.is_dir() else target)]
+    for path, out in work:
+        if out.suffix.lower() not in PICTURES:
+            raise UserError(f"--output {out}: give a file name with a picture's extension, such as .png")
+        if out.resolve() == path.resolve():
+            raise UserError(f"--output {target} would write over {path}; choose another")
+    for path, out in tqdm(work, unit="img", desc="restore", disable=len(work) == 1):
+        restored = restore_image(open_image(path), **how)
+        if "A" in restored.mode and out.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
+            print(f"{out}: this format holds no transparency; saved without", file=sys.stderr)
+            restored = restored.convert(restored.mode.rstrip("A"))
+        save_image(restored, out, **({"quality": 95} if out.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}))
+    print(f"restored {len(work)} image(s) -> {target}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Measuring.
+
+def score(clean, image):
+    """{"psnr", "ssim"} of one picture [3, H, W], as it will be saved: rounded to 8 bits."""
+    image = to_tensor(to_image(image))
+    return {"psnr": psnr(image[None], clean[None]).item(),
+            "ssim": ssim(image[None], clean[None]).item() if min(clean.shape[1:]) >= 11 else math.nan}
+
+
+def evaluate_pairs(dataset, names, restorer, autoencoder, steps, seed, quiet=False):
+    """-> rows [{"image", "input_psnr", "input_ssim", "restored_psnr", "restored_ssim"}], and of the first four images
+    the labelled pictures [[("degraded ...", PIL), ("restored ...", PIL), ("clean", PIL)]]."""
+    device = next(restorer.parameters()).device
+    rows, pictures = [], []
+    for i in (bar := tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)):
+        item = dataset.draw(i)
+        pixels = restore(restorer, autoencoder, item["condition"][None].to(device), [item["caption"]], steps, seed)[0].cpu()
+        before, after = score(item["clean"], item["condition"]), score(item["clean"], pixels)
+        rows.append({"image": names[i]} | {f"input_{k}": v for k, v in before.items()} | {f"restored_{k}": v for k, v in after.items()})
+        if len(pictures) < 4:
+            labels = f"degraded {before['psnr']:.2f} dB", f"restored {after['psnr']:.2f} dB", "clean"
+            pictures.append([(label, to_image(t)) for label, t in zip(labels, (item["condition"], pixels, item["clean"]))])
+        bar.set_postfix_str(f"PSNR {before['psnr']:.2f} -> {after['psnr']:.2f} dB")
+    return rows, pictures
+
+
+def mean_of(rows):
+    """The mean of each column; images restored perfectly (PSNR inf) or too small for SSIM (nan) are left out of it."""
+    means = {}
+    for key in [k for k in rows[0] if k != "image"]:
+        finite = [row[key] for row in rows if math.isfinite(row[key])]
+        means[key] = sum(finite) / len(finite) if finite else math.nan
+    return means
+
+
+def print_table(rows, means):
+    width = max(len(row["image"]) for row in rows + [{"image": "mean"}])
+    print(f"{'image':{width}}  input PSNR  restored   input SSIM  restored")
+    for row in rows + [{"image": "mean"} | means]:
+        print(f"{row['image']:{width}}  {row['input_psnr']:10.2f}  {row['restored_psnr']:8.2f}   "
+              f"{row['input_ssim']:10.4f}  {row['restored_ssim']:8.4f}")
+    for key in [k for k in means if any(not math.isfinite(row[k]) for row in rows)]:
+        print(f"{sum(not math.isfinite(row[key]) for row in rows)} image(s) without a finite {key} are not in its mean")
+
+
+def draw_grid(pictures, tile=256):
+    """Rows of labelled pictures, as evaluate_pairs gives them: the centre of each, at most tile pixels wide, unscaled."""
+    side = min(tile, *(min(image.size) for row in pictures for _, image in row))
+    tiles = []
+    for label, image in (picture for row in pictures for picture in row):
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        tiles.append((label, image.crop((left, top, left + side, top + side))))
+    return label_tiles(tiles, columns=len(pictures[0]))
+
+
+def measure(args, **how):
+    """--data: scores, table, scores.csv, scores.json, grid.png."""
+    source, out = CsvPairs(args.data), make_folder(args.output or "out/evaluation")
+    dataset = PairedDataset(source, None, parse_degradations(args.degradations), training=False, seed=args.seed)
+    rows, pictures = evaluate_pairs(dataset, [row[1].name for row in source.rows], **how)
+    means = mean_of(rows)
+    print_table(rows, means)
+    save_image(draw_grid(pictures), out / "grid.png")
+    write_csv(out / "scores.csv", [list(rows[0])] + [list(row.values()) for row in rows])
+    # JSON has neither inf nor nan: null
+    for row in rows + [means]:
+        row.update({k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)})
+    report = {"checkpoint": str(args.checkpoint), "data": str(args.data), "steps": how["steps"], "seed": args.seed,
+              "mean": means, "images": rows}
+    write_text(out / "scores.json", json.dumps(report, indent=1))
+    print(f"{out}/scores.csv, scores.json, grid.png (sampling steps: {how['steps']})")
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, help="run folder of train.py, or one of its step folders")
+    parser.add_argument("--input", help="picture, or folder of pictures, to restore")
+    parser.add_argument("--output", help="where the restored picture or folder goes; with --data, the report (default out/evaluation)")
+    parser.add_argument("--data", help="pairs.csv to measure on")
+    parser.add_argument("--prompt", default="", help='for --input: what to do, e.g. "Remove JPEG artifacts." (default: the model judges)')
+    parser.add_argument("--degradations", nargs="+", default=DEFAULT_DEGRADATIONS, metavar="NAME",
+                        help="for rows of --data without a condition image: what to degrade them with")
+    parser.add_argument("--steps", type=int, default=1, help="sampling steps (default 1: best PSNR; more: more texture)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling noise and of degradations made here")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if bool(args.input) == bool(args.data):
+        raise UserError("give either --input (pictures to restore) or --data (pairs to measure on)")
+    if args.input and not args.output:
+        raise UserError("--input needs --output: where to write the restored picture")
+    if args.steps < 1:
+        raise UserError(f"--steps {args.steps}: at least 1")
+    restorer, autoencoder = load_restorer(args.checkpoint, check_device(args.device))
+    how = {"restorer": restorer, "autoencoder": autoencoder, "steps": args.steps, "seed": args.seed}
+    if args.input:
+        restore_files(args.input, args.output, caption=args.prompt, **how)
+    else:
+        measure(args, **how)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,164 @@
+"""Every command of the README on small inputs, and what bad input gets: one line, exit status 2, nothing half-written."""
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from conftest import ROOT
+
+SMALL = ["--batch_size", "2", "--resolution", "32", "--val_every", "20", "--save_every", "20"]
+
+
+def run(*command, cwd, status=0):
+    """Run a script of the project from any folder; -> its output. One thread: tests share two cores."""
+    result = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], cwd=cwd, capture_output=True, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+    assert result.returncode == status, result.stdout + result.stderr
+    if status == 2:
+        assert re.fullmatch(r"error: [^\n]+", result.stderr.splitlines()[-1]) and result.stderr.count("error:") == 1, result.stderr
+        assert "Traceback" not in result.stderr
+        return result.stderr.splitlines()[-1]
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo, cut down to half a minute: it must beat its input by 2 dB."""
+    folder = tmp_path_factory.mktemp("demo")
+    start = time.monotonic()
+    output = run("train.py", "--steps", 260, "--degradations", "gaussian_noise:sigma=25", cwd=folder)
+    return folder, output, time.monotonic() - start
+
+
+def test_half_a_minute_of_training_beats_the_input_by_2_db(demo):
+    folder, output, seconds = demo
+    before, after = map(float, re.search(r"PSNR ([\d.]+) -> ([\d.]+) dB", output).groups())
+    assert after > before + 2, output
+    run_folder = folder / "out/demo"
+    assert (run_folder / "latest").read_text() == "step_000260"
+    log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["restored_psnr"] == pytest.approx(after, abs=0.01) and log[-1]["step"] == 260
+    assert Image.open(run_folder / "samples/step_000260.png").size == (3 * 196, 4 * 210)
+    assert Image.open(run_folder / "loss.png").size == (640, 480)
+    assert seconds < 300
+
+
+def test_restore_a_file_and_a_folder(demo, photos, tmp_path):
+    checkpoint = demo[0] / "out/demo"
+    noisy = tmp_path / "noisy.jpg"
+    Image.open(photos / "03.png").save(noisy)
+    run("evaluate.py", "--checkpoint", checkpoint, "--input", "noisy.jpg", "--output", "restored.jpg", cwd=tmp_path)
+    assert Image.open(tmp_path / "restored.jpg").size == (96, 80)
+    (tmp_path / "in/deep").mkdir(parents=True)
+    Image.open(noisy).convert("L").save(tmp_path / "in/grey.png"), Image.open(noisy).save(tmp_path / "in/deep/a.jpg")
+    run("evaluate.py", "--checkpoint", checkpoint / "step_000260", "--input", "in", "--output", "out", "--steps", 3, cwd=tmp_path)
+    assert Image.open(tmp_path / "out/grey.png").mode == "L" and (tmp_path / "out/deep/a.jpg").is_file()
+    assert len(list((tmp_path / "out").rglob("*.*"))) == 2
+
+
+def test_pairs_train_evaluate(photos, tmp_path):
+    run("data.py", "pairs", photos, "--out", "pairs", cwd=tmp_path)
+    assert "tiny" in run("train.py", "--data", "pairs/pairs.csv", "--steps", 40, *SMALL, cwd=tmp_path)
+    output = run("evaluate.py", "--checkpoint", "out/pairs", "--data", "pairs/pairs.csv", "--steps", 2, "--seed", 1, cwd=tmp_path)
+    report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
+    with open(tmp_path / "out/evaluation/scores.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(report["images"]) == 12 and report["steps"] == 2
+    mean = np.mean([float(row["input_psnr"]) for row in rows])
+    assert report["mean"]["input_psnr"] == pytest.approx(mean) and f"{mean:.2f}" in output
+    clean, degraded = (np.asarray(Image.open(tmp_path / "pairs" / kind / rows[4]["image"]), float) for kind in ("clean", "condition"))
+    assert float(rows[4]["input_psnr"]) == pytest.approx(10 * np.log10(255**2 / np.mean((clean - degraded) ** 2)), abs=1e-4)
+    assert (tmp_path / "out/evaluation/grid.png").is_file()
+
+
+def test_degrade_commands(photos, tmp_path):
+    source = photos / "00.png"
+    assert "jpeg" in run("degrade.py", source, "a.png", "--only", "jpeg:quality=20", cwd=tmp_path)
+    assert Image.open(tmp_path / "a.png").size == (96, 80)
+    run("degrade.py", source, "b.png", "--num_degradations", 2, "--seed", 4, cwd=tmp_path)
+    run("degrade.py", source, "sheet.png", "--preview", cwd=tmp_path)
+    assert Image.open(tmp_path / "sheet.png").size == (400, 196)
+
+
+@pytest.mark.parametrize("conditioning, workers", [("widen", 0), ("projection", 2)])
+def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(tmp_path, conditioning, workers):
+    flags = ["--steps", 120, "--conditioning", conditioning, *SMALL]
+    run("train.py", *flags, "--out", "whole", cwd=tmp_path)
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags), "--out", "halved", "--workers", str(workers)],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "halved/latest").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in output and "--resume" in output and "Traceback" not in errors
+    stopped = int((tmp_path / "halved/latest").read_text()[5:])
+    assert 20 <= stopped < 120
+    run("train.py", "--resume", "--out", "halved", "--workers", workers, cwd=tmp_path)
+    for name in ("model", "ema", "optimizer"):
+        whole, halved = (load_file(tmp_path / r / f"step_000120/{name}.safetensors") for r in ("whole", "halved"))
+        assert whole.keys() == halved.keys() and all(torch.equal(whole[k], halved[k]) for k in whole), name
+    logs = [[r for r in map(json.loads, (tmp_path / r / "log.jsonl").read_text().splitlines()) if "restored_psnr" in r and r["step"] % 20 == 0]
+            for r in ("whole", "halved")]
+    assert logs[0] == logs[1] and len(logs[0]) == 7
+
+
+def test_bad_input_gets_one_line_and_exit_status_2(demo, photos, tmp_path):
+    checkpoint = demo[0] / "out/demo"
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "bad.csv").write_text("image_path,condition_image_path,caption\nempty.png,,\n")
+    (tmp_path / "small.csv").write_text(f"image_path\n{photos / '00.png'}\n")
+    (tmp_path / "header.csv").write_text(f"picture\n{photos / '00.png'}\n")
+    Image.new("RGB", (96, 81)).save(tmp_path / "other.png")
+    (tmp_path / "sizes.csv").write_text(f"image_path,condition_image_path\n{photos / '00.png'},other.png\n")
+    cases = [
+        (["train.py", "--data", "absent.csv"], ["absent.csv"]),
+        (["train.py", "--data", "bad.csv"], ["bad.csv, line 2", "empty.png"]),
+        (["train.py", "--data", "small.csv", "--resolution", "128"], ["line 2", "96x80", "--resolution 80"]),
+        (["train.py", "--data", "header.csv"], ["header.csv", "image_path", "picture"]),
+        (["train.py", "--data", "sizes.csv"], ["sizes.csv, line 2", "96x80", "96x81"]),
+        (["train.py", "--lr", "-1"], ["--lr"]),
+        (["train.py", "--device", "moon"], ["moon"]),
+        (["train.py", "--stepz", "3"], ["--stepz", "-h"]),
+        (["train.py", "--steps", "x"], ["--steps"]),
+        (["train.py", "--steps", "0"], ["--steps"]),
+        (["train.py", "--resolution", "31"], ["multiple of 2"]),
+        (["train.py", "--degradations", "fog"], ["fog", "jpeg"]),
+        (["train.py", "--out", "file/run"], ["file/run"]),
+        (["train.py", "--resume", "--out", "nowhere"], ["nowhere", "no checkpoint"]),
+        (["train.py", "--out", checkpoint], ["--resume", "--overwrite"]),
+        (["train.py", "--resume", "--out", checkpoint], ["260", "--steps"]),
+        (["evaluate.py", "--checkpoint", "nowhere", "--input", "a", "--output", "b"], ["nowhere", "no checkpoint"]),
+        (["evaluate.py", "--checkpoint", checkpoint], ["--input", "--data"]),
+        (["evaluate.py", "--checkpoint", checkpoint, "--input", "empty.png", "--output", "o.png"], ["empty.png"]),
+        (["evaluate.py", "--checkpoint", checkpoint, "--input", photos / "00.png"], ["--output"]),
+        (["evaluate.py", "--checkpoint", checkpoint, "--input", photos / "00.png", "--output", "o.xyz"], ["o.xyz"]),
+        (["evaluate.py", "--checkpoint", checkpoint, "--input", photos / "00.png", "--output", "file/o.png"], ["file/o.png"]),
+        (["evaluate.py", "--checkpoint", checkpoint, "--data", "absent.csv"], ["absent.csv"]),
+        (["data.py", "pairs", "nowhere", "--out", "p"], ["nowhere"]),
+        (["data.py", "pairs", photos, "--out", "file/p"], ["file/p"]),
+        (["degrade.py", "absent.png", "o.png"], ["absent.png"]),
+        (["degrade.py", photos / "00.png", "o.png", "--only", "fog"], ["fog"]),
+    ]
+    for command, words in cases:
+        line = run(*command, cwd=tmp_path, status=2)
+        assert all(word in line for word in words), (command, line)
+    assert not list(tmp_path.rglob("o.*")) and not (tmp_path / "p").exists() and (tmp_path / "file").read_text() == "x"
+
+
+def test_help_of_every_script(tmp_path):
+    for script in ("train.py", "evaluate.py", "data.py", "degrade.py"):
+        assert "python " + script in run(script, "-h", cwd=tmp_path)

@@ -1,0 +1,354 @@
+"""Train an image restorer on pairs of clean and degraded images.
+
+    python train.py                                          the built-in demo: procedural images, no files needed
+    python train.py --data pairs/pairs.csv                   your own pairs (see data.py)
+    python train.py --data photos.csv --degradations gaussian_noise:sigma=25
+    python train.py --resume --out out/demo                  go on after Ctrl-C, as if never stopped
+
+Writes to out/RUN: config.json, log.jsonl, loss.png, samples/ (degraded | restored | clean), checkpoints step_N/.
+"""
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import CsvPairs, DeadLeaves, PairedDataset, collate, seed_for
+from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, make_folder, parse_degradations, run_script, save_image,
+                     write_text)
+from evaluate import check_device, draw_grid, evaluate_pairs, find_checkpoint, mean_of
+from model import PRESETS, build_restorer, draw_sigma, flow_loss, hash_prompts, load_weights, save_weights
+from vae import PixelAE
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    # what to train on
+    parser.add_argument("--data", metavar="CSV", help="header image_path,condition_image_path,caption (default: the demo)")
+    parser.add_argument("--degradation", choices=["auto", "on_the_fly", "paired"], default="auto",
+                        help="auto: degrade on the fly the rows without a condition image; on_the_fly: all; paired: none")
+    parser.add_argument("--degradations", nargs="+", default=list(DEFAULT_DEGRADATIONS), metavar="NAME",
+                        help="the set to draw from, e.g. jpeg gaussian_noise:sigma=25 (default: all but color_jitter)")
+    parser.add_argument("--max_degradations", type=int, default=3, help="1 to this many per image (default 3)")
+    parser.add_argument("--resolution", type=int, default=48, help="side of the training crops, in pixels (default 48)")
+    parser.add_argument("--caption_dropout", type=float, default=0.1, help="share of captions replaced by the empty one")
+    # the model
+    parser.add_argument("--model", choices=list(PRESETS), default="tiny")
+    parser.add_argument("--conditioning", choices=["projection", "widen"], help="how the degraded image enters: a 1x1 "
+                        "convolution in front, or a patch embedding with twice the channels (default: the preset's)")
+    parser.add_argument("--share_at_one", type=float, default=0.3,
+                        help="share of training at sigma = 1, where one-step restoration happens (default 0.3)")
+    # optimization
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 4500 for the demo, 13000 with --data)")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=5e-3, help="peak; rises for 2%% of the steps, then falls as a cosine to 0")
+    parser.add_argument("--proj_lr", type=float, help="for --conditioning projection, that layer's (default 10 * lr)")
+    parser.add_argument("--weight_decay", type=float, default=0.0)
+    parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    parser.add_argument("--ema_decay", type=float, default=0.9999, help="of the averaged weights that are evaluated and released")
+    parser.add_argument("--seed", type=int, default=0)
+    # the run
+    parser.add_argument("--out", help="run folder (default out/demo, or out/NAME for NAME.csv)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out with its settings; flags given now win")
+    parser.add_argument("--overwrite", action="store_true", help="delete a run that --out holds already")
+    parser.add_argument("--save_every", type=int, default=1000, metavar="STEPS")
+    parser.add_argument("--val_every", type=int, default=500, metavar="STEPS")
+    parser.add_argument("--workers", type=int, default=1, help="processes that prepare images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    args = parser.parse_args(argv)
+    args.out = args.out or f"out/{Path(args.data).stem if args.data else 'demo'}"
+    if args.resume:  # the run's own settings become the defaults
+        folder = find_checkpoint(args.out)
+        try:
+            saved = json.loads((folder / "config.json").read_text())["args"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
+        args = parser.parse_args(argv, Namespace(**saved | {"out": args.out}))
+    if args.steps is None:
+        args.steps = 13000 if args.data else 4500
+    if args.proj_lr is None:
+        args.proj_lr = 10 * args.lr
+    for name in ("steps", "batch_size", "resolution", "max_degradations", "save_every", "val_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: at least 1")
+    for name, high in (("lr", 1), ("proj_lr", 1), ("weight_decay", 100), ("ema_decay", 1), ("caption_dropout", 1),
+                       ("share_at_one", 1), ("clip", math.inf), ("workers", 1000)):
+        if not 0 <= getattr(args, name) <= high:
+            raise UserError(f"--{name} {getattr(args, name)}: from 0 to {high}")
+    check_device(args.device)
+    factor = PRESETS[args.model]["autoencoder"]["factor"]
+    if args.resolution % factor:
+        raise UserError(f"--resolution {args.resolution}: a multiple of {factor}, the autoencoder's factor")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Data.
+
+VALIDATION_CROP = 192
+
+
+def make_datasets(args):
+    """-> training draws, and validation pairs that are never trained on."""
+    options = dict(degradations=parse_degradations(args.degradations), degradation=args.degradation,
+                   max_degradations=args.max_degradations, caption_dropout=args.caption_dropout)
+    if args.data is None:
+        source = DeadLeaves(256, max(128, args.resolution), args.seed)
+        train = PairedDataset(source, args.resolution, seed=args.seed, **options)
+        held_out = DeadLeaves(8, VALIDATION_CROP, seed_for(args.seed, 0, "held out"))
+        return train, PairedDataset(held_out, None, training=False, seed=args.seed, **options)
+    source = CsvPairs(args.data)
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed_for(args.seed, 0, "held out"))).tolist()
+    count = min(8, len(source) // 10)
+    if not count:
+        print(f"{args.data} has {len(source)} rows, too few to hold any out: validation is on training images")
+    held_out, rows = order[:count] or order, order[count:]
+    smallest = min(min(source.load(i)[0].size) for i in held_out)
+    crop = min(max(VALIDATION_CROP, args.resolution), smallest)
+    return (PairedDataset(source, args.resolution, rows=rows, seed=args.seed, **options),
+            PairedDataset(source, crop, rows=held_out, training=False, seed=args.seed, **options))
+
+
+def ignore_interrupt(_):
+    """Workers leave Ctrl-C to the main process, which finishes its step and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_loader(dataset, args, start):
+    """Batches of draws start * batch_size, ... : what a step sees depends on its number alone."""
+    draws = range(start * args.batch_size, args.steps * args.batch_size)
+    return DataLoader(dataset, args.batch_size, sampler=draws, num_workers=args.workers, collate_fn=collate,
+                      worker_init_fn=ignore_interrupt, pin_memory=args.device.startswith("cuda"))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# State. A checkpoint holds everything that the next step depends on; randomness needs no state (see seed_for).
+
+class State:
+    """Weights, their moving average, AdamW's moments and the number of steps done."""
+
+    def __init__(self, config, args):
+        self.step, self.config, self.args = 0, config, args
+        self.restorer = build_restorer(config)
+        self.restorer.sana.initialize(torch.Generator().manual_seed(seed_for(args.seed, 0, "weights")))
+        self.restorer.to(args.device)
+        self.parameters = dict(self.restorer.named_parameters())
+        self.ema = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        self.autoencoder = PixelAE(**config["autoencoder"])
+        projection = [p for name, p in self.parameters.items() if name.startswith("projection")]
+        others = [p for name, p in self.parameters.items() if not name.startswith("projection")]
+        # the projection starts at 0 and has to travel to order 1: at the common rate it never arrives
+        self.optimizer = torch.optim.AdamW([{"params": others, "peak": args.lr}, {"params": projection, "peak": args.proj_lr}],
+                                           betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
+
+    def update_ema(self):
+        """ema <- decay * ema + (1 - decay) * weights; the decay warms up, so that the start is soon forgotten."""
+        decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
+        for name, p in self.parameters.items():
+            self.ema[name].lerp_(p.detach().float(), 1 - decay)
+
+    def averaged(self):
+        """A Restorer with the EMA weights, for validation and samples."""
+        restorer = build_restorer(self.config).to(self.args.device).eval()
+        restorer.load_state_dict(self.ema)
+        return restorer
+
+    def save(self, run, validation):
+        """Write run/step_N beside and rename it into place, then point run/latest at it, then delete older ones."""
+        folder = run / f"step_{self.step:06d}"
+        partial = run / f".{folder.name}.partial"
+        moments = {f"{key}.{name}": self.optimizer.state[p][key] for name, p in self.parameters.items()
+                   for key in ("exp_avg", "exp_avg_sq")}
+        config = {"step": self.step, "model": self.config, "args": vars(self.args), "validation": validation}
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            save_weights(self.restorer.state_dict(), partial / "model.safetensors")
+            save_weights(self.ema, partial / "ema.safetensors")
+            save_weights(moments, partial / "optimizer.safetensors")
+            (partial / "config.json").write_text(json.dumps(config, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write checkpoint {folder}: {error}") from None
+        write_text(run / "latest", folder.name)
+        for old in run.glob("step_*"):
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, folder):
+        """The inverse of save. Raises UserError for a damaged checkpoint."""
+        try:
+            load_weights(self.restorer, folder / "model.safetensors")
+            ema, moments = load_file(folder / "ema.safetensors"), load_file(folder / "optimizer.safetensors")
+            self.step = json.loads((folder / "config.json").read_text())["step"]
+            for name, p in self.parameters.items():
+                self.ema[name].copy_(ema[name])
+                self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=p.device)} | {
+                    key: moments[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+        except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What a person looks at.
+
+def draw_curve(log, path):
+    """loss.png: the training loss (log scale) and below it the validation PSNR, over the steps."""
+    width, height, margin = 640, 240, 44
+    picture = Image.new("RGB", (width, 2 * height), "white")
+    draw = ImageDraw.Draw(picture)
+    panels = [("training loss", [(r["step"], math.log10(max(r["loss"], 1e-12))) for r in log if "loss" in r], lambda v: f"{10 ** v:.3g}"),
+              ("validation PSNR, dB", [(r["step"], r["restored_psnr"]) for r in log if "restored_psnr" in r], lambda v: f"{v:.2f}")]
+    for panel, (title, points, text) in enumerate(panels):
+        top = panel * height
+        draw.text((margin, top + 4), title, fill="black")
+        points = [(step, value) for step, value in points if math.isfinite(value)]
+        if not points:
+            continue
+        low, high, last = min(p[1] for p in points), max(p[1] for p in points), max(1, points[-1][0])
+        y_of = lambda v: top + height - 28 - (v - low) / max(high - low, 1e-9) * (height - 56)
+        x_of = lambda step: margin + step / last * (width - margin - 12)
+        for value in (low, (low + high) / 2, high):
+            draw.line([(margin, y_of(value)), (width - 12, y_of(value))], fill="#dddddd")
+            draw.text((4, y_of(value) - 6), text(value), fill="black")
+        draw.line([(x_of(s), y_of(v)) for s, v in points], fill="#1f5fbf", width=2)
+        draw.text((width - 80, top + height - 20), f"step {last}", fill="black")
+    save_image(picture, path)
+
+
+def validate(state, dataset, run):
+    """Fixed pairs, fixed noise, EMA weights -> mean PSNR and SSIM of input and restored; saves a sample grid."""
+    rows, pictures = evaluate_pairs(dataset, [str(i) for i in range(len(dataset))], state.averaged(), state.autoencoder,
+                                    steps=1, seed=state.args.seed, quiet=True)
+    save_image(draw_grid(pictures), run / "samples" / f"step_{state.step:06d}.png")
+    return mean_of(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The run.
+
+def prepare_run(args):
+    """Make the run folder, or refuse to write over another run. -> its path and the log lines so far."""
+    run, log = Path(args.out), []
+    make_folder(run)
+    if args.resume:
+        for line in (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []:
+            try:
+                log.append(json.loads(line))
+            except ValueError:
+                break  # the line that was being written when the machine went down
+    elif (run / "latest").exists():
+        if not args.overwrite:
+            raise UserError(f"{run} holds a run already: --resume continues it, --overwrite deletes it, --out names another")
+        (run / "latest").unlink()
+        for old in (*run.glob("step_*"), run / "samples"):
+            shutil.rmtree(old, ignore_errors=True)
+    return run, log
+
+
+def train_step(state, batch):
+    """One optimizer step -> (loss, gradient norm)."""
+    args = state.args
+    generator = torch.Generator().manual_seed(seed_for(args.seed, state.step, "noise"))
+    x0, condition = (state.autoencoder.encode(batch[key].to(args.device, non_blocking=True)) for key in ("clean", "condition"))
+    noise = torch.randn(x0.shape, generator=generator).to(args.device)
+    sigma = draw_sigma(len(x0), generator, share_at_one=args.share_at_one).to(args.device)
+    text, text_mask = (t.to(args.device) for t in hash_prompts(batch["caption"]))
+
+    progress = (state.step + 0.5) / args.steps
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["peak"] * min(1, progress / 0.02) * 0.5 * (1 + math.cos(math.pi * progress))
+    loss = flow_loss(state.restorer, x0, condition, text, text_mask, sigma, noise).mean()
+    state.optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), args.clip)
+    state.optimizer.step()
+    state.step += 1
+    state.update_ema()
+    return loss.item(), norm.item()
+
+
+def train(state, train_set, val_set, run, log):
+    """Steps until args.steps or Ctrl-C, with log, validation and checkpoints. -> (last validation, interrupted)."""
+    args, start, stop = state.args, state.step, []
+    handler = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, handler)))
+    if not log:
+        log.append({"step": state.step} | validate(state, val_set, run))
+    validation = next(entry for entry in reversed(log) if "restored_psnr" in entry)
+    write_text(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+    losses, since = [], time.monotonic()
+    with (tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, dynamic_ncols=True) as bar,
+          open(run / "log.jsonl", "a", buffering=1) as log_file):
+        for batch in make_loader(train_set, args, start):
+            if isinstance(batch, UserError):
+                if state.step > start:
+                    state.save(run, validation)
+                raise batch
+            loss, norm = train_step(state, batch)
+            if not math.isfinite(loss + norm):
+                raise UserError(f"step {state.step}: the loss is {loss}, the gradient norm {norm}; lower --lr (it was {args.lr:g})")
+            losses.append(loss)
+            bar.update()
+            last, entries = state.step == args.steps or bool(stop), []
+            if len(losses) == 50 or last:
+                speed, mean = len(losses) * args.batch_size / (time.monotonic() - since), sum(losses) / len(losses)
+                entries.append({"step": state.step, "loss": mean, "norm": norm, "images_per_second": speed})
+                bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} img/s, val {validation['restored_psnr']:.2f} dB")
+                losses, since = [], time.monotonic()
+            pause = time.monotonic()
+            if state.step % args.val_every == 0 or last:
+                validation = {"step": state.step} | validate(state, val_set, run)
+                entries.append(validation)
+            log += entries
+            log_file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            if state.step % args.save_every == 0 or last:
+                state.save(run, validation)
+                draw_curve(log, run / "loss.png")
+            since += time.monotonic() - pause
+            if last:
+                break
+    signal.signal(signal.SIGINT, handler)
+    return validation, state.step < args.steps
+
+
+def main():
+    args = parse_args()
+    train_set, val_set = make_datasets(args)
+    run, log = prepare_run(args)
+    preset = PRESETS[args.model]
+    state = State(preset | {"conditioning": args.conditioning or preset["conditioning"]}, args)
+    if args.resume:
+        state.load(find_checkpoint(run))
+        log = [entry for entry in log if entry["step"] <= state.step]
+        if state.step >= args.steps:
+            raise UserError(f"{run} is at step {state.step} of {args.steps} already; --steps sets a later end")
+    write_text(run / "config.json", json.dumps({"model": state.config, "args": vars(args)}, indent=1))
+    count = sum(p.numel() for p in state.parameters.values())
+    where = "on the CPU (no GPU here)" if not torch.cuda.is_available() else f"on {args.device}"
+    print(f"model {args.model}, {count / 1e6:.2f} M parameters, {where}: {args.steps - state.step} steps of "
+          f"{args.batch_size} crops of {args.resolution} pixels from {len(train_set)} images -> {run}")
+    validation, interrupted = train(state, train_set, val_set, run, log)
+    print(f"{'interrupted at ' if interrupted else ''}step {state.step}, {len(val_set)} held-out images: "
+          f"PSNR {validation['input_psnr']:.2f} -> {validation['restored_psnr']:.2f} dB, "
+          f"SSIM {validation['input_ssim']:.3f} -> {validation['restored_ssim']:.3f}")
+    print(f"pictures {run}/samples/step_{state.step:06d}.png (degraded | restored | clean), {run}/loss.png\n"
+          f"log {run}/log.jsonl, checkpoint {find_checkpoint(run)}")
+    if interrupted:
+        print(f"python train.py --resume --out {run} goes on")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_script(main)
