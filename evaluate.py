@@ -163,16 +163,19 @@ def score(clean, image):
             "ssim": ssim(image[None], clean[None]).item() if min(clean.shape[1:]) >= 11 else math.nan}
 
 
-def evaluate_pairs(dataset, names, restorer, autoencoder, steps, seed, quiet=False):
-    """-> rows [{"image", "input_psnr", "input_ssim", "restored_psnr", "restored_ssim"}], and of the first four images
+def evaluate_pairs(dataset, names, restorer, autoencoder, steps, seed, prompt=None, quiet=False):
+    """prompt: instead of each pair's own caption.
+    -> rows [{"image", "input_psnr", "restored_psnr", "input_ssim", "restored_ssim"}], and of the first four images
     the labelled pictures [[("degraded ...", PIL), ("restored ...", PIL), ("clean", PIL)]]."""
     device = next(restorer.parameters()).device
     rows, pictures = [], []
     for i in (bar := tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)):
         item = dataset.draw(i)
-        pixels = restore(restorer, autoencoder, item["condition"][None].to(device), [item["caption"]], steps, seed)[0].cpu()
+        caption = item["caption"] if prompt is None else prompt
+        pixels = restore(restorer, autoencoder, item["condition"][None].to(device), [caption], steps, seed)[0].cpu()
         before, after = score(item["clean"], item["condition"]), score(item["clean"], pixels)
-        rows.append({"image": names[i]} | {f"input_{k}": v for k, v in before.items()} | {f"restored_{k}": v for k, v in after.items()})
+        rows.append({"image": names[i], "input_psnr": before["psnr"], "restored_psnr": after["psnr"],
+                     "input_ssim": before["ssim"], "restored_ssim": after["ssim"]})
         if len(pictures) < 4:
             labels = f"degraded {before['psnr']:.2f} dB", f"restored {after['psnr']:.2f} dB", "clean"
             pictures.append([(label, to_image(t)) for label, t in zip(labels, (item["condition"], pixels, item["clean"]))])
@@ -221,8 +224,8 @@ def measure(args, **how):
     # JSON has neither inf nor nan: null
     for row in rows + [means]:
         row.update({k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)})
-    report = {"checkpoint": str(args.checkpoint), "data": str(args.data), "steps": how["steps"], "seed": args.seed,
-              "mean": means, "images": rows}
+    flags = {key: getattr(args, key) for key in ("checkpoint", "data", "steps", "seed", "prompt")}
+    report = flags | {"mean": means, "images": rows}
     write_text(out / "scores.json", json.dumps(report, indent=1))
     print(f"{out}/scores.csv, scores.json, grid.png (sampling steps: {how['steps']})")
 
@@ -231,9 +234,11 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="run folder of train.py, or one of its step folders")
     parser.add_argument("--input", help="picture, or folder of pictures, to restore")
-    parser.add_argument("--output", help="where the restored picture or folder goes; with --data, the report (default out/evaluation)")
+    parser.add_argument("--output", help="where the restored picture or folder goes; with --data, the scores and "
+                        "the grid (default out/evaluation)")
     parser.add_argument("--data", help="pairs.csv to measure on")
-    parser.add_argument("--prompt", default="", help='for --input: what to do, e.g. "Remove JPEG artifacts." (default: the model judges)')
+    parser.add_argument("--prompt", help='what to do, e.g. "Remove JPEG artifacts."; "" lets the model judge '
+                        '(default: "" for --input, the captions of --data)')
     parser.add_argument("--degradations", nargs="+", default=DEFAULT_DEGRADATIONS, metavar="NAME",
                         help="for rows of --data without a condition image: what to degrade them with")
     parser.add_argument("--steps", type=int, default=1, help="sampling steps (default 1: best PSNR; more: more texture)")
@@ -249,9 +254,9 @@ def main():
     restorer, autoencoder = load_restorer(args.checkpoint, check_device(args.device))
     how = {"restorer": restorer, "autoencoder": autoencoder, "steps": args.steps, "seed": args.seed}
     if args.input:
-        restore_files(args.input, args.output, caption=args.prompt, **how)
+        restore_files(args.input, args.output, caption=args.prompt or "", **how)
     else:
-        measure(args, **how)
+        measure(args, prompt=args.prompt, **how)
 
 
 if __name__ == "__main__":

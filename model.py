@@ -202,10 +202,10 @@ class Sana(nn.Module):
         """Fill every weight for training from scratch: Xavier matrices, zero biases, no modulation (gates 1, shifts and
         scales 0), and a zero last layer, so that an untrained network answers 0."""
         for name, p in self.named_parameters():
-            if name.endswith("bias") or name.endswith("scale_shift_table") or name.startswith(("proj_out", "time_embed.linear")):
+            if name.endswith(("bias", "scale_shift_table")) or name.startswith(("proj_out", "time_embed.linear")):
                 nn.init.zeros_(p)
                 if name.endswith("scale_shift_table") and len(p) == 6:
-                    nn.init.ones_(p.data[2::3])
+                    nn.init.ones_(p.data[2::3])                             # the two gates
             elif "norm" in name:
                 nn.init.ones_(p)
             elif "conv_depth" in name:
@@ -270,7 +270,7 @@ class Restorer(nn.Module):
 PRESETS = {
     "tiny": {
         "autoencoder": {"factor": 2}, "conditioning": "widen", "prediction": "residual",
-        "sana": {"in_channels": 12, "out_channels": 12, "num_layers": 6, "num_attention_heads": 2, "attention_head_dim": 32,
+        "sana": {"in_channels": 12, "out_channels": 12, "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 32,
                  "num_cross_attention_heads": 2, "cross_attention_head_dim": 32, "cross_attention_dim": 64,
                  "caption_channels": 256, "mlp_ratio": 2.5, "qk_norm": "rms_norm_across_heads"},
     },

@@ -49,17 +49,17 @@ def parse_args(argv=None):
     parser.add_argument("--share_at_one", type=float, default=0.3,
                         help="share of training at sigma = 1, where one-step restoration happens (default 0.3)")
     # optimization
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 4500 for the demo, 13000 with --data)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 10000 with --data, 2500 for the demo)")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=5e-3, help="peak; rises for 2%% of the steps, then falls as a cosine to 0")
     parser.add_argument("--proj_lr", type=float, help="for --conditioning projection, that layer's (default 10 * lr)")
     parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    parser.add_argument("--ema_decay", type=float, default=0.9999, help="of the averaged weights that are evaluated and released")
+    parser.add_argument("--ema_decay", type=float, default=0.9999, help="of the averaged weights that are evaluated")
     parser.add_argument("--seed", type=int, default=0)
     # the run
     parser.add_argument("--out", help="run folder (default out/demo, or out/NAME for NAME.csv)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out with its settings; flags given now win")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out; flags given now win over its own")
     parser.add_argument("--overwrite", action="store_true", help="delete a run that --out holds already")
     parser.add_argument("--save_every", type=int, default=1000, metavar="STEPS")
     parser.add_argument("--val_every", type=int, default=500, metavar="STEPS")
@@ -76,9 +76,15 @@ def parse_args(argv=None):
             raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
         args = parser.parse_args(argv, Namespace(**saved | {"out": args.out}))
     if args.steps is None:
-        args.steps = 13000 if args.data else 4500
+        args.steps = 10000 if args.data else 2500
     if args.proj_lr is None:
         args.proj_lr = 10 * args.lr
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Raises UserError for a value that makes no sense."""
     for name in ("steps", "batch_size", "resolution", "max_degradations", "save_every", "val_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 1")
@@ -90,7 +96,6 @@ def parse_args(argv=None):
     factor = PRESETS[args.model]["autoencoder"]["factor"]
     if args.resolution % factor:
         raise UserError(f"--resolution {args.resolution}: a multiple of {factor}, the autoencoder's factor")
-    return args
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -209,8 +214,9 @@ def draw_curve(log, path):
     width, height, margin = 640, 240, 44
     picture = Image.new("RGB", (width, 2 * height), "white")
     draw = ImageDraw.Draw(picture)
-    panels = [("training loss", [(r["step"], math.log10(max(r["loss"], 1e-12))) for r in log if "loss" in r], lambda v: f"{10 ** v:.3g}"),
-              ("validation PSNR, dB", [(r["step"], r["restored_psnr"]) for r in log if "restored_psnr" in r], lambda v: f"{v:.2f}")]
+    losses = [(entry["step"], math.log10(max(entry["loss"], 1e-12))) for entry in log if "loss" in entry]
+    scores = [(entry["step"], entry["restored_psnr"]) for entry in log if "restored_psnr" in entry]
+    panels = [("training loss", losses, lambda v: f"{10 ** v:.3g}"), ("validation PSNR, dB", scores, lambda v: f"{v:.2f}")]
     for panel, (title, points, text) in enumerate(panels):
         top = panel * height
         draw.text((margin, top + 4), title, fill="black")
@@ -270,7 +276,12 @@ def train_step(state, batch):
     progress = (state.step + 0.5) / args.steps
     for group in state.optimizer.param_groups:
         group["lr"] = group["peak"] * min(1, progress / 0.02) * 0.5 * (1 + math.cos(math.pi * progress))
-    loss = flow_loss(state.restorer, x0, condition, text, text_mask, sigma, noise).mean()
+    loss = flow_loss(state.restorer, x0, condition, text, text_mask, sigma, noise)
+    if state.restorer.prediction == "residual":
+        # the root of each image's error divides its gradient by that error: the images in the worst state, which stay
+        # far from clean whatever the network does, then do not drown those that need a light touch
+        loss = (loss + 1e-6).sqrt()
+    loss = loss.mean()
     state.optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), args.clip)
@@ -298,7 +309,7 @@ def train(state, train_set, val_set, run, log):
                 raise batch
             loss, norm = train_step(state, batch)
             if not math.isfinite(loss + norm):
-                raise UserError(f"step {state.step}: the loss is {loss}, the gradient norm {norm}; lower --lr (it was {args.lr:g})")
+                raise UserError(f"step {state.step}: the loss is {loss}, the gradient norm {norm}; lower --lr ({args.lr:g})")
             losses.append(loss)
             bar.update()
             last, entries = state.step == args.steps or bool(stop), []
