@@ -9,6 +9,7 @@ becomes a prompt that names the degradations.
 """
 import csv
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ class CsvPairs:
             raise UserError(f"{self.path}, line {line}: {'more fields than columns' if clean else 'image_path is empty'}")
         paths = [self.path.parent / name if name else None for name in (clean, condition)]
         for path in paths:
-            if path and not path.is_file():
+            if path and not os.path.isfile(path):
                 raise UserError(f"{self.path}, line {line}: no file {path}")
         return line, *paths, caption
 
@@ -276,8 +277,10 @@ def make_pairs(photos, out, choices, counts, seed):
     out = Path(out)
     if (out / "pairs.csv").exists():
         raise UserError(f"{out / 'pairs.csv'} exists already; choose another --out")
-    rows = []
-    for i, path in enumerate(tqdm(list_images(photos), unit="img", desc="pairs")):
+    paths, rows = list_images(photos), []
+    if out.resolve().is_relative_to(Path(photos).resolve()):
+        raise UserError(f"--out {out} lies inside {photos}: its pictures would be taken for photos; choose a folder elsewhere")
+    for i, path in enumerate(tqdm(paths, unit="img", desc="pairs")):
         rng = np.random.default_rng(seed_for(seed, i, "pairs"))
         clean = open_image(path).convert("RGB")
         recipe = draw_recipe(choices, rng.integers(counts[0], counts[-1] + 1), rng)
@@ -298,7 +301,7 @@ def main():
                         help="the set to draw from, e.g. jpeg gaussian_noise:sigma=25 (default: all but color_jitter)")
     parser.add_argument("--num_degradations", nargs="+", type=int, default=[1, 3], metavar="N",
                         help="how many per image: one number, or the lowest and highest (default 1 3)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     args = parser.parse_args()
     if min(args.num_degradations) < 1 or len(args.num_degradations) > 2 or args.num_degradations[0] > args.num_degradations[-1]:
         raise UserError(f"--num_degradations {' '.join(map(str, args.num_degradations))}: give one number, or low and high")

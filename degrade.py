@@ -265,15 +265,18 @@ def whole_file(path):
     """Gives a temporary name beside path, renamed when the block ends: nobody ever finds half a file under path, and
     what stood there before survives a failure. Raises UserError if it cannot be written."""
     path = Path(path)
+    if not path.name:
+        raise UserError(f"cannot write {path}: give a file name")
     partial = path.with_name(f".partial.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
     except (OSError, ValueError, KeyError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise UserError(f"cannot write {path}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # after a failure or Ctrl-C; else it was renamed
 
 
 def make_folder(path):
@@ -331,7 +334,7 @@ def main():
     parser.add_argument("--only", metavar="NAME", help="this degradation alone, e.g. jpeg or jpeg:quality=20")
     parser.add_argument("--num_degradations", type=int, default=2, help="how many to draw from the default five (default 2)")
     parser.add_argument("--preview", action="store_true", help="write a labelled contact sheet of all six instead")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     args = parser.parse_args()
     if args.num_degradations < 1:
         raise UserError(f"--num_degradations {args.num_degradations}: at least 1")

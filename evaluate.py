@@ -9,6 +9,7 @@ applied. --steps 1 gives the most faithful result (best PSNR), more steps give m
 """
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -136,6 +137,8 @@ def restore_files(source, target, **how):
     """Restore a file, or every picture below a folder into another folder under the same names."""
     source, target = Path(source), Path(target)
     if source.is_dir():
+        if target.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"--output {target} lies inside --input {source}; choose a folder elsewhere")
         work = [(path, target / path.relative_to(source)) for path in list_images(source)]
     else:
         work = [(source, target / source.name if target.is_dir() else target)]
@@ -143,10 +146,10 @@ def restore_files(source, target, **how):
         if out.suffix.lower() not in PICTURES:
             raise UserError(f"--output {out}: give a file name with a picture's extension, such as .png")
         if out.resolve() == path.resolve():
-            raise UserError(f"--output {target} would write over {path}; choose another")
+            raise UserError(f"--output {out} would write over the input; choose another")
     for path, out in tqdm(work, unit="img", desc="restore", disable=len(work) == 1):
         restored = restore_image(open_image(path), **how)
-        if "A" in restored.mode and out.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
+        if "A" in restored.mode and out.suffix.lower() in (".jpg", ".jpeg", ".bmp", ".ppm", ".pgm"):
             print(f"{out}: this format holds no transparency; saved without", file=sys.stderr)
             restored = restored.convert(restored.mode.rstrip("A"))
         save_image(restored, out, **({"quality": 95} if out.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}))
@@ -165,7 +168,7 @@ def score(clean, image):
 
 def evaluate_pairs(dataset, names, restorer, autoencoder, steps, seed, prompt=None, quiet=False):
     """prompt: instead of each pair's own caption.
-    -> rows [{"image", "input_psnr", "restored_psnr", "input_ssim", "restored_ssim"}], and of the first four images
+    -> rows [{"image", "input_psnr", "restored_psnr", "input_ssim", "restored_ssim"}], and of the first eight images
     the labelled pictures [[("degraded ...", PIL), ("restored ...", PIL), ("clean", PIL)]]."""
     device = next(restorer.parameters()).device
     rows, pictures = [], []
@@ -176,7 +179,7 @@ def evaluate_pairs(dataset, names, restorer, autoencoder, steps, seed, prompt=No
         before, after = score(item["clean"], item["condition"]), score(item["clean"], pixels)
         rows.append({"image": names[i], "input_psnr": before["psnr"], "restored_psnr": after["psnr"],
                      "input_ssim": before["ssim"], "restored_ssim": after["ssim"]})
-        if len(pictures) < 4:
+        if len(pictures) < 8:
             labels = f"degraded {before['psnr']:.2f} dB", f"restored {after['psnr']:.2f} dB", "clean"
             pictures.append([(label, to_image(t)) for label, t in zip(labels, (item["condition"], pixels, item["clean"]))])
         bar.set_postfix_str(f"PSNR {before['psnr']:.2f} -> {after['psnr']:.2f} dB")
@@ -203,20 +206,21 @@ def print_table(rows, means):
 
 
 def draw_grid(pictures, tile=256):
-    """Rows of labelled pictures, as evaluate_pairs gives them: the centre of each, at most tile pixels wide, unscaled."""
+    """Rows of labelled pictures, as evaluate_pairs gives them: the centre of each, at most tile pixels wide, unscaled;
+    two rows side by side if there are more than four."""
     side = min(tile, *(min(image.size) for row in pictures for _, image in row))
     tiles = []
     for label, image in (picture for row in pictures for picture in row):
         left, top = (image.width - side) // 2, (image.height - side) // 2
         tiles.append((label, image.crop((left, top, left + side, top + side))))
-    return label_tiles(tiles, columns=len(pictures[0]))
+    return label_tiles(tiles, columns=len(pictures[0]) * (1 + (len(pictures) > 4)))
 
 
 def measure(args, **how):
     """--data: scores, table, scores.csv, scores.json, grid.png."""
     source, out = CsvPairs(args.data), make_folder(args.output or "out/evaluation")
     dataset = PairedDataset(source, None, parse_degradations(args.degradations), training=False, seed=args.seed)
-    rows, pictures = evaluate_pairs(dataset, [row[1].name for row in source.rows], **how)
+    rows, pictures = evaluate_pairs(dataset, [os.path.relpath(row[1], source.path.parent) for row in source.rows], **how)
     means = mean_of(rows)
     print_table(rows, means)
     save_image(draw_grid(pictures), out / "grid.png")
@@ -224,7 +228,7 @@ def measure(args, **how):
     # JSON has neither inf nor nan: null
     for row in rows + [means]:
         row.update({k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)})
-    flags = {key: getattr(args, key) for key in ("checkpoint", "data", "steps", "seed", "prompt")}
+    flags = {key: getattr(args, key) for key in ("checkpoint", "data", "degradations", "steps", "seed", "prompt")}
     report = flags | {"mean": means, "images": rows}
     write_text(out / "scores.json", json.dumps(report, indent=1))
     print(f"{out}/scores.csv, scores.json, grid.png (sampling steps: {how['steps']})")
@@ -243,7 +247,7 @@ def main():
                         help="for rows of --data without a condition image: what to degrade them with")
     parser.add_argument("--steps", type=int, default=1, help="sampling steps (default 1: best PSNR; more: more texture)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise and of degradations made here")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
     args = parser.parse_args()
     if bool(args.input) == bool(args.data):
         raise UserError("give either --input (pictures to restore) or --data (pairs to measure on)")

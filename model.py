@@ -23,7 +23,7 @@ from torch import nn
 # ----------------------------------------------------------------------------------------------------------------
 # The transformer. Module and parameter names are those of the diffusers checkpoints, so weights load by name.
 
-SANA_DEFAULTS = dict(  # what a missing key of config.json means: the values of SANA 1.5 1.6B
+SANA_DEFAULTS = dict(  # what a missing key of config.json means, as diffusers has it
     in_channels=32, out_channels=32, num_attention_heads=70, attention_head_dim=32, num_layers=20,
     num_cross_attention_heads=20, cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304,
     mlp_ratio=2.5, attention_bias=False, patch_size=1, norm_eps=1e-6, qk_norm=None)
@@ -278,7 +278,7 @@ PRESETS = {
 
 
 def build_restorer(config):
-    """A preset, or the config.json of a checkpoint -> Restorer with unset weights."""
+    """A preset, or "model" of a checkpoint's config.json -> Restorer with unset weights."""
     return Restorer(Sana(config["sana"]), config["conditioning"], config["prediction"])
 
 
@@ -306,11 +306,14 @@ def add_noise(x0, noise, sigma):
     return (1 - sigma) * x0 + sigma * noise
 
 
-def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise):
+def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise, mean_weight=1.0):
     """[B]: mean squared error of the velocity, each image's own. A residual prediction is of x0, whose error the
-    velocity divides by sigma; the weight bounds that division at sigma 0.2."""
+    velocity divides by sigma; the weight bounds that division at sigma 0.2. mean_weight scales the part of the error
+    that is constant over the image."""
     velocity = restorer(add_noise(x0, noise, sigma), condition, 1000 * sigma, text, text_mask)
-    loss = (velocity.float() - (noise - x0).float()).square().flatten(1).mean(1)
+    error = velocity.float() - (noise - x0).float()
+    error = error - (1 - mean_weight) * error.mean((2, 3), keepdim=True)
+    loss = error.square().flatten(1).mean(1)
     return loss * (sigma / 0.2).clamp(max=1).square() if restorer.prediction == "residual" else loss
 
 

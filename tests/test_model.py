@@ -140,6 +140,10 @@ def test_flow_loss_is_the_formula():
         x = (1 - sigma[i]) * x0[i] + sigma[i] * noise[i]
         v = velocity(x[None], condition[i:i + 1], 1000 * sigma[i:i + 1], text[i:i + 1], mask[i:i + 1])
         assert torch.allclose(got[i], ((v - (noise[i] - x0[i])) ** 2).mean(), rtol=1e-4)
+    error = velocity(add_noise(x0, noise, sigma), condition, 1000 * sigma, text, mask) - (noise - x0)
+    constant = error.mean((2, 3)).square().mean(1)  # what mean_weight scales, by Pythagoras
+    got = flow_loss(velocity, x0, condition, text, mask, sigma, noise, mean_weight=0.5)
+    assert torch.allclose(got, error.square().flatten(1).mean(1) - 0.75 * constant, rtol=1e-4)
     # for a residual prediction: the error of x0 over max(sigma, 0.2)^2
     restorer = tiny()
     x0, condition, noise = torch.randn(3, 2, 12, 4, 4, generator=seeded())
