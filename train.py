@@ -309,7 +309,7 @@ def train(state, train_set, val_set, run, log):
         log.append({"step": state.step} | validate(state, val_set, run))
     validation = next(entry for entry in reversed(log) if "restored_psnr" in entry)
     write_text(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
-    losses, since = [], time.monotonic()
+    losses, mean, speed, since = [], math.nan, math.nan, time.monotonic()
     with (tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, dynamic_ncols=True) as bar,
           open(run / "log.jsonl", "a", buffering=1) as log_file):
         for batch in make_loader(train_set, args, start):
