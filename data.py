@@ -45,7 +45,8 @@ def to_image(tensor):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Where pairs come from. A source has a length, and load(i) -> (clean, condition or None, caption, what it is called).
+# Where pairs come from. A source has a length, load(i) -> (clean, condition or None, what it is called), and
+# peek(i) -> (whether there is a condition, caption), which opens nothing.
 
 class CsvPairs:
     """The rows of a pairs.csv. Raises UserError, naming the row, for anything missing or unreadable."""
@@ -84,8 +85,12 @@ class CsvPairs:
     def __len__(self):
         return len(self.rows)
 
+    def peek(self, index):
+        """(whether the row has a condition image, its caption), without opening a file."""
+        return self.rows[index][2] is not None, self.rows[index][3]
+
     def load(self, index):
-        line, clean_path, condition_path, caption = self.rows[index]
+        line, clean_path, condition_path, _ = self.rows[index]
         where = f"{self.path}, line {line}"
         try:
             clean, condition = self._open(clean_path), self._open(condition_path) if condition_path else None
@@ -94,7 +99,7 @@ class CsvPairs:
         if condition and clean.size != condition.size:
             raise UserError(f"{where}: a pair of different sizes: {clean_path.name} is {_size(clean)}, "
                             f"{condition_path.name} is {_size(condition)}")
-        return clean, condition, caption, where
+        return clean, condition, where
 
     def _open(self, path):
         image = self.cache.get(path)
@@ -115,10 +120,13 @@ class DeadLeaves:
     def __len__(self):
         return self.count
 
+    def peek(self, index):
+        return False, ""
+
     def load(self, index):
         if index not in self.cache:
             self.cache[index] = dead_leaves(self.size, np.random.default_rng(seed_for(self.seed, index, "dead leaves")))
-        return self.cache[index], None, "", f"procedural image {index}"
+        return self.cache[index], None, f"procedural image {index}"
 
 
 def _size(image):
@@ -212,13 +220,28 @@ class PairedDataset(torch.utils.data.Dataset):
         except UserError as error:
             return error
 
+    def plan(self, index):
+        """What draw(index) is about to do -> (row, recipe or None, caption). It opens no image, so that all captions of
+        a run can be encoded before it starts."""
+        rng = np.random.default_rng(seed_for(self.seed, index, "train plan" if self.training else "validation plan"))
+        row, recipe = self._row(index), None
+        has_condition, caption = self.source.peek(row)
+        if self.degradation == "on_the_fly" or not has_condition:
+            recipe = draw_recipe(self.degradations, rng.integers(1, self.max_degradations + 1), rng)
+        caption = caption or make_prompt([name for name, _ in recipe or ()], rng)
+        dropped = self.training and rng.random() < self.caption_dropout
+        return row, recipe, "" if dropped else caption
+
     def draw(self, index):
-        rng = np.random.default_rng(seed_for(self.seed, index, "train" if self.training else "validation"))
-        clean, condition, caption, where = self.source.load(self._row(index))
+        row, recipe, caption = self.plan(index)
+        clean, condition, where = self.source.load(row)
+        if self.degradation == "paired" and condition is None:
+            raise UserError(f"{where}: no condition image, and --degradation paired makes none")
         width, height = (self.crop or side for side in clean.size)
         if width > clean.width or height > clean.height:
             raise UserError(f"{where}: the image is {_size(clean)}, smaller than the {self.crop}-pixel crop; "
                             f"use --resolution {min(clean.size) // 4 * 4} or larger images")
+        rng = np.random.default_rng(seed_for(self.seed, index, "train" if self.training else "validation"))
         # one crop and one flip for both images of the pair: they cannot drift apart
         room = clean.width - width, clean.height - height
         left, top = rng.integers((room[0] + 1, room[1] + 1)) if self.training else (room[0] // 2, room[1] // 2)
@@ -228,17 +251,8 @@ class PairedDataset(torch.utils.data.Dataset):
             image = image.crop((left, top, left + width, top + height))
             return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
-        clean, names = cut(clean), []
-        if self.degradation == "paired" and condition is None:
-            raise UserError(f"{where}: no condition image, and --degradation paired makes none")
-        if condition is None or self.degradation == "on_the_fly":
-            recipe = draw_recipe(self.degradations, rng.integers(1, self.max_degradations + 1), rng)
-            condition, names = apply_recipe(clean, recipe, rng), [name for name, _ in recipe]
-        else:
-            condition = cut(condition)
-        caption = caption or make_prompt(names, rng)
-        if self.training and rng.random() < self.caption_dropout:
-            caption = ""
+        clean = cut(clean)
+        condition = apply_recipe(clean, recipe, rng) if recipe else cut(condition)
         return {"clean": to_tensor(clean), "condition": to_tensor(condition), "caption": caption}
 
     def _row(self, index):

@@ -95,13 +95,25 @@ def test_degradation_modes(tmp_path):
     assert not isinstance(PairedDataset(bare, 32)[0], UserError)
 
 
+def test_captions_are_known_without_opening_an_image(photos, tmp_path):
+    rows = [(photos / f"{i:02d}.png", photos / f"{i:02d}.png" if i % 2 else "", "given" if i % 3 else "") for i in range(12)]
+    source = CsvPairs(write_csv(tmp_path / "plan.csv", rows))
+    for options in ({}, {"degradation": "on_the_fly"}, {"training": False}):
+        dataset = PairedDataset(source, 32, seed=3, **options)
+        items = [dataset.draw(i)["caption"] for i in range(12)]
+        source.load, load = None, source.load
+        assert [dataset.plan(i)[2] for i in range(12)] == items and len(set(items)) > 3
+        source.load = load
+
+
 def test_paths_headers_and_encodings(tmp_path):
     (tmp_path / "deep").mkdir()
     coordinates(40, 40).save(tmp_path / "é.png"), coordinates(40, 40).save(tmp_path / "deep/b.png")
     path = write_csv(tmp_path / "deep/p.csv", [("../é.png", "b.png", 'with "quotes", a comma\nand a line'), (tmp_path / "é.png", "", "")],
                      header=(" image_path", "condition_image_path ", "caption"), encoding="utf-8-sig")
     source = CsvPairs(path)
-    assert len(source) == 2 and source.load(0)[2].endswith("and a line") and source.load(1)[1] is None
+    assert len(source) == 2 and source.peek(0)[1].endswith("and a line") and source.peek(0)[0]
+    assert source.load(1)[1] is None and source.peek(1) == (False, "")
 
 
 def test_bad_csvs_are_refused_with_the_place(tmp_path):
@@ -134,7 +146,7 @@ def test_make_pairs_writes_what_training_reads(photos, tmp_path):
     assert len(source) == 12
     errors = []
     for i, original in enumerate(sorted(photos.iterdir())):
-        clean, condition, caption, _ = source.load(i)
+        (clean, condition, _), (_, caption) = source.load(i), source.peek(i)
         assert np.array_equal(np.asarray(clean), np.asarray(Image.open(original))) and any(phrase in caption for phrase in PHRASES["gaussian_noise"])
         errors.append((np.asarray(condition).astype(float) - np.asarray(clean))[32:64].std())
     assert 18 < np.mean(errors) < 25.5  # clipping takes some of the 25
