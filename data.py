@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, describe, draw_recipe, make_prompt,
                      open_image, parse_degradations, run_script, save_image, write_csv)
+from model import Gemma2, GemmaTokenizer, encode_prompts, hash_prompts, pad_text
+from vae import DCAE, PixelAE, find_model
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 CACHE_BYTES = 512 * 2**20  # decoded photos that a data set keeps in memory, per worker; the rest is read again
@@ -272,6 +274,39 @@ def collate(items):
             return item
     batch = {key: torch.stack([item[key] for item in items]) for key in ("clean", "condition")}
     return batch | {"caption": [item["caption"] for item in items]}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What stands around the transformer: pixels become latents, captions become embeddings.
+
+class Prompts:
+    """Captions to text embeddings. folder: a pretrained model's, whose Gemma encodes each distinct caption once and is
+    then freed again; None: hash_prompts."""
+
+    def __init__(self, folder=None, device="cpu"):
+        self.folder, self.device, self.known = folder, device, {}
+
+    def prepare(self, captions):
+        """Encode those that are new. To be called once with all captions of a run: it loads the encoder."""
+        new = sorted(set(captions) - self.known.keys())
+        if new and self.folder:
+            dtype = torch.float32 if self.device == "cpu" else None  # a CPU is slow in bf16
+            gemma = Gemma2.from_pretrained(self.folder / "text_encoder", dtype).to(self.device)
+            rows = encode_prompts(GemmaTokenizer(self.folder / "tokenizer"), gemma, new)
+            self.known.update(zip(new, (row.float().cpu() for row in rows)))
+
+    def __call__(self, captions):
+        """-> text [B, L, D], text_mask [B, L]."""
+        self.prepare(captions)
+        return pad_text([self.known[caption] for caption in captions]) if self.folder else hash_prompts(captions)
+
+
+def build_surroundings(config, device):
+    """-> (autoencoder, Prompts) for the "model" of a config.json."""
+    if config["autoencoder"]:
+        return PixelAE(**config["autoencoder"]), Prompts()
+    folder = find_model(config["name"])
+    return DCAE.from_pretrained(folder / "vae", torch.float32).to(device), Prompts(folder, device)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ RANGES = {
 DEFAULT_DEGRADATIONS = ("gaussian_noise", "poisson_noise", "jpeg", "gaussian_blur", "downscale")
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """What is wrong, where, and what to do about it, in one line. Scripts print it and exit with status 2."""
 
 

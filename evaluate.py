@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import PICTURES, CsvPairs, PairedDataset, list_images, seed_for, to_image, to_tensor
+from data import PICTURES, CsvPairs, PairedDataset, build_surroundings, list_images, seed_for, to_image, to_tensor
 from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, label_tiles, make_folder, open_image, parse_degradations,
                      run_script, save_image, write_csv, write_text)
-from model import build_restorer, hash_prompts, load_weights, sample
-from vae import PixelAE, pad_to_multiple
+from model import load_restorer, sample
+from vae import PixelAE, in_tiles, pad_to_multiple
 
 # ----------------------------------------------------------------------------------------------------------------
 # Metrics. Both images [B, 3, H, W] in [-1, 1]; one float64 value per image.
@@ -56,16 +56,6 @@ def ssim(a, b):
 # ----------------------------------------------------------------------------------------------------------------
 # Restoring.
 
-def find_checkpoint(path):
-    """A checkpoint folder, from its own path or from that of its run (whose file `latest` names it)."""
-    path = Path(path)
-    latest = path / "latest"
-    folder = path / latest.read_text(errors="replace").strip() if latest.is_file() else path
-    if not (folder / "config.json").is_file() or not (folder / "ema.safetensors").is_file():
-        raise UserError(f"{path}: no checkpoint here; give a run folder (with the file latest) or one of its step folders")
-    return folder
-
-
 def check_device(name):
     """name, if this machine has that torch device. Raises UserError if not."""
     try:
@@ -74,59 +64,39 @@ def check_device(name):
         raise UserError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from None
 
 
-def load_restorer(checkpoint, device="cpu"):
-    """-> (Restorer with the EMA weights, autoencoder). Raises UserError for anything that does not fit."""
-    folder = find_checkpoint(checkpoint)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        restorer = load_weights(build_restorer(config["model"]), folder / "ema.safetensors")
-        autoencoder = PixelAE(**config["model"]["autoencoder"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
-    return restorer.to(device).eval(), autoencoder
-
-
-TILE, OVERLAP = 1024, 64  # pixels: larger pictures are restored in tiles, so that memory stays bounded (1 GB)
+TILE, OVERLAP = 1024, 64  # pixels: the tiny preset restores larger pictures in tiles, so that memory stays bounded (1 GB)
 
 
 @torch.no_grad()
-def restore(restorer, autoencoder, pixels, captions, steps=1, seed=0):
+def restore(restorer, autoencoder, prompts, pixels, captions, steps=1, seed=0, sampler="euler"):
     """Degraded pixels [B, 3, H, W] in [-1, 1] of any size, and a caption each -> restored pixels, clipped to [-1, 1].
     The noise depends on the seed and the image size alone: an image comes out the same whatever is beside it."""
     height, width = pixels.shape[2:]
     f = autoencoder.factor
-    pixels = pad_to_multiple(pixels, f)
+    pixels = pad_to_multiple(pixels, f * restorer.sana.config["patch_size"])
     generator = torch.Generator().manual_seed(seed_for(seed, 0, "restore"))
     noise = torch.randn(autoencoder.channels, *(side // f for side in pixels.shape[2:]), generator=generator).to(pixels)
-    text, text_mask = (t.to(pixels.device) for t in hash_prompts(captions))
-    total, weights = torch.zeros_like(pixels), torch.zeros_like(pixels[:1, :1])
-    for top in tile_starts(pixels.shape[2]):
-        for left in tile_starts(pixels.shape[3]):
-            at = (..., slice(top, top + TILE), slice(left, left + TILE))
-            condition = autoencoder.encode(pixels[at])
-            tile_noise = noise[..., top // f:(top + TILE) // f, left // f:(left + TILE) // f].expand_as(condition)
-            tile = autoencoder.decode(sample(restorer, condition, text, text_mask, tile_noise, steps))
-            weight = ramp(tile.shape[2]).to(pixels)[:, None] * ramp(tile.shape[3]).to(pixels)
-            total[at] += weight * tile
-            weights[at] += weight
-    return (total / weights)[..., :height, :width].clamp(-1, 1)
+    text, text_mask = (t.to(pixels.device) for t in prompts(captions))
+
+    def part(at):
+        condition = autoencoder.encode(pixels[at])                          # [B, C, h, w]
+        rows, columns = (slice(side.start // f, side.stop // f) for side in at[1:])
+        start = noise[:, rows, columns].expand_as(condition)
+        return autoencoder.decode(sample(lambda x, timestep: restorer(x, condition, timestep, text, text_mask), start, steps, sampler))
+    # latents are small: the whole picture goes through the transformer at once, and only the autoencoder makes tiles
+    tile = TILE if isinstance(autoencoder, PixelAE) else max(pixels.shape[2:])
+    return in_tiles(part, pixels.shape[2:], tile, OVERLAP)[..., :height, :width].clamp(-1, 1)
 
 
-def tile_starts(length):
-    """Where tiles that overlap by at least OVERLAP begin, the last one ending at length."""
-    return [0] if length <= TILE else [*range(0, length - TILE, TILE - OVERLAP), length - TILE]
+def default_steps(restorer):
+    """A network that predicts the clean image does so in one step; a pretrained one was trained to walk."""
+    return 1 if restorer.prediction == "residual" else 20
 
 
-def ramp(length):
-    """Weights that rise over OVERLAP pixels from either end, to blend neighbouring tiles."""
-    i = torch.arange(length)
-    return torch.minimum(i + 1, length - i).clamp(max=OVERLAP) / OVERLAP
-
-
-def restore_image(image, restorer, autoencoder, caption, steps, seed):
+def restore_image(image, caption, **how):
     """A picture as open_image gives it -> the restored one, grey if it was grey, with its transparency."""
-    device = next(restorer.parameters()).device
-    pixels = restore(restorer, autoencoder, to_tensor(image)[None].to(device), [caption], steps, seed)
+    device = next(how["restorer"].parameters()).device
+    pixels = restore(pixels=to_tensor(image)[None].to(device), captions=[caption], **how)
     restored = to_image(pixels[0]).convert(image.mode.rstrip("A"))
     if "A" in image.mode:
         restored.putalpha(image.getchannel("A"))
@@ -166,16 +136,17 @@ def score(clean, image):
             "ssim": ssim(image[None], clean[None]).item() if min(clean.shape[1:]) >= 11 else math.nan}
 
 
-def evaluate_pairs(dataset, names, restorer, autoencoder, steps, seed, prompt=None, quiet=False):
-    """prompt: instead of each pair's own caption.
+def evaluate_pairs(dataset, names, prompt=None, quiet=False, **how):
+    """prompt: instead of each pair's own caption. how: the arguments of restore.
     -> rows [{"image", "input_psnr", "restored_psnr", "input_ssim", "restored_ssim"}], and of the first eight images
     the labelled pictures [[("degraded ...", PIL), ("restored ...", PIL), ("clean", PIL)]]."""
-    device = next(restorer.parameters()).device
+    device = next(how["restorer"].parameters()).device
+    captions = [dataset.plan(i)[2] if prompt is None else prompt for i in range(len(dataset))]
+    how["prompts"].prepare(captions)
     rows, pictures = [], []
     for i in (bar := tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)):
         item = dataset.draw(i)
-        caption = item["caption"] if prompt is None else prompt
-        pixels = restore(restorer, autoencoder, item["condition"][None].to(device), [caption], steps, seed)[0].cpu()
+        pixels = restore(pixels=item["condition"][None].to(device), captions=[captions[i]], **how)[0].cpu()
         before, after = score(item["clean"], item["condition"]), score(item["clean"], pixels)
         rows.append({"image": names[i], "input_psnr": before["psnr"], "restored_psnr": after["psnr"],
                      "input_ssim": before["ssim"], "restored_ssim": after["ssim"]})
@@ -216,11 +187,11 @@ def draw_grid(pictures, tile=256):
     return label_tiles(tiles, columns=len(pictures[0]) * (1 + (len(pictures) > 4)))
 
 
-def measure(args, **how):
+def measure(args, prompt, **how):
     """--data: scores, table, scores.csv, scores.json, grid.png."""
     source, out = CsvPairs(args.data), make_folder(args.output or "out/evaluation")
     dataset = PairedDataset(source, None, parse_degradations(args.degradations), training=False, seed=args.seed)
-    rows, pictures = evaluate_pairs(dataset, [os.path.relpath(row[1], source.path.parent) for row in source.rows], **how)
+    rows, pictures = evaluate_pairs(dataset, [os.path.relpath(row[1], source.path.parent) for row in source.rows], prompt, **how)
     means = mean_of(rows)
     print_table(rows, means)
     save_image(draw_grid(pictures), out / "grid.png")
@@ -228,7 +199,7 @@ def measure(args, **how):
     # JSON has neither inf nor nan: null
     for row in rows + [means]:
         row.update({k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)})
-    flags = {key: getattr(args, key) for key in ("checkpoint", "data", "degradations", "steps", "seed", "prompt")}
+    flags = {key: getattr(args, key) for key in ("checkpoint", "data", "degradations", "steps", "sampler", "seed", "prompt")}
     report = flags | {"mean": means, "images": rows}
     write_text(out / "scores.json", json.dumps(report, indent=1))
     print(f"{out}/scores.csv, scores.json, grid.png (sampling steps: {how['steps']})")
@@ -245,7 +216,9 @@ def main():
                         '(default: "" for --input, the captions of --data)')
     parser.add_argument("--degradations", nargs="+", default=DEFAULT_DEGRADATIONS, metavar="NAME",
                         help="for rows of --data without a condition image: what to degrade them with")
-    parser.add_argument("--steps", type=int, default=1, help="sampling steps (default 1: best PSNR; more: more texture)")
+    parser.add_argument("--steps", type=int, help="sampling steps; 1: best PSNR, more: more texture (default: 1 for the tiny "
+                        "preset, 20 for pretrained models)")
+    parser.add_argument("--sampler", choices=["euler", "dpm"], default="euler", help="dpm: DPM-Solver++ 2M (default euler)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise and of degradations made here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
     args = parser.parse_args()
@@ -253,10 +226,13 @@ def main():
         raise UserError("give either --input (pictures to restore) or --data (pairs to measure on)")
     if args.input and not args.output:
         raise UserError("--input needs --output: where to write the restored picture")
-    if args.steps < 1:
+    if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps {args.steps}: at least 1")
-    restorer, autoencoder = load_restorer(args.checkpoint, check_device(args.device))
-    how = {"restorer": restorer, "autoencoder": autoencoder, "steps": args.steps, "seed": args.seed}
+    restorer, config = load_restorer(args.checkpoint)
+    autoencoder, prompts = build_surroundings(config, check_device(args.device))
+    args.steps = args.steps or default_steps(restorer)
+    how = {"restorer": restorer.to(args.device), "autoencoder": autoencoder, "prompts": prompts, "steps": args.steps,
+           "seed": args.seed, "sampler": args.sampler}
     if args.input:
         restore_files(args.input, args.output, caption=args.prompt or "", **how)
     else:

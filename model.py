@@ -1,5 +1,7 @@
 """SANA, the flow-matching linear-attention transformer, and what turns it into an image restorer.
 
+    python model.py export out/RUN restorer/     a trained restorer as diffusers' SanaTransformer2DModel reads it
+
 Papers: SANA (arXiv 2410.10629), SANA 1.5 (2501.18427), flow matching / rectified flow (2210.02747, 2209.03003).
 
 Letters used in the shape comments:
@@ -12,13 +14,21 @@ and the velocity is dx/dsigma = noise - x0. (Some texts name the clean fraction 
 walked the other way. Mixing the two trains against the pretrained weights.)
 """
 import hashlib
+import heapq
+import json
 import math
+import re
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
+
+from degrade import Parser, UserError, make_folder, run_script, write_text
+from vae import GLUMBConv, load_pretrained, load_weights, read_config, read_json, save_weights
 
 # ----------------------------------------------------------------------------------------------------------------
 # The transformer. Module and parameter names are those of the diffusers checkpoints, so weights load by name.
@@ -26,11 +36,11 @@ from torch import nn
 SANA_DEFAULTS = dict(  # what a missing key of config.json means, as diffusers has it
     in_channels=32, out_channels=32, num_attention_heads=70, attention_head_dim=32, num_layers=20,
     num_cross_attention_heads=20, cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304,
-    mlp_ratio=2.5, attention_bias=False, patch_size=1, norm_eps=1e-6, qk_norm=None)
-# keys that do not change the network, and values of others that this file does not build
-SANA_IGNORED = {"sample_size", "dropout", "guidance_embeds_scale"}
-SANA_REFUSED = {"guidance_embeds": (False,), "interpolation_scale": (None,), "timestep_scale": (1.0,),
-                "norm_elementwise_affine": (False,), "qk_norm": (None, "rms_norm_across_heads"), "patch_size": (1,)}
+    mlp_ratio=2.5, attention_bias=False, sample_size=32, patch_size=1, norm_eps=1e-6, interpolation_scale=None, qk_norm=None,
+    timestep_scale=1.0)
+# keys that do not change the network, and values of others that this file builds
+SANA_IGNORED = ("dropout", "guidance_embeds_scale")
+SANA_BUILT = {"guidance_embeds": (False,), "norm_elementwise_affine": (False,), "qk_norm": (None, "rms_norm_across_heads")}
 
 
 class LinearAttention(nn.Module):
@@ -83,26 +93,6 @@ class CrossAttention(nn.Module):
         return self.to_out[0](out.transpose(1, 2).flatten(2))               # [B, N, D]
 
 
-class GLUMBConv(nn.Module):
-    """The gated feed-forward part, Mix-FFN in SANA's section 2.2 (the class name is the checkpoint's): 1x1 convolution,
-    3x3 depthwise convolution, gate, 1x1 convolution. The 3x3 is the transformer's only sense of place. Tokens stay
-    [B, N, C], which is the channels-last image: the 1x1 convolutions are then plain matrix products and the depthwise
-    one needs no copy."""
-
-    def __init__(self, dim, ratio):
-        super().__init__()
-        hidden = int(ratio * dim)
-        self.conv_inverted = nn.Conv2d(dim, hidden * 2, 1)
-        self.conv_depth = nn.Conv2d(hidden * 2, hidden * 2, 3, padding=1, groups=hidden * 2)
-        self.conv_point = nn.Conv2d(hidden, dim, 1, bias=False)
-
-    def forward(self, x, grid):                                             # [B, N, D], (H, W)
-        x = F.silu(F.linear(x, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias))
-        x = self.conv_depth(x.unflatten(1, grid).permute(0, 3, 1, 2))       # [B, 2*hidden, H, W]
-        x, gate = x.permute(0, 2, 3, 1).flatten(1, 2).chunk(2, dim=2)       # [B, N, hidden] each
-        return F.linear(x * F.silu(gate), self.conv_point.weight.flatten(1))  # [B, N, D]
-
-
 class SanaBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -127,12 +117,28 @@ def modulate(x, shift, scale, eps):
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, channels, dim):
+    """Patches of patch x patch latents to tokens. The 512 and 1024 px models have no position embedding, the 2K and 4K ones
+    add fixed sines and cosines (scale = interpolation_scale), stretched so that any grid spans 0 to base / scale."""
+
+    def __init__(self, channels, dim, patch=1, base=None, scale=None):
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, 1)
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.base, self.scale = base, scale
 
     def forward(self, x):                                                   # [B, C, H, W]
-        return self.proj(x).flatten(2).transpose(1, 2)                      # [B, N, D]
+        x = self.proj(x)                                                    # [B, D, H, W]
+        if self.scale is not None:
+            rows, columns = (self._waves(n, x) for n in x.shape[2:])        # [D/2, H], [D/2, W]
+            columns, rows = columns[:, None].expand(-1, x.shape[2], -1), rows[:, :, None].expand(-1, -1, x.shape[3])
+            x = (x + torch.cat([columns, rows])).to(x.dtype)
+        return x.flatten(2).transpose(1, 2)                                 # [B, N, D]
+
+    def _waves(self, n, x):
+        at = torch.arange(n, device=x.device).float() / (n / self.base) / self.scale
+        quarter = x.shape[1] // 4
+        frequency = 10000 ** -(torch.arange(quarter, device=x.device).double() / quarter)
+        angle = frequency[:, None] * at.double()                            # [D/4, n]
+        return torch.cat([angle.sin(), angle.cos()]).float()                # [D/2, n]
 
 
 class MLP(nn.Module):
@@ -166,37 +172,43 @@ class Sana(nn.Module):
     """The SANA transformer: noisy latent, timestep and caption in, velocity out.
 
     config: the keys of the checkpoint's transformer/config.json (SANA_DEFAULTS where one is missing).
-    Raises ValueError for a key or value that this file does not build.
+    Raises UserError for a key or value that this file does not build.
     """
+    CLASS = "SanaTransformer2DModel"
 
     def __init__(self, config):
         super().__init__()
-        unknown = [k for k in config if k not in SANA_DEFAULTS | SANA_REFUSED and k not in SANA_IGNORED and k[0] != "_"]
-        refused = [k for k, built in SANA_REFUSED.items() if config.get(k, built[0]) not in built]
-        if unknown or refused:
-            raise ValueError(f"SANA config: {', '.join(f'{k}={config[k]!r}' for k in unknown + refused)} is not supported")
-        self.config = c = SANA_DEFAULTS | {k: v for k, v in config.items() if k in SANA_DEFAULTS}
+        self.config = c = read_config("SANA", config, SANA_DEFAULTS, SANA_IGNORED, SANA_BUILT)
+        c["out_channels"] = c["out_channels"] or c["in_channels"]
         dim = c["num_attention_heads"] * c["attention_head_dim"]
-        self.patch_embed = PatchEmbed(c["in_channels"], dim)
+        self.patch_embed = PatchEmbed(c["in_channels"], dim, c["patch_size"], c["sample_size"] // c["patch_size"],
+                                      c["interpolation_scale"])
         self.time_embed = TimeEmbed(dim)
         self.caption_projection = MLP(c["caption_channels"], dim, lambda t: F.gelu(t, approximate="tanh"))
         self.caption_norm = nn.RMSNorm(dim, eps=1e-5)
         self.transformer_blocks = nn.ModuleList([SanaBlock(c) for _ in range(c["num_layers"])])
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
-        self.proj_out = nn.Linear(dim, c["out_channels"])
+        self.proj_out = nn.Linear(dim, c["patch_size"] ** 2 * c["out_channels"])
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None):
+        return load_pretrained(cls, folder, dtype)
 
     def forward(self, latents, timestep, text, text_mask=None):
         """latents [B, C, H, W], timestep [B] = 1000 * sigma, text [B, L, caption_channels], text_mask [B, L] (True =
-        a real token; None = all are) -> velocity [B, C_out, H, W]."""
-        grid = latents.shape[2:]
+        a real token; None = all are) -> velocity [B, C_out, H, W]. H and W are multiples of patch_size."""
+        patch = self.config["patch_size"]
+        grid = latents.shape[2] // patch, latents.shape[3] // patch
         x = self.patch_embed(latents)                                       # [B, N, D]
-        modulation, embedding = self.time_embed(timestep)                   # [B, 6, D], [B, D]
+        modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])  # [B, 6, D], [B, D]
         text = self.caption_norm(self.caption_projection(text))             # [B, L, D]
         for block in self.transformer_blocks:
             x = block(x, modulation, text, text_mask, grid)                 # [B, N, D]
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
-        x = self.proj_out(modulate(x, shift, scale, 1e-6))                  # [B, N, C_out]
-        return x.transpose(1, 2).unflatten(2, grid)                         # [B, C_out, H, W]
+        x = self.proj_out(modulate(x, shift, scale, 1e-6)).transpose(1, 2)  # [B, patch^2*C_out, N]
+        if patch > 1:  # the checkpoint has the channel last, pixel_shuffle wants it first
+            x = x.unflatten(1, (patch**2, -1)).transpose(1, 2).flatten(1, 2)
+        return F.pixel_shuffle(x.unflatten(2, grid), patch)                 # [B, C_out, H, W]
 
     def initialize(self, generator):
         """Fill every weight for training from scratch: Xavier matrices, zero biases, no modulation (gates 1, shifts and
@@ -244,9 +256,11 @@ class Restorer(nn.Module):
                 self.projection.weight.copy_(torch.eye(channels, 2 * channels)[:, :, None, None])
             elif conditioning == "widen":
                 old = sana.patch_embed.proj
-                sana.patch_embed = PatchEmbed(2 * channels, old.out_channels)
-                sana.patch_embed.proj.weight.copy_(torch.cat([old.weight, torch.zeros_like(old.weight)], 1))
-                sana.patch_embed.proj.bias.copy_(old.bias)
+                if old.in_channels == channels:  # an exported restorer is widened already
+                    new = nn.Conv2d(2 * channels, old.out_channels, old.kernel_size, old.stride, device=old.weight.device)
+                    new.weight.copy_(torch.cat([old.weight, torch.zeros_like(old.weight)], 1))
+                    new.bias.copy_(old.bias)
+                    sana.patch_embed.proj = new.to(old.weight.dtype)
             else:
                 raise ValueError(f"conditioning {conditioning!r}: projection or widen")
         if prediction not in ("velocity", "residual"):
@@ -318,15 +332,45 @@ def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise, mean_weigh
 
 
 @torch.no_grad()
-def sample(restorer, condition, text, text_mask, noise, steps, shift=SHIFT):
-    """Euler's method along dx/dsigma = velocity from sigma = 1 (noise) to 0. One step gives x0 as predicted from pure
-    noise, the mean of all clean images that fit the condition: the best PSNR. More steps settle on one of them.
-    condition, noise [B, C, H, W] -> [B, C, H, W]."""
-    x, sigmas = noise, shift_sigma(torch.linspace(1, 0, steps + 1), shift).tolist()
+def sample(velocity, noise, steps, sampler="euler", shift=SHIFT):
+    """Follow dx/dsigma = velocity(x, timestep) from noise at sigma = 1 to an image at 0. noise [B, C, H, W] -> the same shape.
+
+    "euler": one step gives x0 as predicted from pure noise, the mean of all clean images that fit the condition: the best
+    PSNR. More steps settle on one of them. Its sigmas are linspace(1, 0, steps + 1), shifted. (diffusers' Euler scheduler
+    shifts its smallest sigma twice: at 5 steps its timesteps are 1000, 900, 751, 503, 9, and the last does nothing.)
+    "dpm": DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) as SANA was published with: it starts at sigma 0.999, and the
+    network sees whole timesteps.
+    """
+    if sampler not in ("euler", "dpm"):
+        raise ValueError(f"sampler {sampler!r}: euler or dpm")
+    x, x0_before, log_snr_before = noise, None, None
+    sigmas = shift_sigma(torch.linspace(1 if sampler == "euler" else 0.999, 0, steps + 1, dtype=torch.float64), shift).tolist()
     for sigma, following in zip(sigmas, sigmas[1:]):
-        timestep = torch.full((len(x),), 1000 * sigma, device=x.device)
-        x = x + (following - sigma) * restorer(x, condition, timestep, text, text_mask)
+        timestep = 1000 * sigma if sampler == "euler" else int(1000 * sigma)
+        v = velocity(x, torch.full((len(x),), timestep, device=x.device, dtype=torch.float32))
+        if sampler == "euler":
+            x = x + (following - sigma) * v
+            continue
+        x0 = x - sigma * v
+        log_snr, target = math.log((1 - sigma) / sigma), x0
+        if x0_before is not None and following > 0:  # extrapolate x0 to the middle of the step, in log SNR
+            step = math.log((1 - following) / following) - log_snr
+            target = x0 + 0.5 * step / (log_snr - log_snr_before) * (x0 - x0_before)
+        ratio = following / sigma
+        x, x0_before, log_snr_before = ratio * x + (1 - ratio) * target, x0, log_snr
     return x
+
+
+def guided(predict, prompt, empty, guidance=1.0):
+    """Classifier-free guidance (arXiv 2207.12598): the velocity, moved away from that of the empty prompt.
+    predict(x, timestep, text, text_mask); prompt, empty: (text, text_mask) -> velocity(x, timestep) for sample."""
+    def velocity(x, timestep):
+        v = predict(x, timestep, *prompt)
+        if guidance == 1:
+            return v
+        unconditional = predict(x, timestep, *empty)
+        return unconditional + guidance * (v - unconditional)
+    return velocity
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -341,30 +385,249 @@ def hash_prompts(prompts):
         words = [""] + "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
         digests = torch.tensor([list(hashlib.sha256(word.encode()).digest()) for word in words])  # [L, 32] bytes
         rows.append((digests[:, :, None] >> torch.arange(8) & 1).flatten(1).float() * 2 - 1)      # [L, 256]
+    return pad_text(rows)
+
+
+def pad_text(rows):
+    """[[L, D]] of several lengths -> text [B, longest L, D], text_mask [B, longest L] bool."""
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
     text = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return text, torch.arange(text.shape[1]) < lengths[:, None]
+    return text, torch.arange(text.shape[1], device=text.device) < lengths[:, None]
+
+
+class GemmaTokenizer:
+    """Byte-pair encoding as tokenizer.json of Gemma describes it: added tokens are cut out of the text first, in what
+    remains a space becomes "\u2581", characters become tokens (bytes where the vocabulary lacks one), and neighbours
+    merge, the pair that was learnt first before all others. Raises UserError for a file that asks for anything else."""
+
+    def __init__(self, folder):
+        path = Path(folder) / "tokenizer.json"
+        spec = read_json(path)
+        try:
+            model, added = spec["model"], spec.get("added_tokens") or []
+            self.vocab = model["vocab"]
+            merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+            # (left id, right id) -> (rank, merged id)
+            self.merges = {(self.vocab[a], self.vocab[b]): (rank, self.vocab[a + b]) for rank, (a, b) in enumerate(merges)}
+            self.bytes = [self.vocab[f"<0x{byte:02X}>"] for byte in range(256)]
+            self.added = {token["content"]: token["id"] for token in added}
+            self.bos = self.added["<bos>"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a tokenizer of Gemma's kind: {error!r}") from None
+        split = spec.get("pre_tokenizer")  # splitting at spaces does nothing once there are none left
+        other = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges") if model.get(key)]
+        other += [f"added token {t['content']!r}" for t in added if any(t.get(k) for k in ("lstrip", "rstrip", "single_word", "normalized"))]
+        if spec.get("normalizer") != {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
+            other.append("normalizer")
+        if split and (split["type"], split.get("pattern")) != ("Split", {"String": " "}):
+            other.append("pre_tokenizer")
+        if other or model.get("type") != "BPE":
+            raise UserError(f"{path}: not a tokenizer of Gemma's kind: {', '.join(other) or model.get('type')} is not supported")
+        longest_first = sorted(filter(None, self.added), key=len, reverse=True)
+        self.pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def encode(self, text):
+        """text -> [<bos>, ...] token ids."""
+        ids = [self.bos]
+        for i, part in enumerate(self.pattern.split(text)):
+            ids += [self.added[part]] if i % 2 else self._merge(part.replace(" ", "\u2581"))
+        return ids
+
+    def _merge(self, text):
+        ids = []
+        for character in text:
+            known = self.vocab.get(character)
+            ids += [self.bytes[byte] for byte in character.encode("utf-8", "replace")] if known is None else [known]
+        # a linked list of tokens, and a heap of the possible merges; a merge that another overtook is skipped
+        before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
+        heap = [(*self.merges[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in self.merges]
+        heap = [(rank, i, merged) for rank, merged, i in heap]
+        heapq.heapify(heap)
+        while heap:
+            _, i, merged = heapq.heappop(heap)
+            j = after[i]
+            if ids[i] is None or j >= len(ids) or self.merges.get((ids[i], ids[j]), (0, None))[1] != merged:
+                continue
+            ids[i], ids[j], after[i] = merged, None, after[j]
+            if after[i] < len(ids):
+                before[after[i]] = i
+            for left, right in ((before[i], i), (i, after[i])):
+                if left >= 0 and right < len(ids) and (ids[left], ids[right]) in self.merges:
+                    rank, merged = self.merges[ids[left], ids[right]]
+                    heapq.heappush(heap, (rank, left, merged))
+        return [token for token in ids if token is not None]
+
+
+GEMMA_DEFAULTS = dict(vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+                      num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6, query_pre_attn_scalar=256,
+                      attn_logit_softcapping=50.0, sliding_window=4096, rope_theta=10000.0)
+GEMMA_BUILT = {"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,), "use_bidirectional_attention": (None, False)}
+
+
+class GemmaNorm(nn.Module):
+    """RMS norm. The weight is stored as its distance from 1, and multiplied in fp32 before the cast back to bf16."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), self.eps).type_as(x)
+
+
+class GemmaLayer(nn.Module):
+    """Attention and feed-forward, each between two norms."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c, dim, hidden, eps = c, c["hidden_size"], c["intermediate_size"], c["rms_norm_eps"]
+        queries, keys = (c[name] * c["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+        self.self_attn = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in {
+            "q_proj": (dim, queries), "k_proj": (dim, keys), "v_proj": (dim, keys), "o_proj": (queries, dim)}.items()})
+        self.mlp = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in {
+            "gate_proj": (dim, hidden), "up_proj": (dim, hidden), "down_proj": (hidden, dim)}.items()})
+        self.input_layernorm, self.post_attention_layernorm = GemmaNorm(dim, eps), GemmaNorm(dim, eps)
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = GemmaNorm(dim, eps), GemmaNorm(dim, eps)
+
+    def forward(self, x, cos, sin, allowed):                                # [B, L, D], 2 * [L, d], [B, 1, L, L]
+        def rotate(t):  # by position: the halves of each head are the two coordinates (RoFormer, arXiv 2104.09864)
+            a, b = t.chunk(2, dim=3)
+            return t * cos + torch.cat([-b, a], 3) * sin
+        normed = self.input_layernorm(x)
+        q, k, v = (self.self_attn[name](normed).unflatten(2, (-1, self.c["head_dim"])).transpose(1, 2)
+                   for name in ("q_proj", "k_proj", "v_proj"))              # [B, h, L, d], keys and values of fewer h
+        q, k = rotate(q), rotate(k)
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        logits = q @ k.transpose(2, 3) * self.c["query_pre_attn_scalar"] ** -0.5
+        if cap := self.c["attn_logit_softcapping"]:
+            logits = torch.tanh(logits / cap) * cap
+        weights = logits.masked_fill(~allowed, -math.inf).softmax(3, dtype=torch.float32).to(q.dtype)
+        x = x + self.post_attention_layernorm(self.self_attn["o_proj"]((weights @ v).transpose(1, 2).flatten(2)))
+        normed = self.pre_feedforward_layernorm(x)
+        gate = F.gelu(self.mlp["gate_proj"](normed), approximate="tanh")
+        return x + self.post_feedforward_layernorm(self.mlp["down_proj"](gate * self.mlp["up_proj"](normed)))
+
+
+class Gemma2(nn.Module):
+    """The body of the Gemma-2 language model (arXiv 2408.00118), whose last hidden state is SANA's text embedding."""
+    CLASS, PREFIX = "Gemma2", "model."  # some files were saved with the language-model head's wrapper around the body
+
+    def __init__(self, config):
+        super().__init__()
+        config = {"rope_theta": 10000.0} | (config.get("rope_parameters") or {}) | config
+        if config.get("rope_type", "default") != "default":
+            raise UserError(f"Gemma config: rope_type={config['rope_type']!r} is not supported")
+        # the other keys of its config are about generating and saving
+        self.c = c = read_config("Gemma", {k: v for k, v in config.items() if k in GEMMA_DEFAULTS | GEMMA_BUILT},
+                                 GEMMA_DEFAULTS, built=GEMMA_BUILT)
+        self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
+        self.layers = nn.ModuleList([GemmaLayer(c) for _ in range(c["num_hidden_layers"])])
+        self.norm = GemmaNorm(c["hidden_size"], c["rms_norm_eps"])
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None):
+        return load_pretrained(cls, folder, dtype)
+
+    def forward(self, ids, mask):
+        """ids, mask (True = a real token) [B, L], padded on the right -> [B, L, D]. Raises ValueError beyond the sliding
+        window, which every second layer would have."""
+        length = ids.shape[1]
+        if length > self.c["sliding_window"]:
+            raise ValueError(f"a prompt of {length} tokens; at most {self.c['sliding_window']}")
+        x = self.embed_tokens(ids)
+        x = x * torch.tensor(self.c["hidden_size"] ** 0.5, dtype=x.dtype)   # rounded to bf16 first, as it was trained
+        half = self.c["head_dim"] // 2
+        frequency = self.c["rope_theta"] ** -(torch.arange(half, device=x.device).float() / half)
+        angle = torch.arange(length, device=x.device)[:, None] * frequency.repeat(2)  # [L, d]
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        allowed = torch.ones(length, length, dtype=torch.bool, device=x.device).tril() & mask.bool()[:, None, None]
+        for layer in self.layers:
+            x = layer(x, cos, sin, allowed)                                 # [B, L, D]
+        return self.norm(x)
+
+
+# What SANA's prompts were preceded by in its training, word for word (the text is the model authors').
+INSTRUCTION = """\
+Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for image generation. Evaluate the level of detail in the user prompt:
+- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial relationships to create vivid and concrete scenes.
+- If the prompt is already detailed, refine and enhance the existing details slightly without overcomplicating.
+Here are examples of how to transform or refine prompts:
+- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping peacefully on a warm sunny windowsill, surrounded by pots of blooming red flowers.
+- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street lamps, a diverse crowd of people in colorful clothing, and a double-decker bus passing by towering glass skyscrapers.
+Please generate only the enhanced description for the prompt below and avoid including any additional commentary or evaluations:
+User Prompt: """
+
+
+@torch.no_grad()
+def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
+    """SANA's text conditioning -> for each prompt a [L, D] of L <= length tokens. A prompt follows the instruction, of
+    whose tokens only the first and the last are kept; the empty one, for guidance and dropout, stands alone. Nothing
+    is padded up to length: cross-attention gives padding a weight of exactly 0."""
+    head, device, rows = len(tokenizer.encode(INSTRUCTION)), gemma.norm.weight.device, []
+    for start in tqdm(range(0, len(prompts), batch_size), unit="batch", desc="prompts", disable=len(prompts) <= batch_size):
+        batch = [prompt.lower().strip() for prompt in prompts[start:start + batch_size]]
+        ids = [tokenizer.encode(INSTRUCTION + prompt if prompt else "") for prompt in batch]
+        for prompt, row in zip(batch, ids):
+            if len(row) > head + length - 2:
+                print(f"the prompt {prompt[:40]!r}... is cut to {length - 2} tokens", file=sys.stderr)
+        ids = [torch.tensor(row[:head + length - 2], device=device) for row in ids]
+        mask = pad_text([torch.ones(len(row), 1, device=device) for row in ids])[1]
+        hidden = gemma(nn.utils.rnn.pad_sequence(ids, batch_first=True), mask)  # [B, L, D]
+        for prompt, row, states in zip(batch, ids, hidden):
+            states = states[:len(row)]
+            rows.append(torch.cat([states[:1], states[head - 1:]]) if prompt else states)
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Weight files.
+# Checkpoints of train.py, and export.
 
-def save_weights(tensors, path):
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+def find_checkpoint(path):
+    """A checkpoint folder, from its own path or from that of its run (whose file `latest` names it)."""
+    path = Path(path)
+    latest = path / "latest"
+    folder = path / latest.read_text(errors="replace").strip() if latest.is_file() else path
+    if not (folder / "config.json").is_file() or not (folder / "ema.safetensors").is_file():
+        raise UserError(f"{path}: no checkpoint here; give a run folder (with the file latest) or one of its step folders")
+    return folder
 
 
-def load_weights(module, path):
-    """Fill module from a safetensors file. Raises ValueError that names the first tensor which is missing, left over
-    or of another shape; nothing is filled then."""
+def load_restorer(checkpoint, weights="ema"):
+    """-> (Restorer, "model" of the checkpoint's config.json). Raises UserError for anything that does not fit."""
+    folder = find_checkpoint(checkpoint)
+    config = read_json(folder / "config.json")
     try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot read these weights: {error}") from None
-    expected = module.state_dict()
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found or name not in expected:
-            raise ValueError(f"{path}: {'missing' if name not in found else 'unexpected'} tensor {name}")
-        if found[name].shape != expected[name].shape:
-            raise ValueError(f"{path}: {name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}")
-    module.load_state_dict(found)
-    return module
+        with torch.device("meta"):
+            restorer = build_restorer(config["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
+    return load_weights(restorer, folder / f"{weights}.safetensors").eval(), config["model"]
+
+
+def export(checkpoint, out, weights="ema"):
+    """Write a trained restorer as diffusers' SanaTransformer2DModel reads it: in_channels = 2C, the latent and then the
+    condition. The projection P in front of the patch embedding W is one linear map with it: W(Px) = (WP)x."""
+    restorer, config = load_restorer(checkpoint, weights)
+    tensors, sana = restorer.sana.state_dict(), restorer.sana.config
+    if restorer.conditioning == "projection":
+        product = torch.einsum("dcyx,ck->dkyx", tensors["patch_embed.proj.weight"].double(), restorer.projection.weight[:, :, 0, 0].double())
+        tensors["patch_embed.proj.weight"] = product.to(tensors["patch_embed.proj.weight"].dtype)
+    about = {"_class_name": Sana.CLASS, "_prediction": config["prediction"], "_autoencoder": config["autoencoder"]}
+    out = make_folder(out)
+    save_weights(tensors, out / "diffusion_pytorch_model.safetensors")
+    write_text(out / "config.json", json.dumps(about | sana | {"in_channels": 2 * sana["out_channels"]}, indent=1))
+    print(f"{out}: {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters, in_channels {2 * sana['out_channels']}")
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("checkpoint", help="run folder of train.py, or one of its step folders")
+    parser.add_argument("out", help="folder to write: config.json and diffusion_pytorch_model.safetensors")
+    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="the averaged weights, or the last ones")
+    args = parser.parse_args()
+    export(args.checkpoint, args.out, args.weights)
+
+
+if __name__ == "__main__":
+    run_script(main)

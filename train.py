@@ -3,6 +3,7 @@
     python train.py                                          the built-in demo: procedural images, no files needed
     python train.py --data pairs/pairs.csv                   your own pairs (see data.py)
     python train.py --data photos.csv --degradations gaussian_noise:sigma=25
+    python train.py --data pairs/pairs.csv --model sana1.5-1.6b      from pretrained SANA (the default on a GPU)
     python train.py --resume --out out/demo                  go on after Ctrl-C, as if never stopped
 
 Writes to out/RUN: config.json, log.jsonl, loss.png, samples/ (degraded | restored | clean), checkpoints step_N/.
@@ -23,12 +24,16 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CsvPairs, DeadLeaves, PairedDataset, collate, seed_for
+from data import CsvPairs, DeadLeaves, PairedDataset, build_surroundings, collate, seed_for
 from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, make_folder, parse_degradations, run_script, save_image,
                      write_text)
-from evaluate import check_device, draw_grid, evaluate_pairs, find_checkpoint, mean_of
-from model import PRESETS, build_restorer, draw_sigma, flow_loss, hash_prompts, load_weights, save_weights
-from vae import PixelAE
+from evaluate import check_device, default_steps, draw_grid, evaluate_pairs, mean_of
+from model import PRESETS, Restorer, Sana, build_restorer, draw_sigma, find_checkpoint, flow_loss
+from vae import HUB, find_model, load_weights, read_json, save_weights
+
+# flags whose default depends on the model: pixels from scratch, or latents from pretrained weights
+SCRATCH = {"lr": 5e-3, "steps": 9000, "resolution": 48, "share_at_one": 0.3}
+PRETRAINED = {"lr": 1e-5, "steps": 10000, "resolution": 512, "share_at_one": 0.0}
 
 
 def parse_args(argv=None):
@@ -40,18 +45,20 @@ def parse_args(argv=None):
     parser.add_argument("--degradations", nargs="+", default=list(DEFAULT_DEGRADATIONS), metavar="NAME",
                         help="the set to draw from, e.g. jpeg gaussian_noise:sigma=25 (default: all but color_jitter)")
     parser.add_argument("--max_degradations", type=int, default=3, help="1 to this many per image (default 3)")
-    parser.add_argument("--resolution", type=int, default=48, help="side of the training crops, in pixels (default 48)")
+    parser.add_argument("--resolution", type=int, help="side of the training crops, in pixels (default 48 for tiny, else 512)")
     parser.add_argument("--caption_dropout", type=float, default=0.1, help="share of captions replaced by the empty one")
     # the model
-    parser.add_argument("--model", choices=list(PRESETS), default="tiny", help="the only preset so far")
+    parser.add_argument("--model", help=f"tiny, trained from scratch; or a pretrained one to start from: {', '.join(HUB)}, a hub "
+                        "id, or a folder in the hub's layout (default: sana1.5-1.6b for --data on a GPU, else tiny)")
     parser.add_argument("--conditioning", choices=["projection", "widen"], help="how the degraded image enters: a 1x1 "
                         "convolution in front, or a patch embedding with twice the channels (default: the preset's)")
-    parser.add_argument("--share_at_one", type=float, default=0.3,
-                        help="share of training at sigma = 1, where one-step restoration happens (default 0.3)")
+    parser.add_argument("--share_at_one", type=float, help="share of training at sigma = 1, where one-step restoration "
+                        "happens (default 0.3 for tiny, else 0)")
     # optimization
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 9000 with --data, 2500 for the demo)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 9000 for tiny, 2500 for the demo, else 10000)")
     parser.add_argument("--batch_size", type=int, default=4, help="default 4")
-    parser.add_argument("--lr", type=float, default=5e-3, help="peak; rises for 2%% of the steps, then falls as a cosine to 0")
+    parser.add_argument("--lr", type=float, help="peak; rises for 2%% of the steps, then falls as a cosine to 0 (default 5e-3 "
+                        "for tiny, else 1e-5)")
     parser.add_argument("--proj_lr", type=float, help="for --conditioning projection, that layer's (default 10 * lr)")
     parser.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's (default 0)")
     parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
@@ -77,8 +84,12 @@ def parse_args(argv=None):
         except (ValueError, KeyError) as error:
             raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
         args = parser.parse_args(argv, Namespace(**saved | {"out": args.out}))
-    if args.steps is None:
-        args.steps = 9000 if args.data else 2500
+    if args.model is None:
+        args.model = "sana1.5-1.6b" if args.data and args.device.startswith("cuda") else "tiny"
+    scratch = args.model in PRESETS
+    for name, value in (SCRATCH | ({} if args.data else {"steps": 2500}) if scratch else PRETRAINED).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     check_args(args)
     return args
 
@@ -94,9 +105,6 @@ def check_args(args):
         if value is not None and not 0 <= value <= high:
             raise UserError(f"--{name} {value}: from 0 to {high}")
     check_device(args.device)
-    factor = PRESETS[args.model]["autoencoder"]["factor"]
-    if args.resolution % factor:
-        raise UserError(f"--resolution {args.resolution}: a multiple of {factor}, the autoencoder's factor")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -145,17 +153,34 @@ def make_loader(dataset, args, start):
 # ----------------------------------------------------------------------------------------------------------------
 # State. A checkpoint holds everything that the next step depends on; randomness needs no state (see seed_for).
 
-class State:
-    """Weights, their moving average, AdamW's moments and the number of steps done."""
+def describe_model(args):
+    """"model" of config.json: all that is needed to build the restorer again, but its weights."""
+    if args.model in PRESETS:
+        config = PRESETS[args.model]
+    else:
+        folder = find_model(args.model)
+        with torch.device("meta"):
+            sana = Sana(read_json(folder / "transformer" / "config.json"))
+        name = str(folder.resolve()) if Path(args.model).is_dir() else args.model
+        config = {"name": name, "autoencoder": None, "sana": sana.config, "prediction": "velocity", "conditioning":
+                  "projection" if sana.config["in_channels"] == sana.config["out_channels"] else "widen"}
+    return config | {"conditioning": args.conditioning or config["conditioning"]}
 
-    def __init__(self, config, args):
-        self.step, self.config, self.args = 0, config, args
-        self.restorer = build_restorer(config)
-        self.restorer.sana.initialize(torch.Generator().manual_seed(seed_for(args.seed, 0, "weights")))
-        self.restorer.to(args.device)
+
+class State:
+    """Weights, their moving average, AdamW's moments and the number of steps done; and what stands around them."""
+
+    def __init__(self, config, autoencoder, prompts, args):
+        self.step, self.config, self.autoencoder, self.prompts, self.args = 0, config, autoencoder, prompts, args
+        if config["autoencoder"]:
+            self.restorer = build_restorer(config)
+            self.restorer.sana.initialize(torch.Generator().manual_seed(seed_for(args.seed, 0, "weights")))
+        else:
+            sana = Sana.from_pretrained(find_model(config["name"]) / "transformer", torch.float32)
+            self.restorer = Restorer(sana, config["conditioning"], config["prediction"])
+        self.restorer.to(args.device).train()
         self.parameters = dict(self.restorer.named_parameters())
         self.ema = {name: p.detach().float().clone() for name, p in self.parameters.items()}
-        self.autoencoder = PixelAE(**config["autoencoder"])
         projection = [p for name, p in self.parameters.items() if name.startswith("projection")]
         others = [p for name, p in self.parameters.items() if not name.startswith("projection")]
         # the projection starts at 0 and has to travel to order 1: at the common rate it never arrives
@@ -242,8 +267,9 @@ def draw_curve(log, path):
 
 def validate(state, dataset, run):
     """Fixed pairs, fixed noise, EMA weights -> mean PSNR and SSIM of input and restored; saves a sample grid."""
-    rows, pictures = evaluate_pairs(dataset, [str(i) for i in range(len(dataset))], state.averaged(), state.autoencoder,
-                                    steps=1, seed=state.args.seed, quiet=True)
+    rows, pictures = evaluate_pairs(dataset, [str(i) for i in range(len(dataset))], quiet=True, restorer=state.averaged(),
+                                    autoencoder=state.autoencoder, prompts=state.prompts, seed=state.args.seed,
+                                    steps=default_steps(state.restorer))
     save_image(draw_grid(pictures), run / "samples" / f"step_{state.step:06d}.png")
     return mean_of(rows)
 
@@ -278,7 +304,7 @@ def train_step(state, batch):
     x0, condition = (state.autoencoder.encode(batch[key].to(args.device, non_blocking=True)) for key in ("clean", "condition"))
     noise = torch.randn(x0.shape, generator=generator).to(args.device)
     sigma = draw_sigma(len(x0), generator, share_at_one=args.share_at_one).to(args.device)
-    text, text_mask = (t.to(args.device) for t in hash_prompts(batch["caption"]))
+    text, text_mask = (t.to(args.device) for t in state.prompts(batch["caption"]))
 
     progress = (state.step + 0.5) / args.steps
     for group in state.optimizer.param_groups:
@@ -349,8 +375,15 @@ def main():
     args = parse_args()
     train_set, val_set = make_datasets(args)
     run, log = prepare_run(args)
-    preset = PRESETS[args.model]
-    state = State(preset | {"conditioning": args.conditioning or preset["conditioning"]}, args)
+    config = describe_model(args)
+    autoencoder, prompts = build_surroundings(config, args.device)
+    unit = autoencoder.factor * config["sana"].get("patch_size", 1)
+    if args.resolution % unit:
+        raise UserError(f"--resolution {args.resolution}: a multiple of {unit}, the model's unit")
+    if prompts.folder:  # all captions of the run, before the transformer takes the memory
+        draws = range(args.steps * args.batch_size)
+        prompts.prepare([train_set.plan(i)[2] for i in draws] + [val_set.plan(i)[2] for i in range(len(val_set))])
+    state = State(config, autoencoder, prompts, args)
     if args.resume:
         state.load(find_checkpoint(run))
         log = [entry for entry in log if entry["step"] <= state.step]

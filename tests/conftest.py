@@ -29,3 +29,18 @@ def photos(tmp_path_factory):
     for i in range(12):
         dead_leaves(96, np.random.default_rng(i)).crop((0, 0, 96, 80)).save(folder / f"{i:02d}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline():
+    """A toy SANA pipeline with random weights, of diffusers' and transformers' classes."""
+    from pipeline import tiny_pipeline
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(pipeline, tmp_path_factory):
+    """The same as diffusers saves it: the layout of the hub."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipeline.save_pretrained(folder)
+    return folder

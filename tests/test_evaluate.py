@@ -7,10 +7,10 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import evaluate
-from data import to_tensor
+from data import Prompts, to_tensor
 from evaluate import draw_grid, mean_of, psnr, restore, restore_image, ssim
 from model import PRESETS, build_restorer
-from vae import PixelAE
+from vae import PixelAE, tile_starts
 
 
 @pytest.mark.parametrize("size", [(512, 512), (11, 11), (37, 64)])
@@ -41,7 +41,7 @@ def tiny():
     generator = torch.Generator().manual_seed(0)
     restorer.sana.initialize(generator)
     torch.nn.init.normal_(restorer.sana.proj_out.weight, std=0.05, generator=generator)
-    return restorer.eval(), PixelAE(2)
+    return restorer.eval(), PixelAE(2), Prompts()
 
 
 def test_an_image_is_restored_alike_whatever_is_beside_it(tiny):
@@ -60,12 +60,12 @@ def test_tiles_cover_the_image_without_seams(tiny, monkeypatch):
     pixels = torch.rand(1, 3, 210, 333, generator=torch.Generator().manual_seed(1)) * 2 - 1
     whole = restore(*tiny, pixels, [""])
     monkeypatch.setattr(evaluate, "TILE", 128), monkeypatch.setattr(evaluate, "OVERLAP", 32)
-    assert evaluate.tile_starts(334) == [0, 96, 192, 206] and evaluate.tile_starts(128) == [0]
+    assert tile_starts(334, 128, 32) == [0, 96, 192, 206] and tile_starts(128, 128, 32) == [0]
     tiled = restore(*tiny, pixels, [""])
     assert psnr(tiled, whole) > 30 and not torch.equal(tiled, whole)
     identity = build_restorer(PRESETS["tiny"])
     identity.sana.initialize(torch.Generator().manual_seed(0))
-    assert torch.allclose(restore(identity, tiny[1], pixels, [""]), pixels, atol=1e-6)
+    assert torch.allclose(restore(identity, *tiny[1:], pixels, [""]), pixels, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
@@ -74,7 +74,7 @@ def test_modes_and_sizes_are_kept(tiny, photo, mode, size):
     image = photo.resize(size).convert(mode)
     if "A" in mode:
         image.putalpha(Image.linear_gradient("L").resize(size))
-    restored = restore_image(image, *tiny, "", 1, 0)
+    restored = restore_image(image, "", **dict(zip(("restorer", "autoencoder", "prompts"), tiny)), steps=1)
     assert restored.mode == mode and restored.size == size
     if "A" in mode:
         assert np.array_equal(np.asarray(restored.getchannel("A")), np.asarray(image.getchannel("A")))
