@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, describe, draw_recipe, make_prompt,
                      open_image, parse_degradations, run_script, save_image, write_csv)
-from model import Gemma2, GemmaTokenizer, encode_prompts, hash_prompts, pad_text
+from model import Gemma2, GemmaTokenizer, encode_prompts, pad_text
 from vae import DCAE, PixelAE, find_model
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -278,6 +278,18 @@ def collate(items):
 
 # ----------------------------------------------------------------------------------------------------------------
 # What stands around the transformer: pixels become latents, captions become embeddings.
+
+def hash_prompts(prompts):
+    """Embeds prompts without a text encoder: each word becomes the 256 bits of its SHA-256 as -1 and 1, so words are
+    nearly orthogonal, and the same on every machine. The empty word stands first, as <bos> does elsewhere.
+    -> text [B, L, 256], text_mask [B, L] bool."""
+    rows = []
+    for prompt in prompts:
+        words = [""] + "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
+        digests = torch.tensor([list(hashlib.sha256(word.encode()).digest()) for word in words])  # [L, 32] bytes
+        rows.append((digests[:, :, None] >> torch.arange(8) & 1).flatten(1).float() * 2 - 1)      # [L, 256]
+    return pad_text(rows)
+
 
 class Prompts:
     """Captions to text embeddings. folder: a pretrained model's, whose Gemma encodes each distinct caption once and is

@@ -3,7 +3,6 @@
     python model.py export out/RUN restorer/     a trained restorer as diffusers' SanaTransformer2DModel reads it
 
 Papers: SANA (arXiv 2410.10629), SANA 1.5 (2501.18427), flow matching / rectified flow (2210.02747, 2209.03003).
-
 Letters used in the shape comments:
     B batch    C latent channels    H, W latent grid    N = H*W image tokens    D width    h heads    d = D/h
     L caption tokens (padded to the longest of the batch)
@@ -13,7 +12,6 @@ sigma in [0, 1] is the NOISE fraction. x_sigma = (1 - sigma) * x0 + sigma * nois
 and the velocity is dx/dsigma = noise - x0. (Some texts name the clean fraction sigma: the same straight path
 walked the other way. Mixing the two trains against the pretrained weights.)
 """
-import hashlib
 import heapq
 import json
 import math
@@ -23,12 +21,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
 from degrade import Parser, UserError, make_folder, run_script, write_text
-from vae import GLUMBConv, load_pretrained, load_weights, read_config, read_json, save_weights
+from vae import GLUMBConv, Pretrained, load_weights, read_config, read_json, save_weights
 
 # ----------------------------------------------------------------------------------------------------------------
 # The transformer. Module and parameter names are those of the diffusers checkpoints, so weights load by name.
@@ -43,19 +40,23 @@ SANA_IGNORED = ("dropout", "guidance_embeds_scale")
 SANA_BUILT = {"guidance_embeds": (False,), "norm_elementwise_affine": (False,), "qk_norm": (None, "rms_norm_across_heads")}
 
 
-class LinearAttention(nn.Module):
+class Attention(nn.Module):
+    """The weights of both kinds of attention: queries from the image tokens, keys and values from source_dim channels."""
+
+    def __init__(self, dim, source_dim, heads, head_dim, bias, qk_norm):
+        super().__init__()
+        self.heads, inner = heads, heads * head_dim
+        self.to_q = nn.Linear(dim, inner, bias=bias)
+        self.to_k = nn.Linear(source_dim, inner, bias=bias)
+        self.to_v = nn.Linear(source_dim, inner, bias=bias)
+        self.norm_q = nn.RMSNorm(inner, eps=1e-5) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(inner, eps=1e-5) if qk_norm else nn.Identity()
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
+
+
+class LinearAttention(Attention):
     """ReLU linear attention (SANA, section 2.2): softmax(QK^T)V becomes relu(Q)(relu(K)^T V), whose cost grows
     with N instead of N^2, because the sum over all tokens, relu(K)^T V, is one d x d matrix per head."""
-
-    def __init__(self, dim, heads, bias, qk_norm):
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(dim, dim, bias=bias)
-        self.to_k = nn.Linear(dim, dim, bias=bias)
-        self.to_v = nn.Linear(dim, dim, bias=bias)
-        self.norm_q = nn.RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(dim, eps=1e-5) if qk_norm else nn.Identity()
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, x):                                                   # [B, N, D]
         def split(t):                                                       # fp32: the sums run over N terms
@@ -69,18 +70,8 @@ class LinearAttention(nn.Module):
         return self.to_out[0](out.transpose(1, 2).flatten(2).to(x.dtype))   # [B, N, D]
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Softmax attention from image tokens to caption tokens."""
-
-    def __init__(self, dim, text_dim, heads, head_dim, qk_norm):
-        super().__init__()
-        self.heads, inner = heads, heads * head_dim
-        self.to_q = nn.Linear(dim, inner)
-        self.to_k = nn.Linear(text_dim, inner)
-        self.to_v = nn.Linear(text_dim, inner)
-        self.norm_q = nn.RMSNorm(inner, eps=1e-5) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(inner, eps=1e-5) if qk_norm else nn.Identity()
-        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
 
     def forward(self, x, text, text_mask):                                  # [B, N, D], [B, L, D], [B, L] or None
         def split(t):
@@ -98,9 +89,9 @@ class SanaBlock(nn.Module):
         super().__init__()
         dim, qk_norm = c["num_attention_heads"] * c["attention_head_dim"], c["qk_norm"] is not None
         self.eps = c["norm_eps"]
-        self.attn1 = LinearAttention(dim, c["num_attention_heads"], c["attention_bias"], qk_norm)
+        self.attn1 = LinearAttention(dim, dim, c["num_attention_heads"], c["attention_head_dim"], c["attention_bias"], qk_norm)
         self.attn2 = CrossAttention(dim, c["cross_attention_dim"], c["num_cross_attention_heads"],
-                                    c["cross_attention_head_dim"], qk_norm)
+                                    c["cross_attention_head_dim"], True, qk_norm)
         self.ff = GLUMBConv(dim, c["mlp_ratio"])
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
@@ -168,7 +159,7 @@ class TimeEmbed(nn.Module):
         return self.linear(F.silu(embedding)).unflatten(1, (6, -1)), embedding  # [B, 6, D], [B, D]
 
 
-class Sana(nn.Module):
+class Sana(Pretrained):
     """The SANA transformer: noisy latent, timestep and caption in, velocity out.
 
     config: the keys of the checkpoint's transformer/config.json (SANA_DEFAULTS where one is missing).
@@ -189,10 +180,6 @@ class Sana(nn.Module):
         self.transformer_blocks = nn.ModuleList([SanaBlock(c) for _ in range(c["num_layers"])])
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
         self.proj_out = nn.Linear(dim, c["patch_size"] ** 2 * c["out_channels"])
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        return load_pretrained(cls, folder, dtype)
 
     def forward(self, latents, timestep, text, text_mask=None):
         """latents [B, C, H, W], timestep [B] = 1000 * sigma, text [B, L, caption_channels], text_mask [B, L] (True =
@@ -242,8 +229,7 @@ class Restorer(nn.Module):
       "widen":      the patch embedding takes 2C channels, its new half zero: the same start without the squeeze to C.
     prediction: what the network's output means,
       "velocity": noise - x0, as SANA's weights were trained;
-      "residual": x0 - condition, for networks trained from scratch whose condition is already near the answer: an
-                  untrained network, answering 0, returns the input image instead of noise.
+      "residual": x0 - condition, for training from scratch: a network that answers 0 returns the input, not noise.
     """
 
     def __init__(self, sana, conditioning="projection", prediction="velocity"):
@@ -308,8 +294,7 @@ def shift_sigma(sigma, shift=SHIFT):
 
 
 def draw_sigma(count, generator, share_at_one=0.0, shift=SHIFT):
-    """[count] sigmas to train at: sigmoid of a normal draw, shifted; a share of them exactly 1, where a one-step
-    restoration starts."""
+    """[count] sigmas to train at: sigmoid of a normal draw, shifted; a share of them exactly 1, where one step starts."""
     sigma = shift_sigma(torch.randn(count, generator=generator).sigmoid(), shift)
     return torch.where(torch.rand(count, generator=generator) < share_at_one, 1.0, sigma)
 
@@ -336,15 +321,13 @@ def sample(velocity, noise, steps, sampler="euler", shift=SHIFT):
     """Follow dx/dsigma = velocity(x, timestep) from noise at sigma = 1 to an image at 0. noise [B, C, H, W] -> the same shape.
 
     "euler": one step gives x0 as predicted from pure noise, the mean of all clean images that fit the condition: the best
-    PSNR. More steps settle on one of them. Its sigmas are linspace(1, 0, steps + 1), shifted. (diffusers' Euler scheduler
-    shifts its smallest sigma twice: at 5 steps its timesteps are 1000, 900, 751, 503, 9, and the last does nothing.)
-    "dpm": DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) as SANA was published with: it starts at sigma 0.999, and the
-    network sees whole timesteps.
+    PSNR; more steps settle on one of them. Its sigmas are linspace(1, 0, steps + 1), shifted. (diffusers' Euler shifts its
+    smallest sigma twice: at 5 steps its timesteps are 1000, 900, 751, 503 and 9, and the last step does nothing.)
+    "dpm": DPM-Solver++ 2M (arXiv 2211.01095), SANA's own: it starts at sigma 0.999, and the network sees whole timesteps.
     """
-    if sampler not in ("euler", "dpm"):
-        raise ValueError(f"sampler {sampler!r}: euler or dpm")
     x, x0_before, log_snr_before = noise, None, None
-    sigmas = shift_sigma(torch.linspace(1 if sampler == "euler" else 0.999, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    start = {"euler": 1, "dpm": 0.999}[sampler]
+    sigmas = shift_sigma(torch.linspace(start, 0, steps + 1, dtype=torch.float64), shift).tolist()
     for sigma, following in zip(sigmas, sigmas[1:]):
         timestep = 1000 * sigma if sampler == "euler" else int(1000 * sigma)
         v = velocity(x, torch.full((len(x),), timestep, device=x.device, dtype=torch.float32))
@@ -376,18 +359,6 @@ def guided(predict, prompt, empty, guidance=1.0):
 # ----------------------------------------------------------------------------------------------------------------
 # Text.
 
-def hash_prompts(prompts):
-    """Embeds prompts without a text encoder: each word becomes the 256 bits of its SHA-256 as -1 and 1, so words are
-    nearly orthogonal, and the same on every machine. The empty word stands first, as <bos> does elsewhere.
-    -> text [B, L, 256], text_mask [B, L] bool."""
-    rows = []
-    for prompt in prompts:
-        words = [""] + "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
-        digests = torch.tensor([list(hashlib.sha256(word.encode()).digest()) for word in words])  # [L, 32] bytes
-        rows.append((digests[:, :, None] >> torch.arange(8) & 1).flatten(1).float() * 2 - 1)      # [L, 256]
-    return pad_text(rows)
-
-
 def pad_text(rows):
     """[[L, D]] of several lengths -> text [B, longest L, D], text_mask [B, longest L] bool."""
     lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
@@ -411,20 +382,20 @@ class GemmaTokenizer:
             self.merges = {(self.vocab[a], self.vocab[b]): (rank, self.vocab[a + b]) for rank, (a, b) in enumerate(merges)}
             self.bytes = [self.vocab[f"<0x{byte:02X}>"] for byte in range(256)]
             self.added = {token["content"]: token["id"] for token in added}
-            self.bos = self.added["<bos>"]
+            self.bos, split = self.added["<bos>"], spec.get("pre_tokenizer") or {"type": None}
+            checks = {"model": model["type"] == "BPE", "pre_tokenizer": split["type"] is None or (split["type"], split.get("pattern")) == (
+                "Split", {"String": " "}),  # splitting at spaces does nothing: the normalizer leaves none
+                "normalizer": spec["normalizer"] == {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}}
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a tokenizer of Gemma's kind: {error!r}") from None
-        split = spec.get("pre_tokenizer")  # splitting at spaces does nothing once there are none left
-        other = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges") if model.get(key)]
-        other += [f"added token {t['content']!r}" for t in added if any(t.get(k) for k in ("lstrip", "rstrip", "single_word", "normalized"))]
-        if spec.get("normalizer") != {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}:
-            other.append("normalizer")
-        if split and (split["type"], split.get("pattern")) != ("Split", {"String": " "}):
-            other.append("pre_tokenizer")
-        if other or model.get("type") != "BPE":
-            raise UserError(f"{path}: not a tokenizer of Gemma's kind: {', '.join(other) or model.get('type')} is not supported")
-        longest_first = sorted(filter(None, self.added), key=len, reverse=True)
-        self.pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        wrong = [key for key, fine in checks.items() if not fine]
+        wrong += [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges") if model.get(key)]
+        wrong += [f"added token {token['content']!r}" for token in added
+                  if any(map(token.get, ("lstrip", "rstrip", "single_word", "normalized")))]
+        if wrong:
+            raise UserError(f"{path}: not a tokenizer of Gemma's kind: {', '.join(wrong)}")
+        longest_first = map(re.escape, sorted(filter(None, self.added), key=len, reverse=True))
+        self.pattern = re.compile("(" + "|".join(longest_first) + ")")
 
     def encode(self, text):
         """text -> [<bos>, ...] token ids."""
@@ -438,30 +409,32 @@ class GemmaTokenizer:
         for character in text:
             known = self.vocab.get(character)
             ids += [self.bytes[byte] for byte in character.encode("utf-8", "replace")] if known is None else [known]
-        # a linked list of tokens, and a heap of the possible merges; a merge that another overtook is skipped
-        before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
-        heap = [(*self.merges[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in self.merges]
-        heap = [(rank, i, merged) for rank, merged, i in heap]
-        heapq.heapify(heap)
+        # a linked list of tokens, and a heap of the possible merges; one that another has overtaken is skipped
+        before, after, heap = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1)), []
+
+        def consider(left, right):
+            if left >= 0 and right < len(ids) and (ids[left], ids[right]) in self.merges:
+                rank, merged = self.merges[ids[left], ids[right]]
+                heapq.heappush(heap, (rank, left, merged))
+        for i in range(len(ids) - 1):
+            consider(i, i + 1)
         while heap:
             _, i, merged = heapq.heappop(heap)
             j = after[i]
-            if ids[i] is None or j >= len(ids) or self.merges.get((ids[i], ids[j]), (0, None))[1] != merged:
+            if ids[i] is None or j == len(ids) or self.merges.get((ids[i], ids[j]), (0, None))[1] != merged:
                 continue
             ids[i], ids[j], after[i] = merged, None, after[j]
             if after[i] < len(ids):
                 before[after[i]] = i
-            for left, right in ((before[i], i), (i, after[i])):
-                if left >= 0 and right < len(ids) and (ids[left], ids[right]) in self.merges:
-                    rank, merged = self.merges[ids[left], ids[right]]
-                    heapq.heappush(heap, (rank, left, merged))
+            consider(before[i], i), consider(i, after[i])
         return [token for token in ids if token is not None]
 
 
 GEMMA_DEFAULTS = dict(vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
                       num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6, query_pre_attn_scalar=256,
                       attn_logit_softcapping=50.0, sliding_window=4096, rope_theta=10000.0)
-GEMMA_BUILT = {"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,), "use_bidirectional_attention": (None, False)}
+GEMMA_BUILT = {"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,), "rope_type": ("default",),
+               "use_bidirectional_attention": (None, False)}
 
 
 class GemmaNorm(nn.Module):
@@ -508,25 +481,19 @@ class GemmaLayer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp["down_proj"](gate * self.mlp["up_proj"](normed)))
 
 
-class Gemma2(nn.Module):
+class Gemma2(Pretrained):
     """The body of the Gemma-2 language model (arXiv 2408.00118), whose last hidden state is SANA's text embedding."""
     CLASS, PREFIX = "Gemma2", "model."  # some files were saved with the language-model head's wrapper around the body
 
     def __init__(self, config):
         super().__init__()
-        config = {"rope_theta": 10000.0} | (config.get("rope_parameters") or {}) | config
-        if config.get("rope_type", "default") != "default":
-            raise UserError(f"Gemma config: rope_type={config['rope_type']!r} is not supported")
+        config = (config.get("rope_parameters") or {}) | config
         # the other keys of its config are about generating and saving
         self.c = c = read_config("Gemma", {k: v for k, v in config.items() if k in GEMMA_DEFAULTS | GEMMA_BUILT},
                                  GEMMA_DEFAULTS, built=GEMMA_BUILT)
         self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
         self.layers = nn.ModuleList([GemmaLayer(c) for _ in range(c["num_hidden_layers"])])
         self.norm = GemmaNorm(c["hidden_size"], c["rms_norm_eps"])
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        return load_pretrained(cls, folder, dtype)
 
     def forward(self, ids, mask):
         """ids, mask (True = a real token) [B, L], padded on the right -> [B, L, D]. Raises ValueError beyond the sliding
@@ -574,8 +541,7 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
         mask = pad_text([torch.ones(len(row), 1, device=device) for row in ids])[1]
         hidden = gemma(nn.utils.rnn.pad_sequence(ids, batch_first=True), mask)  # [B, L, D]
         for prompt, row, states in zip(batch, ids, hidden):
-            states = states[:len(row)]
-            rows.append(torch.cat([states[:1], states[head - 1:]]) if prompt else states)
+            rows.append(torch.cat([states[:1], states[head - 1:len(row)]]) if prompt else states[:len(row)])
     return rows
 
 
@@ -607,13 +573,14 @@ def load_restorer(checkpoint, weights="ema"):
 def export(checkpoint, out, weights="ema"):
     """Write a trained restorer as diffusers' SanaTransformer2DModel reads it: in_channels = 2C, the latent and then the
     condition. The projection P in front of the patch embedding W is one linear map with it: W(Px) = (WP)x."""
-    restorer, config = load_restorer(checkpoint, weights)
+    restorer, _ = load_restorer(checkpoint, weights)
     tensors, sana = restorer.sana.state_dict(), restorer.sana.config
     if restorer.conditioning == "projection":
-        product = torch.einsum("dcyx,ck->dkyx", tensors["patch_embed.proj.weight"].double(), restorer.projection.weight[:, :, 0, 0].double())
-        tensors["patch_embed.proj.weight"] = product.to(tensors["patch_embed.proj.weight"].dtype)
-    about = {"_class_name": Sana.CLASS, "_prediction": config["prediction"], "_autoencoder": config["autoencoder"]}
-    out = make_folder(out)
+        w, p = tensors["patch_embed.proj.weight"], restorer.projection.weight[:, :, 0, 0].detach()
+        tensors["patch_embed.proj.weight"] = torch.einsum("dcyx,ck->dkyx", w.double(), p.double()).to(w.dtype)
+    about, out = {"_class_name": Sana.CLASS, "_prediction": restorer.prediction}, make_folder(out)
+    if (out / "config.json").exists():
+        raise UserError(f"{out} holds a model already; choose another folder")
     save_weights(tensors, out / "diffusion_pytorch_model.safetensors")
     write_text(out / "config.json", json.dumps(about | sana | {"in_channels": 2 * sana["out_channels"]}, indent=1))
     print(f"{out}: {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters, in_channels {2 * sana['out_channels']}")

@@ -196,8 +196,9 @@ class State:
 
     def averaged(self):
         """A Restorer with the EMA weights, for validation and samples."""
-        restorer = build_restorer(self.config).to(self.args.device).eval()
-        restorer.load_state_dict(self.ema)
+        with torch.device("meta"):
+            restorer = build_restorer(self.config).eval()
+        restorer.load_state_dict(self.ema, assign=True)  # the averages themselves, not a copy
         return restorer
 
     def save(self, run, validation):
@@ -216,7 +217,7 @@ class State:
             (partial / "config.json").write_text(json.dumps(config, indent=1))
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise UserError(f"cannot write checkpoint {folder}: {error}") from None
         write_text(run / "latest", folder.name)
         for old in run.glob("step_*"):
@@ -278,7 +279,7 @@ def validate(state, dataset, run):
 # The run.
 
 def prepare_run(args):
-    """Make the run folder, or refuse to write over another run. -> its path and the log lines so far."""
+    """Make the run folder, or refuse to take one that is in use. -> its path and the log lines so far."""
     run, log = Path(args.out), []
     make_folder(run)
     if args.resume:
@@ -287,14 +288,17 @@ def prepare_run(args):
                 log.append(json.loads(line))
             except ValueError:
                 break  # the line that was being written when the machine went down
-    elif (run / "latest").exists():
-        if not args.overwrite:
-            raise UserError(f"{run} holds a run already: --resume continues it, --overwrite deletes it, --out names another")
-        for name in ("latest", "log.jsonl", "loss.png"):
-            (run / name).unlink(missing_ok=True)
-        for old in (*run.glob("step_*"), run / "samples"):
-            shutil.rmtree(old, ignore_errors=True)
+    elif (run / "latest").exists() and not args.overwrite:
+        raise UserError(f"{run} holds a run already: --resume continues it, --overwrite deletes it, --out names another")
     return run, log
+
+
+def clear_run(run):
+    """Delete the run that a folder holds."""
+    for name in ("latest", "log.jsonl", "loss.png"):
+        (run / name).unlink(missing_ok=True)
+    for old in (*run.glob("step_*"), run / "samples"):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def train_step(state, batch):
@@ -389,6 +393,8 @@ def main():
         log = [entry for entry in log if entry["step"] <= state.step]
         if state.step >= args.steps:
             raise UserError(f"{run} is at step {state.step} of {args.steps} already; --steps sets a later end")
+    else:
+        clear_run(run)
     write_text(run / "config.json", json.dumps({"model": state.config, "args": vars(args)}, indent=1))
     count = sum(p.numel() for p in state.parameters.values())
     where = f"on {args.device}" + ("" if torch.cuda.is_available() else " (no GPU here)")

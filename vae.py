@@ -2,7 +2,7 @@
 
 DCAE is SANA's (DC-AE, arXiv 2410.10733), PixelAE the lossless one of the tiny preset. Both have encode, decode, factor
 f, channels C, and accept any H, W: encode mirrors the picture to the next multiple of f; crop what decode returns.
-Below them: how the weights of all networks of this project are read, from a folder or from the hub.
+Between them: how the weights of all networks of this project are read, from a folder or from the hub.
 """
 import json
 import os
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from degrade import UserError
+from degrade import UserError, whole_file
 
 
 class PixelAE:
@@ -34,6 +34,140 @@ class PixelAE:
     def decode(self, latents):
         """[B, 3f^2, H, W] -> [B, 3, fH, fW]."""
         return F.pixel_shuffle(latents / 2, self.factor)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Weight files. A checkpoint folder in the hub's layout is config.json beside safetensors, one file or several shards.
+
+
+def read_config(what, config, defaults, ignored=(), built={}):
+    """config with defaults for what it leaves out. Raises UserError for keys that are neither in defaults nor ignored,
+    and for values of the keys of built that are not among those it lists."""
+    known = {*defaults, *built, *ignored}
+    wrong = [k for k in config if k not in known and k[0] != "_"]
+    wrong += [k for k, values in built.items() if config.get(k, values[0]) not in values]
+    if wrong:
+        raise UserError(f"{what} config: {', '.join(f'{k}={config[k]!r}' for k in wrong)} is not supported")
+    return defaults | {k: v for k, v in config.items() if k in defaults}
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+class Pretrained(nn.Module):
+    """A network that is read from a checkpoint folder. CLASS: what its config.json says it is; PREFIX: of tensor names."""
+    CLASS, PREFIX = None, ""
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None):
+        """The network of folder/config.json with the weights of folder, in dtype (None: as stored). Built without memory,
+        then filled with tensors that are mapped from the file: a page is read when it is first used. Raises UserError."""
+        config = read_json(Path(folder) / "config.json")
+        found = config.get("_class_name") or (config.get("architectures") or ["nameless class"])[0]
+        if not found.startswith(cls.CLASS):
+            raise UserError(f"{folder}/config.json describes a {found}; a {cls.CLASS} is needed here")
+        try:
+            with torch.device("meta"):
+                module = cls(config)
+        except UserError:
+            raise
+        except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+            raise UserError(f"{folder}/config.json does not describe a {cls.CLASS}: {error!r}") from None
+        return load_weights(module, *weight_files(folder), dtype=dtype).eval()
+
+
+def weight_files(folder):
+    """The safetensors of a checkpoint folder: one file, or the shards of an index; the bf16 variant if there is one."""
+    for variant in (".bf16", ""):
+        for stem in ("diffusion_pytorch_model", "model"):
+            single, index = (Path(folder) / f"{stem}{end}" for end in (
+                f"{variant}.safetensors", f".safetensors.index{variant}.json"))
+            if index.is_file():
+                shards = set(read_json(index).get("weight_map", {}).values())
+                if not shards or any(Path(shard).name != shard for shard in shards):
+                    raise UserError(f"{index}: names no shards, or shards outside its folder")
+                return [index.parent / shard for shard in sorted(shards)]
+            if single.is_file():
+                return [single]
+    raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors or model.safetensors here")
+
+
+def load_weights(module, *paths, dtype=None):
+    """Fill module from safetensors files. Raises UserError that names the first tensor which is missing, left over or
+    of another shape; nothing is filled then."""
+    found = {}
+    for path in paths:
+        try:
+            found |= load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot read these weights: {error}") from None
+    where, expected = paths[0] if len(paths) == 1 else Path(paths[0]).parent, module.state_dict()
+    found = {name.removeprefix(getattr(module, "PREFIX", "")): tensor for name, tensor in found.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found or name not in expected:
+            raise UserError(f"{where}: {'missing' if name not in found else 'unexpected'} tensor {name}")
+        if found[name].shape != expected[name].shape:
+            raise UserError(f"{where}: {name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}")
+    if dtype:
+        found = {name: t.to(dtype) if t.is_floating_point() else t for name, t in found.items()}
+    # onto a module without memory the mapped tensors themselves are put; into any other they are copied
+    module.load_state_dict(found, assign=next(module.parameters()).is_meta)
+    return module
+
+
+def save_weights(tensors, path):
+    """Write {name: tensor} to a safetensors file. Raises UserError."""
+    with whole_file(path) as partial:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(error) from None
+
+
+HUB = {name: f"Efficient-Large-Model/{repository}_diffusers" for name, repository in {
+    "sana1.5-1.6b": "SANA1.5_1.6B_1024px", "sana1.5-4.8b": "SANA1.5_4.8B_1024px", "sana-0.6b-512": "Sana_600M_512px",
+    "sana-1.6b-512": "Sana_1600M_512px", "sana-1.6b": "Sana_1600M_1024px_BF16"}.items()}
+
+
+def find_model(name):
+    """The folder of a pretrained model with transformer/, vae/, text_encoder/ and tokenizer/ in it: a path, a short name of
+    HUB, or a hub id (owner/name). From the hub comes only what is needed and not in its cache yet. Raises UserError."""
+    if os.path.isdir(name):
+        return Path(name)
+    repository = HUB.get(name, name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"--model {name}: no such folder; or give tiny, {', '.join(HUB)}, or a hub id such as owner/name")
+    from huggingface_hub import HfApi, constants, snapshot_download  # half a second to import: only who downloads waits
+    online = not constants.HF_HUB_OFFLINE
+    try:
+        if online:  # asked before the hub's client, which would try for 23 seconds
+            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=8).close()
+    except urllib.error.HTTPError:
+        pass  # an answer is an answer
+    except (OSError, ValueError):
+        online = False
+    try:
+        if not online:  # the folder alone; load_pretrained names what may be missing in it
+            return Path(snapshot_download(repository, allow_patterns="transformer/config.json", local_files_only=True))
+        files = [file.rfilename for file in HfApi().model_info(repository, timeout=10).siblings]
+        return Path(snapshot_download(repository, allow_patterns=needed_files(files)))
+    except Exception as error:  # the hub's client has its own errors for each, and passes on those of its HTTP library
+        reason = str(error).strip().split("\n")[0] if online else f"no answer from {constants.ENDPOINT}, and not in the cache"
+        raise UserError(f"--model {name}: {reason or type(error).__name__}. Download it elsewhere and give its folder, or take "
+                        "--model tiny, which needs no download") from None
+
+
+def needed_files(names):
+    """Of the files of a hub repository those that this project reads: the bf16 weights where there are two sorts."""
+    chosen = [n for n in names if n.endswith("/config.json") or n == "tokenizer/tokenizer.json"]
+    for part in ("transformer/", "vae/", "text_encoder/"):
+        weights = [n for n in names if n.startswith(part) and (n.endswith(".safetensors") or ".safetensors.index" in n)]
+        chosen += [n for n in weights if ".bf16" in n] or [n for n in weights if ".fp16" not in n]
+    return chosen
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -235,7 +369,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.activation(self.norm_out(x)))
 
 
-class DCAE(nn.Module):
+class DCAE(Pretrained):
     """The 32x autoencoder (64x and 128x by config). config: the keys of the checkpoint's vae/config.json.
 
     Pictures above UNTILED pixels go through in overlapping tiles that are blended linearly, so that memory stays bounded.
@@ -249,10 +383,6 @@ class DCAE(nn.Module):
         c = read_config("DC-AE", config, DCAE_DEFAULTS)
         self.encoder, self.decoder, self.scaling = Encoder(c), Decoder(c), c["scaling_factor"]
         self.factor, self.channels = 2 ** (len(c["encoder_block_out_channels"]) - 1), c["latent_channels"]
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        return load_pretrained(cls, folder, dtype)
 
     @torch.no_grad()
     def encode(self, pixels):
@@ -318,125 +448,3 @@ def ramp(length, overlap):
     """Weights that rise over the overlap from either end, to blend neighbouring tiles."""
     i = torch.arange(length)
     return torch.minimum(i + 1, length - i).clamp(max=overlap) / overlap
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Weight files. A checkpoint folder in the hub's layout is config.json beside safetensors, one file or several shards.
-
-
-def read_config(what, config, defaults, ignored=(), built={}):
-    """config with defaults for what it leaves out. Raises UserError for keys that are neither in defaults nor ignored,
-    and for values of the keys of built that are not among those it lists."""
-    known = {*defaults, *built, *ignored}
-    wrong = [k for k in config if k not in known and k[0] != "_"]
-    wrong += [k for k, values in built.items() if config.get(k, values[0]) not in values]
-    if wrong:
-        raise UserError(f"{what} config: {', '.join(f'{k}={config[k]!r}' for k in wrong)} is not supported")
-    return defaults | {k: v for k, v in config.items() if k in defaults}
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
-def load_pretrained(cls, folder, dtype=None):
-    """cls(config.json of folder) with the weights of folder, in dtype (None: as stored). Built without memory, and
-    filled with tensors that are mapped from the file: a page is read when it is first used."""
-    config = read_json(Path(folder) / "config.json")
-    found = config.get("_class_name") or (config.get("architectures") or ["nameless class"])[0]
-    if not found.startswith(cls.CLASS):
-        raise UserError(f"{folder}/config.json describes a {found}; a {cls.CLASS} is needed here")
-    try:
-        with torch.device("meta"):
-            module = cls(config)
-    except (TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise UserError(f"{folder}/config.json does not describe a {cls.CLASS}: {error!r}") from None
-    return load_weights(module, *weight_files(folder), dtype=dtype).eval()
-
-
-def weight_files(folder):
-    """The safetensors of a checkpoint folder: one file, or the shards of an index; the bf16 variant if there is one."""
-    for variant in (".bf16", ""):
-        for stem in ("diffusion_pytorch_model", "model"):
-            single, index = (Path(folder) / f"{stem}{end}" for end in (
-                f"{variant}.safetensors", f".safetensors.index{variant}.json"))
-            if index.is_file():
-                shards = set(read_json(index).get("weight_map", {}).values())
-                if not shards or any(Path(shard).name != shard for shard in shards):
-                    raise UserError(f"{index}: names no shards, or shards outside its folder")
-                return [index.parent / shard for shard in sorted(shards)]
-            if single.is_file():
-                return [single]
-    raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors or model.safetensors here")
-
-
-def load_weights(module, *paths, dtype=None):
-    """Fill module from safetensors files. Raises UserError that names the first tensor which is missing, left over or
-    of another shape; nothing is filled then."""
-    found = {}
-    for path in paths:
-        try:
-            found |= load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot read these weights: {error}") from None
-    where, expected = paths[0] if len(paths) == 1 else Path(paths[0]).parent, module.state_dict()
-    found = {name.removeprefix(getattr(module, "PREFIX", "")): tensor for name, tensor in found.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found or name not in expected:
-            raise UserError(f"{where}: {'missing' if name not in found else 'unexpected'} tensor {name}")
-        if found[name].shape != expected[name].shape:
-            raise UserError(f"{where}: {name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}")
-    if dtype:
-        found = {name: t.to(dtype) if t.is_floating_point() else t for name, t in found.items()}
-    # onto a module without memory the mapped tensors themselves are put; into any other they are copied
-    module.load_state_dict(found, assign=next(module.parameters()).is_meta)
-    return module
-
-
-def save_weights(tensors, path):
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-
-
-HUB = {name: f"Efficient-Large-Model/{repository}_diffusers" for name, repository in {
-    "sana1.5-1.6b": "SANA1.5_1.6B_1024px", "sana1.5-4.8b": "SANA1.5_4.8B_1024px", "sana-0.6b-512": "Sana_600M_512px",
-    "sana-1.6b-512": "Sana_1600M_512px", "sana-1.6b": "Sana_1600M_1024px_BF16"}.items()}
-
-
-def find_model(name):
-    """The folder of a pretrained model with transformer/, vae/, text_encoder/ and tokenizer/ in it: a path, a short name of
-    HUB, or a hub id (owner/name). From the hub comes only what is needed and not in its cache yet. Raises UserError."""
-    if os.path.isdir(name):
-        return Path(name)
-    repository = HUB.get(name, name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise UserError(f"--model {name}: no such folder; or give tiny, {', '.join(HUB)}, or a hub id such as owner/name")
-    from huggingface_hub import HfApi, constants, snapshot_download  # half a second to import: only who downloads waits
-    online = not constants.HF_HUB_OFFLINE
-    try:
-        if online:  # asked before the hub's client, which would try for 23 seconds
-            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=8).close()
-    except urllib.error.HTTPError:
-        pass  # an answer is an answer
-    except (OSError, ValueError):
-        online = False
-    try:
-        if not online:  # the folder alone; load_pretrained names what may be missing in it
-            return Path(snapshot_download(repository, allow_patterns="transformer/config.json", local_files_only=True))
-        files = [file.rfilename for file in HfApi().model_info(repository, timeout=10).siblings]
-        return Path(snapshot_download(repository, allow_patterns=needed_files(files)))
-    except Exception as error:  # the hub's client has its own errors for each, and passes on those of its HTTP library
-        reason = str(error).strip().split("\n")[0] if online else f"no answer from {constants.ENDPOINT}, and not in the cache"
-        raise UserError(f"--model {name}: {reason or type(error).__name__}. Download it elsewhere and give its folder, or take "
-                        "--model tiny, which needs no download") from None
-
-
-def needed_files(names):
-    """Of the files of a hub repository those that this project reads: the bf16 weights where there are two sorts."""
-    chosen = [n for n in names if n.endswith("/config.json") or n == "tokenizer/tokenizer.json"]
-    for part in ("transformer/", "vae/", "text_encoder/"):
-        weights = [n for n in names if n.startswith(part) and (n.endswith(".safetensors") or ".safetensors.index" in n)]
-        chosen += [n for n in weights if ".bf16" in n] or [n for n in weights if ".fp16" not in n]
-    return chosen

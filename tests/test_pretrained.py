@@ -1,7 +1,6 @@
 """A pipeline folder that diffusers wrote: the same images from it as diffusers makes, loading and its errors, the hub, export,
 and the two commands that train and restore with it."""
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT
 from degrade import UserError
 from model import GemmaTokenizer, Gemma2, Restorer, Sana, encode_prompts, guided, load_restorer, pad_text, sample
-from pipeline import SANA, randomize
+from pipeline import SANA
 from test_commands import run
-from vae import DCAE, load_pretrained, needed_files
+from vae import DCAE, needed_files
 
 TRAIN = ["--resolution", "32", "--batch_size", "2", "--val_every", "2", "--save_every", "2", "--steps", "4"]
 
@@ -85,7 +84,7 @@ def test_what_does_not_fit_is_named(pipeline, pipeline_folder, tmp_path):
         shutil.copytree(pipeline_folder / part, folder)
         change(folder)
         with pytest.raises(UserError) as error:
-            load_pretrained(cls, folder)
+            cls.from_pretrained(folder)
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
 
     def edit(**changes):
