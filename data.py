@@ -305,7 +305,7 @@ class Prompts:
             dtype = torch.float32 if self.device == "cpu" else None  # a CPU is slow in bf16
             gemma = Gemma2.from_pretrained(self.folder / "text_encoder", dtype).to(self.device)
             rows = encode_prompts(GemmaTokenizer(self.folder / "tokenizer"), gemma, new)
-            self.known.update(zip(new, (row.float().cpu() for row in rows)))
+            self.known.update(zip(new, rows))
 
     def __call__(self, captions):
         """-> text [B, L, D], text_mask [B, L]."""
@@ -317,8 +317,12 @@ def build_surroundings(config, device):
     """-> (autoencoder, Prompts) for the "model" of a config.json."""
     if config["autoencoder"]:
         return PixelAE(**config["autoencoder"]), Prompts()
-    folder = find_model(config["name"])
-    return DCAE.from_pretrained(folder / "vae", torch.float32).to(device), Prompts(folder, device)
+    folder, sana = find_model(config["name"], ("vae", "text_encoder")), config["sana"]
+    autoencoder, width = DCAE.from_pretrained(folder / "vae", torch.float32), Gemma2.from_config(folder / "text_encoder").c["hidden_size"]
+    if (autoencoder.channels, width) != (sana["out_channels"], sana["caption_channels"]):
+        raise UserError(f"{folder}: the transformer works on {sana['out_channels']} channels and texts of {sana['caption_channels']}, "
+                        f"the autoencoder gives {autoencoder.channels}, the text encoder {width}")
+    return autoencoder.to(device), Prompts(folder, device)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from data import PICTURES, CsvPairs, PairedDataset, build_surroundings, list_images, seed_for, to_image, to_tensor
 from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, label_tiles, make_folder, open_image, parse_degradations,
                      run_script, save_image, write_csv, write_text)
-from model import load_restorer, sample
-from vae import PixelAE, in_tiles, pad_to_multiple
+from model import guided, load_restorer, sample
+from vae import PixelAE, pad_to_multiple
 
 # ----------------------------------------------------------------------------------------------------------------
 # Metrics. Both images [B, 3, H, W] in [-1, 1]; one float64 value per image.
@@ -68,7 +68,7 @@ TILE, OVERLAP = 1024, 64  # pixels: the tiny preset restores larger pictures in 
 
 
 @torch.no_grad()
-def restore(restorer, autoencoder, prompts, pixels, captions, steps=1, seed=0, sampler="euler"):
+def restore(restorer, autoencoder, prompts, pixels, captions, steps=1, seed=0, sampler="euler", guidance=1.0):
     """Degraded pixels [B, 3, H, W] in [-1, 1] of any size, and a caption each -> restored pixels, clipped to [-1, 1].
     The noise depends on the seed and the image size alone: an image comes out the same whatever is beside it."""
     height, width = pixels.shape[2:]
@@ -76,16 +76,52 @@ def restore(restorer, autoencoder, prompts, pixels, captions, steps=1, seed=0, s
     pixels = pad_to_multiple(pixels, f * restorer.sana.config["patch_size"])
     generator = torch.Generator().manual_seed(seed_for(seed, 0, "restore"))
     noise = torch.randn(autoencoder.channels, *(side // f for side in pixels.shape[2:]), generator=generator).to(pixels)
-    text, text_mask = (t.to(pixels.device) for t in prompts(captions))
+    prompts.prepare([*captions, ""])
+    text, empty = ([t.to(pixels.device) for t in prompts(c)] for c in (captions, [""] * len(captions)))
 
     def part(at):
         condition = autoencoder.encode(pixels[at])                          # [B, C, h, w]
         rows, columns = (slice(side.start // f, side.stop // f) for side in at[1:])
         start = noise[:, rows, columns].expand_as(condition)
-        return autoencoder.decode(sample(lambda x, timestep: restorer(x, condition, timestep, text, text_mask), start, steps, sampler))
-    # latents are small: the whole picture goes through the transformer at once, and only the autoencoder makes tiles
+        velocity = guided(lambda x, *rest: restorer(x, condition, *rest), text, empty, guidance)
+        return autoencoder.decode(sample(velocity, start, steps, sampler, restorer.shift))
+    # latents are small: the whole picture goes through the transformer at once
     tile = TILE if isinstance(autoencoder, PixelAE) else max(pixels.shape[2:])
     return in_tiles(part, pixels.shape[2:], tile, OVERLAP)[..., :height, :width].clamp(-1, 1)
+
+
+def in_tiles(function, size, tile, overlap, scale=1):
+    """Compute a large picture in overlapping tiles, blended linearly over their overlaps.
+
+    function(at) -> [B, C, h, w], the output for the part `at` of the input, a (..., rows, columns) index.
+    size: (H, W) of the input; tile, overlap: in input positions; scale: output positions per input position.
+    """
+    if max(size) <= tile:
+        return function((..., slice(0, size[0]), slice(0, size[1])))
+    total = weights = None
+    for top in tile_starts(size[0], tile, overlap):
+        for left in tile_starts(size[1], tile, overlap):
+            part = function((..., slice(top, top + tile), slice(left, left + tile)))
+            if total is None:
+                shape = [round(side * scale) for side in size]
+                total, weights = part.new_zeros(*part.shape[:2], *shape), part.new_zeros(shape)
+            height, width = part.shape[2:]
+            y, x = round(top * scale), round(left * scale)
+            weight = ramp(height, overlap * scale).to(part)[:, None] * ramp(width, overlap * scale).to(part)
+            total[..., y:y + height, x:x + width] += weight * part
+            weights[y:y + height, x:x + width] += weight
+    return total.div_(weights)
+
+
+def tile_starts(length, tile, overlap):
+    """Where tiles that overlap by at least overlap begin, the last one ending at length."""
+    return [0] if length <= tile else [*range(0, length - tile, tile - overlap), length - tile]
+
+
+def ramp(length, overlap):
+    """Weights that rise over the overlap from either end, to blend neighbouring tiles."""
+    i = torch.arange(length)
+    return torch.minimum(i + 1, length - i).clamp(max=overlap) / overlap
 
 
 def default_steps(restorer):
@@ -142,7 +178,7 @@ def evaluate_pairs(dataset, names, prompt=None, quiet=False, **how):
     the labelled pictures [[("degraded ...", PIL), ("restored ...", PIL), ("clean", PIL)]]."""
     device = next(how["restorer"].parameters()).device
     captions = [dataset.plan(i)[2] if prompt is None else prompt for i in range(len(dataset))]
-    how["prompts"].prepare(captions)
+    how["prompts"].prepare([*captions, ""])
     rows, pictures = [], []
     for i in (bar := tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)):
         item = dataset.draw(i)
@@ -199,7 +235,7 @@ def measure(args, prompt, **how):
     # JSON has neither inf nor nan: null
     for row in rows + [means]:
         row.update({k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)})
-    flags = {key: getattr(args, key) for key in ("checkpoint", "data", "degradations", "steps", "sampler", "seed", "prompt")}
+    flags = {key: getattr(args, key) for key in ("checkpoint", "data", "degradations", "steps", "sampler", "guidance", "seed", "prompt")}
     report = flags | {"mean": means, "images": rows}
     write_text(out / "scores.json", json.dumps(report, indent=1))
     print(f"{out}/scores.csv, scores.json, grid.png (sampling steps: {how['steps']})")
@@ -219,6 +255,10 @@ def main():
     parser.add_argument("--steps", type=int, help="sampling steps; 1: best PSNR, more: more texture (default: 1 for the tiny "
                         "preset, 20 for pretrained models)")
     parser.add_argument("--sampler", choices=["euler", "dpm"], default="euler", help="dpm: DPM-Solver++ 2M (default euler)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="how far to go beyond what the prompt asks, away from "
+                        "what no prompt gives (default 1: no further)")
+    parser.add_argument("--model", help="where the autoencoder and text encoder of a pretrained model are now (default: where "
+                        "they were in training)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise and of degradations made here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
     args = parser.parse_args()
@@ -229,10 +269,10 @@ def main():
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps {args.steps}: at least 1")
     restorer, config = load_restorer(args.checkpoint)
-    autoencoder, prompts = build_surroundings(config, check_device(args.device))
+    autoencoder, prompts = build_surroundings(config | ({"name": args.model} if args.model else {}), check_device(args.device))
     args.steps = args.steps or default_steps(restorer)
     how = {"restorer": restorer.to(args.device), "autoencoder": autoencoder, "prompts": prompts, "steps": args.steps,
-           "seed": args.seed, "sampler": args.sampler}
+           "seed": args.seed, "sampler": args.sampler, "guidance": args.guidance}
     if args.input:
         restore_files(args.input, args.output, caption=args.prompt or "", **how)
     else:

@@ -218,6 +218,7 @@ class Sana(Pretrained):
 # From text-to-image to restoration: the degraded image enters beside the noisy latent.
 
 MIN_SIGMA = 1e-3  # below it a residual prediction is not divided any further
+SHIFT = 3.0  # SANA's resolution shift, for training and sampling alike (6 for its 4K model: see shift_sigma)
 
 
 class Restorer(nn.Module):
@@ -232,12 +233,14 @@ class Restorer(nn.Module):
       "residual": x0 - condition, for training from scratch: a network that answers 0 returns the input, not noise.
     """
 
-    def __init__(self, sana, conditioning="projection", prediction="velocity"):
+    def __init__(self, sana, conditioning="projection", prediction="velocity", shift=SHIFT):
         super().__init__()
         channels = sana.config["out_channels"]
-        self.sana, self.conditioning, self.prediction = sana, conditioning, prediction
+        self.sana, self.conditioning, self.prediction, self.shift = sana, conditioning, prediction, shift
         with torch.no_grad():
             if conditioning == "projection":
+                if sana.config["in_channels"] != channels:
+                    raise UserError("this model takes the condition already: --conditioning widen")
                 self.projection = nn.Conv2d(2 * channels, channels, 1, bias=False)
                 self.projection.weight.copy_(torch.eye(channels, 2 * channels)[:, :, None, None])
             elif conditioning == "widen":
@@ -279,14 +282,11 @@ PRESETS = {
 
 def build_restorer(config):
     """A preset, or "model" of a checkpoint's config.json -> Restorer with unset weights."""
-    return Restorer(Sana(config["sana"]), config["conditioning"], config["prediction"])
+    return Restorer(Sana(config["sana"]), config["conditioning"], config["prediction"], config.get("shift", SHIFT))
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Flow matching. The loss and the sampler are two readings of one line: x_sigma = (1 - sigma) * x0 + sigma * noise.
-
-SHIFT = 3.0  # SANA's, for training and sampling alike
-
 
 def shift_sigma(sigma, shift=SHIFT):
     """Move sigmas towards 1, as high resolutions need (SD3, arXiv 2403.03206, eq. 23)."""
@@ -360,7 +360,7 @@ def guided(predict, prompt, empty, guidance=1.0):
 # Text.
 
 def pad_text(rows):
-    """[[L, D]] of several lengths -> text [B, longest L, D], text_mask [B, longest L] bool."""
+    """[[L, ...]] of several lengths -> text [B, longest L, ...], text_mask [B, longest L] bool."""
     lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
     text = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return text, torch.arange(text.shape[1], device=text.device) < lengths[:, None]
@@ -537,11 +537,9 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
         for prompt, row in zip(batch, ids):
             if len(row) > head + length - 2:
                 print(f"the prompt {prompt[:40]!r}... is cut to {length - 2} tokens", file=sys.stderr)
-        ids = [torch.tensor(row[:head + length - 2], device=device) for row in ids]
-        mask = pad_text([torch.ones(len(row), 1, device=device) for row in ids])[1]
-        hidden = gemma(nn.utils.rnn.pad_sequence(ids, batch_first=True), mask)  # [B, L, D]
-        for prompt, row, states in zip(batch, ids, hidden):
-            rows.append(torch.cat([states[:1], states[head - 1:len(row)]]) if prompt else states[:len(row)])
+        padded, mask = pad_text([torch.tensor(row[:head + length - 2], device=device) for row in ids])
+        for prompt, count, states in zip(batch, mask.sum(1), gemma(padded, mask).cpu()):
+            rows.append(torch.cat([states[:1], states[head - 1:count]]) if prompt else states[:count])
     return rows
 
 

@@ -28,12 +28,12 @@ from data import CsvPairs, DeadLeaves, PairedDataset, build_surroundings, collat
 from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, make_folder, parse_degradations, run_script, save_image,
                      write_text)
 from evaluate import check_device, default_steps, draw_grid, evaluate_pairs, mean_of
-from model import PRESETS, Restorer, Sana, build_restorer, draw_sigma, find_checkpoint, flow_loss
+from model import PRESETS, SHIFT, Restorer, Sana, build_restorer, draw_sigma, find_checkpoint, flow_loss
 from vae import HUB, find_model, load_weights, read_json, save_weights
 
 # flags whose default depends on the model: pixels from scratch, or latents from pretrained weights
-SCRATCH = {"lr": 5e-3, "steps": 9000, "resolution": 48, "share_at_one": 0.3}
-PRETRAINED = {"lr": 1e-5, "steps": 10000, "resolution": 512, "share_at_one": 0.0}
+SCRATCH = {"lr": 5e-3, "steps": 8000, "resolution": 48, "share_at_one": 0.3, "clip": 1.0}
+PRETRAINED = {"lr": 1e-5, "steps": 10000, "resolution": 512, "share_at_one": 0.0, "clip": 0.1}
 
 
 def parse_args(argv=None):
@@ -55,13 +55,13 @@ def parse_args(argv=None):
     parser.add_argument("--share_at_one", type=float, help="share of training at sigma = 1, where one-step restoration "
                         "happens (default 0.3 for tiny, else 0)")
     # optimization
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 9000 for tiny, 2500 for the demo, else 10000)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 8000 for tiny, 2500 for the demo, else 10000)")
     parser.add_argument("--batch_size", type=int, default=4, help="default 4")
     parser.add_argument("--lr", type=float, help="peak; rises for 2%% of the steps, then falls as a cosine to 0 (default 5e-3 "
                         "for tiny, else 1e-5)")
     parser.add_argument("--proj_lr", type=float, help="for --conditioning projection, that layer's (default 10 * lr)")
     parser.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's (default 0)")
-    parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    parser.add_argument("--clip", type=float, help="largest gradient norm (default 1 for tiny, else 0.1, as SANA was trained)")
     parser.add_argument("--ema_decay", type=float, default=0.9999, help="of the averaged weights that are evaluated")
     parser.add_argument("--seed", type=int, default=0, help="of everything random: same seed, same run")
     # the run
@@ -159,12 +159,16 @@ def describe_model(args):
         config = PRESETS[args.model]
     else:
         folder = find_model(args.model)
-        with torch.device("meta"):
-            sana = Sana(read_json(folder / "transformer" / "config.json"))
+        sana, about = Sana.from_config(folder / "transformer").config, read_json(folder / "transformer" / "config.json")
         name = str(folder.resolve()) if Path(args.model).is_dir() else args.model
-        config = {"name": name, "autoencoder": None, "sana": sana.config, "prediction": "velocity", "conditioning":
-                  "projection" if sana.config["in_channels"] == sana.config["out_channels"] else "widen"}
-    return config | {"conditioning": args.conditioning or config["conditioning"]}
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        config = {"name": name, "autoencoder": None, "sana": sana, "prediction": about.get("_prediction", "velocity"),
+                  "conditioning": "projection" if sana["in_channels"] == sana["out_channels"] else "widen",
+                  "shift": read_json(scheduler).get("flow_shift", SHIFT) if scheduler.is_file() else SHIFT}
+    config = config | {"conditioning": args.conditioning or config["conditioning"]}
+    with torch.device("meta"):
+        build_restorer(config)  # so that what cannot be built is said before anything is loaded
+    return config
 
 
 class State:
@@ -172,12 +176,16 @@ class State:
 
     def __init__(self, config, autoencoder, prompts, args):
         self.step, self.config, self.autoencoder, self.prompts, self.args = 0, config, autoencoder, prompts, args
-        if config["autoencoder"]:
+        if args.resume:  # load() fills it
+            with torch.device("meta"):
+                self.restorer = build_restorer(config)
+            self.restorer.to_empty(device="cpu")
+        elif config["autoencoder"]:
             self.restorer = build_restorer(config)
             self.restorer.sana.initialize(torch.Generator().manual_seed(seed_for(args.seed, 0, "weights")))
         else:
             sana = Sana.from_pretrained(find_model(config["name"]) / "transformer", torch.float32)
-            self.restorer = Restorer(sana, config["conditioning"], config["prediction"])
+            self.restorer = Restorer(sana, config["conditioning"], config["prediction"], config["shift"])
         self.restorer.to(args.device).train()
         self.parameters = dict(self.restorer.named_parameters())
         self.ema = {name: p.detach().float().clone() for name, p in self.parameters.items()}
@@ -307,7 +315,7 @@ def train_step(state, batch):
     generator = torch.Generator().manual_seed(seed_for(args.seed, state.step, "noise"))
     x0, condition = (state.autoencoder.encode(batch[key].to(args.device, non_blocking=True)) for key in ("clean", "condition"))
     noise = torch.randn(x0.shape, generator=generator).to(args.device)
-    sigma = draw_sigma(len(x0), generator, share_at_one=args.share_at_one).to(args.device)
+    sigma = draw_sigma(len(x0), generator, args.share_at_one, state.restorer.shift).to(args.device)
     text, text_mask = (t.to(args.device) for t in state.prompts(batch["caption"]))
 
     progress = (state.step + 0.5) / args.steps
@@ -379,21 +387,26 @@ def main():
     args = parse_args()
     train_set, val_set = make_datasets(args)
     run, log = prepare_run(args)
-    config = describe_model(args)
+    start = 0
+    if not args.resume:
+        config = describe_model(args)
+    else:
+        saved = read_json(find_checkpoint(run) / "config.json")
+        config, start = saved["model"], saved["step"]
+        if start >= args.steps:
+            raise UserError(f"{run} is at step {start} of {args.steps} already; --steps sets a later end")
     autoencoder, prompts = build_surroundings(config, args.device)
     unit = autoencoder.factor * config["sana"].get("patch_size", 1)
     if args.resolution % unit:
         raise UserError(f"--resolution {args.resolution}: a multiple of {unit}, the model's unit")
     if prompts.folder:  # all captions of the run, before the transformer takes the memory
-        draws = range(args.steps * args.batch_size)
-        prompts.prepare([train_set.plan(i)[2] for i in draws] + [val_set.plan(i)[2] for i in range(len(val_set))])
+        draws = range(start * args.batch_size, args.steps * args.batch_size)
+        prompts.prepare(["", *(train_set.plan(i)[2] for i in draws), *(val_set.plan(i)[2] for i in range(len(val_set)))])
     state = State(config, autoencoder, prompts, args)
     if args.resume:
         state.load(find_checkpoint(run))
         log = [entry for entry in log if entry["step"] <= state.step]
-        if state.step >= args.steps:
-            raise UserError(f"{run} is at step {state.step} of {args.steps} already; --steps sets a later end")
-    else:
+    elif (run / "latest").exists():  # --overwrite
         clear_run(run)
     write_text(run / "config.json", json.dumps({"model": state.config, "args": vars(args)}, indent=1))
     count = sum(p.numel() for p in state.parameters.values())

@@ -4,11 +4,11 @@ DCAE is SANA's (DC-AE, arXiv 2410.10733), PixelAE the lossless one of the tiny p
 f, channels C, and accept any H, W: encode mirrors the picture to the next multiple of f; crop what decode returns.
 Between them: how the weights of all networks of this project are read, from a folder or from the hub.
 """
+import contextlib
 import json
 import os
 import re
-import urllib.error
-import urllib.request
+import threading
 from pathlib import Path
 
 import torch
@@ -52,10 +52,14 @@ def read_config(what, config, defaults, ignored=(), built={}):
 
 
 def read_json(path):
+    """The object that a JSON file holds. Raises UserError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return content
 
 
 class Pretrained(nn.Module):
@@ -63,21 +67,23 @@ class Pretrained(nn.Module):
     CLASS, PREFIX = None, ""
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        """The network of folder/config.json with the weights of folder, in dtype (None: as stored). Built without memory,
-        then filled with tensors that are mapped from the file: a page is read when it is first used. Raises UserError."""
+    def from_config(cls, folder):
+        """The network of folder/config.json on the meta device: shapes, no memory. Raises UserError."""
         config = read_json(Path(folder) / "config.json")
-        found = config.get("_class_name") or (config.get("architectures") or ["nameless class"])[0]
-        if not found.startswith(cls.CLASS):
+        found = str(config.get("_class_name") or config.get("architectures"))
+        if cls.CLASS not in found:
             raise UserError(f"{folder}/config.json describes a {found}; a {cls.CLASS} is needed here")
         try:
             with torch.device("meta"):
-                module = cls(config)
-        except UserError:
-            raise
-        except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+                return cls(config)
+        except (TypeError, KeyError, IndexError, RuntimeError, ZeroDivisionError) as error:
             raise UserError(f"{folder}/config.json does not describe a {cls.CLASS}: {error!r}") from None
-        return load_weights(module, *weight_files(folder), dtype=dtype).eval()
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None):
+        """With the weights of folder, in dtype (None: as stored). The tensors are mapped from the file: a page is read
+        when it is first used. Raises UserError."""
+        return load_weights(cls.from_config(folder), *weight_files(folder), dtype=dtype).eval()
 
 
 def weight_files(folder):
@@ -87,7 +93,8 @@ def weight_files(folder):
             single, index = (Path(folder) / f"{stem}{end}" for end in (
                 f"{variant}.safetensors", f".safetensors.index{variant}.json"))
             if index.is_file():
-                shards = set(read_json(index).get("weight_map", {}).values())
+                weight_map = read_json(index).get("weight_map")
+                shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else ()
                 if not shards or any(Path(shard).name != shard for shard in shards):
                     raise UserError(f"{index}: names no shards, or shards outside its folder")
                 return [index.parent / shard for shard in sorted(shards)]
@@ -133,39 +140,54 @@ HUB = {name: f"Efficient-Large-Model/{repository}_diffusers" for name, repositor
     "sana-1.6b-512": "Sana_1600M_512px", "sana-1.6b": "Sana_1600M_1024px_BF16"}.items()}
 
 
-def find_model(name):
-    """The folder of a pretrained model with transformer/, vae/, text_encoder/ and tokenizer/ in it: a path, a short name of
-    HUB, or a hub id (owner/name). From the hub comes only what is needed and not in its cache yet. Raises UserError."""
+PARTS = ("transformer", "vae", "text_encoder")
+
+
+def find_model(name, parts=PARTS):
+    """The folder of a pretrained model, in which transformer/, vae/, text_encoder/, tokenizer/ and scheduler/ lie: a path,
+    a short name of HUB, or a hub id (owner/name), of which what parts need is downloaded, unless it is in the hub's cache.
+    Raises UserError."""
     if os.path.isdir(name):
         return Path(name)
     repository = HUB.get(name, name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"--model {name}: no such folder; or give tiny, {', '.join(HUB)}, or a hub id such as owner/name")
     from huggingface_hub import HfApi, constants, snapshot_download  # half a second to import: only who downloads waits
-    online = not constants.HF_HUB_OFFLINE
+    files, problem = None, f"no answer from {constants.ENDPOINT}"
+    if constants.HF_HUB_OFFLINE:
+        problem = "HF_HUB_OFFLINE is set"
+    elif hub_answers(constants.ENDPOINT):
+        try:
+            files = needed_files([file.rfilename for file in HfApi().model_info(repository, timeout=10).siblings], parts)
+        except Exception as error:  # the client has its own errors for each trouble, and those of its HTTP library
+            problem = error
     try:
-        if online:  # asked before the hub's client, which would try for 23 seconds
-            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=8).close()
-    except urllib.error.HTTPError:
-        pass  # an answer is an answer
-    except (OSError, ValueError):
-        online = False
-    try:
-        if not online:  # the folder alone; load_pretrained names what may be missing in it
-            return Path(snapshot_download(repository, allow_patterns="transformer/config.json", local_files_only=True))
-        files = [file.rfilename for file in HfApi().model_info(repository, timeout=10).siblings]
-        return Path(snapshot_download(repository, allow_patterns=needed_files(files)))
-    except Exception as error:  # the hub's client has its own errors for each, and passes on those of its HTTP library
-        reason = str(error).strip().split("\n")[0] if online else f"no answer from {constants.ENDPOINT}, and not in the cache"
-        raise UserError(f"--model {name}: {reason or type(error).__name__}. Download it elsewhere and give its folder, or take "
-                        "--model tiny, which needs no download") from None
+        if files is None:  # then what the cache holds; a missing file is named when it is read
+            return Path(snapshot_download(repository, allow_patterns="*/config.json", local_files_only=True))
+        return Path(snapshot_download(repository, allow_patterns=files))
+    except Exception as error:
+        reason = " ".join(str(error if files else problem).split())[:240].rstrip(".")
+        raise UserError(f"--model {name}: {reason}{'' if files else ', and it is not in the cache'}. Download it elsewhere and "
+                        "give its folder, or take --model tiny, which needs no download") from None
 
 
-def needed_files(names):
+def hub_answers(endpoint):
+    """Whether it does within 8 seconds, all its addresses together; its client would try for 23."""
+    def ask():
+        from huggingface_hub.utils import get_session
+        with contextlib.suppress(Exception):
+            answers.append(get_session().head(endpoint, timeout=8))
+    answers, thread = [], threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(8)
+    return bool(answers)
+
+
+def needed_files(names, parts=PARTS):
     """Of the files of a hub repository those that this project reads: the bf16 weights where there are two sorts."""
-    chosen = [n for n in names if n.endswith("/config.json") or n == "tokenizer/tokenizer.json"]
-    for part in ("transformer/", "vae/", "text_encoder/"):
-        weights = [n for n in names if n.startswith(part) and (n.endswith(".safetensors") or ".safetensors.index" in n)]
+    chosen = [n for n in names if n.endswith(("/config.json", "/scheduler_config.json")) or n == "tokenizer/tokenizer.json"]
+    for part in parts:
+        weights = [n for n in names if n.startswith(f"{part}/") and (n.endswith(".safetensors") or ".safetensors.index" in n)]
         chosen += [n for n in weights if ".bf16" in n] or [n for n in weights if ".fp16" not in n]
     return chosen
 
@@ -180,6 +202,9 @@ DCAE_DEFAULTS = dict(  # what a missing key of config.json means; one value of a
     encoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)), decoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
     downsample_block_type="pixel_unshuffle", upsample_block_type="pixel_shuffle", decoder_norm_types="rms_norm",
     decoder_act_fns="silu", encoder_out_shortcut=True, decoder_in_shortcut=True, decoder_conv_act_fn="relu", scaling_factor=1.0)
+DCAE_BUILT = {"downsample_block_type": ("pixel_unshuffle", "Conv"), "upsample_block_type": ("pixel_shuffle", "interpolate"),
+              "decoder_conv_act_fn": ("relu", "silu", "relu6")}
+TILE = 768  # pixels: larger pictures (above 1,024) go through in parts, so that memory stays bounded
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6}
 
 
@@ -231,20 +256,29 @@ class MultiscaleAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner, bias=False) for _ in range(3))
         self.to_qkv_multiscale = nn.ModuleList([MultiscaleProjection(3 * inner, dim // head_dim, k) for k in kernels])
         self.to_out = nn.Linear(inner * (1 + len(kernels)), dim, bias=False)
-        self.norm_out = make_norm(norm, dim)
+        self.norm_out, self.halo = make_norm(norm, dim), max([k // 2 for k in kernels], default=0)
 
-    def forward(self, x):                                                   # [B, D, H, W]
+    def qkv(self, x, inner):                                                # [B, D, H, W], the part that is no halo
         grid, tokens = x.shape[2:], x.flatten(2).transpose(1, 2)            # [B, N, D]
         qkv = torch.cat([self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)], 2)
         qkv = qkv.transpose(1, 2).unflatten(2, grid)                        # [B, 3*D, H, W]
-        qkv = torch.cat([qkv] + [project(qkv) for project in self.to_qkv_multiscale], 1)
+        qkv = torch.cat([qkv] + [project(qkv) for project in self.to_qkv_multiscale], 1)[inner]
         # fp32: the sums run over N terms. Heads are runs of 3*d channels, whatever they were before: so it was trained
-        q, k, v = qkv.float().flatten(2).unflatten(1, (-1, 3 * self.head_dim)).chunk(3, dim=2)  # [B, h, d, N]
-        q, k = F.relu(q), F.relu(k)
-        out = (v @ k.transpose(2, 3)) @ q                                   # [B, h, d, N]
-        out = out / (k.sum(3).unsqueeze(2) @ q + 1e-15)                     # [B, h, d, N]
-        out = self.to_out(out.flatten(1, 2).transpose(1, 2).to(x.dtype))    # [B, N, D]
-        return x + self.norm_out(out.transpose(1, 2).unflatten(2, grid))    # [B, D, H, W]
+        q, k, v = qkv.float().flatten(2).unflatten(1, (-1, 3 * self.head_dim)).chunk(3, dim=2)
+        return F.relu(q), F.relu(k), v                                      # [B, h, d, N] each
+
+    def forward(self, x):                                                   # [B, D, H, W]
+        # A large picture is gone through twice in tiles: first for the sums over all positions, then for the outputs
+        parts, summary, total, out = tiles(x.shape[2:], TILE // 8, self.halo), 0, 0, torch.empty_like(x)
+        for outer, inner, _ in parts:
+            q, k, v = self.qkv(x[outer], inner)
+            summary, total = summary + v @ k.transpose(2, 3), total + k.sum(3).unsqueeze(2)  # [B, h, d, d], [B, h, 1, d]
+        for outer, inner, target in parts:
+            q = q if len(parts) == 1 else self.qkv(x[outer], inner)[0]
+            heads = (summary @ q) / (total @ q + 1e-15)                     # [B, h, d, N]
+            tokens = self.to_out(heads.flatten(1, 2).transpose(1, 2).to(x.dtype))  # [B, N, D]
+            out[target] = x[target] + self.norm_out(tokens.transpose(1, 2).unflatten(2, x[target].shape[2:]))
+        return out                                                          # [B, D, H, W]
 
 
 class GLUMBConv(nn.Module):
@@ -275,9 +309,10 @@ class EfficientViTBlock(nn.Module):
         self.conv_out.norm = RMSNorm2d(dim)
 
     def forward(self, x):                                                   # [B, D, H, W]
-        x = self.attn(x)
-        tokens = self.conv_out(x.flatten(2).transpose(1, 2), x.shape[2:])   # [B, N, D]
-        return x + self.conv_out.norm(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
+        def feed_forward(x):
+            tokens = self.conv_out(x.flatten(2).transpose(1, 2), x.shape[2:])  # [B, N, D]
+            return x + self.conv_out.norm(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
+        return in_tiles(feed_forward, self.attn(x), TILE // 8, 1)
 
 
 class Down(nn.Module):
@@ -316,14 +351,17 @@ def stages(c, side):
     norms, acts = (each(c[f"{side}_{key}"] if side == "decoder" else default)
                    for key, default in (("norm_types", "rms_norm"), ("act_fns", "silu")))
     kinds = each(c[f"{side}_block_types"])
-    if not set(kinds) <= {"ResBlock", "EfficientViTBlock"} or not set(norms) <= {"rms_norm", "batch_norm"}:
-        raise UserError(f"DC-AE config: blocks {kinds} with norms {norms} are not supported")
+    if not (set(kinds) <= {"ResBlock", "EfficientViTBlock"} and set(norms) <= {"rms_norm", "batch_norm"} and set(acts) <= {*ACTIVATIONS}):
+        raise UserError(f"DC-AE config: blocks {kinds} with norms {norms} and activations {acts} are not supported")
     for i, (width, count) in enumerate(zip(widths, counts)):
         yield i, width, [ResBlock(width, norms[i], acts[i]) if kinds[i] == "ResBlock" else EfficientViTBlock(
             width, c["attention_head_dim"], c[f"{side}_qkv_multiscales"][i], norms[i]) for _ in range(count)]
 
 
 class Encoder(nn.Module):
+    """The stages of ResBlocks see only what is near: they work in tiles, with exactly the numbers of the whole. What comes
+    after them, attention over all positions, is small: an eighth of the side in SANA's."""
+
     def __init__(self, c):
         super().__init__()
         widths, kind, latent = c["encoder_block_out_channels"], c["downsample_block_type"], c["latent_channels"]
@@ -336,15 +374,24 @@ class Encoder(nn.Module):
                 *blocks, *([Down(width, widths[i + 1], kind)] if blocks and i + 1 < len(widths) else [])))
         self.conv_out = nn.Conv2d(widths[-1], latent, 3, padding=1)
         self.shortcut = latent if c["encoder_out_shortcut"] else None
+        self.local, self.factor, self.reach = local_stages(self.down_blocks, full)
 
-    def forward(self, x):
+    def near(self, x):
         x = self.conv_in(x)
-        for stage in self.down_blocks:
+        for stage in self.down_blocks[:self.local]:
+            x = stage(x)
+        return x
+
+    def forward(self, x):                                                   # [B, 3, H, W]
+        x = in_tiles(self.near, x, TILE, self.reach, 1 / self.factor)       # [B, D, H/8, W/8]
+        for stage in self.down_blocks[self.local:]:
             x = stage(x)
         return self.conv_out(x) + x.unflatten(1, (self.shortcut, -1)).mean(2) if self.shortcut else self.conv_out(x)
 
 
 class Decoder(nn.Module):
+    """The encoder in reverse: first the attention stages, then the ResBlocks in tiles."""
+
     def __init__(self, c):
         super().__init__()
         widths, kind, latent = c["decoder_block_out_channels"], c["upsample_block_type"], c["latent_channels"]
@@ -359,28 +406,47 @@ class Decoder(nn.Module):
         self.norm_out, self.activation = RMSNorm2d(last), ACTIVATIONS[c["decoder_conv_act_fn"]]
         self.conv_out = (nn.Conv2d(last, c["in_channels"], 3, padding=1) if full
                          else Up(last, c["in_channels"], kind, shortcut=False))
+        self.local, self.factor, self.reach = local_stages(self.up_blocks, full)
 
-    def forward(self, z):
-        x = self.conv_in(z)
-        if self.repeats:
-            x = x + z.repeat_interleave(self.repeats, dim=1)
-        for stage in reversed(self.up_blocks):
+    def near(self, x):
+        for stage in reversed(self.up_blocks[:self.local]):
             x = stage(x)
         return self.conv_out(self.activation(self.norm_out(x)))
 
+    def forward(self, z):                                                   # [B, C, H, W]
+        x = self.conv_in(z)
+        if self.repeats:
+            x = x + z.repeat_interleave(self.repeats, dim=1)
+        for stage in reversed(self.up_blocks[self.local:]):
+            x = stage(x)                                                    # [B, D, 4H, 4W]
+        return in_tiles(self.near, x, TILE // self.factor, self.reach // self.factor, self.factor)
+
+
+def local_stages(blocks, full):
+    """-> (how many of the stages nearest to the pixels have no attention, how many pixels wide one position beyond them is, how
+    far they see, in pixels: 3x3 convolutions on ever larger positions, rounded up to a multiple of that width)."""
+    count = next((i for i, stage in enumerate(blocks) if any(isinstance(b, EfficientViTBlock) for b in stage)), len(blocks) - 1)
+    factor = reach = 1 if full else 2
+    for i, stage in enumerate(blocks[:count]):
+        reach += factor * (2 * sum(isinstance(b, ResBlock) for b in stage) + 2)
+        factor *= 2 if full or i else 1
+    return count, factor, -(-reach // factor) * factor
+
 
 class DCAE(Pretrained):
-    """The 32x autoencoder (64x and 128x by config). config: the keys of the checkpoint's vae/config.json.
+    """The 32x autoencoder (64x and 128x by config). config: the keys of the checkpoint's vae/config.json. Raises UserError
+    for a config that this file does not build.
 
-    Pictures above UNTILED pixels go through in overlapping tiles that are blended linearly, so that memory stays bounded.
-    Raises ValueError for a config that this file does not build.
+    Precision: SANA's file holds fp32, which is the reference. bf16 is safe: it has fp32's range, the attention's sums and
+    the norms are taken in fp32, and on random weights a round trip stays within 2% of fp32. fp16 is not: with random
+    weights the sums of one attention reach 1e7 at 512 px, beyond fp16's 65,504 (they are in fp32 here, but nothing has
+    tried the published weights).
     """
     CLASS = "AutoencoderDC"
-    UNTILED, TILE, OVERLAP = 1024, 768, 256  # pixels
 
     def __init__(self, config):
         super().__init__()
-        c = read_config("DC-AE", config, DCAE_DEFAULTS)
+        c = read_config("DC-AE", config, DCAE_DEFAULTS, built=DCAE_BUILT)
         self.encoder, self.decoder, self.scaling = Encoder(c), Decoder(c), c["scaling_factor"]
         self.factor, self.channels = 2 ** (len(c["encoder_block_out_channels"]) - 1), c["latent_channels"]
 
@@ -388,24 +454,44 @@ class DCAE(Pretrained):
     def encode(self, pixels):
         """[B, 3, H, W] in [-1, 1] -> [B, C, H/f, W/f], scaled, fp32. Deterministic: DC-AE has no latent distribution."""
         x = pad_to_multiple(pixels, self.factor).to(self.encoder.conv_out.weight.dtype)
-        return self._tiled(self.encoder, x, 1 / self.factor, self.factor).float() * self.scaling
+        return self.encoder(x).float() * self.scaling
 
     @torch.no_grad()
     def decode(self, latents):
         """[B, C, H, W], scaled -> pixels [B, 3, fH, fW], fp32."""
-        z = (latents / self.scaling).to(self.decoder.conv_in.weight.dtype)
-        return self._tiled(self.decoder, z, self.factor, 1).float()
-
-    def _tiled(self, network, x, scale, unit):
-        """unit: input positions per latent position."""
-        pixels = self.factor // unit  # per input position
-        if max(x.shape[2:]) * pixels <= self.UNTILED:
-            return network(x)
-        return in_tiles(lambda at: network(x[at]), x.shape[2:], self.TILE // pixels, self.OVERLAP // pixels, scale)
+        return self.decoder((latents / self.scaling).to(self.decoder.conv_in.weight.dtype)).float()
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Any size.
+
+def tiles(size, tile, halo):
+    """Cut a picture of (H, W) positions into squares, or leave one up to a third larger than tile in one piece.
+    -> [(outer, inner, target)], each (..., rows, columns): the part to take, with halo positions around it where there
+    are any; what of that part is no halo; where that lies in the picture."""
+    if max(size) <= tile * 4 / 3:
+        tile = max(size)
+    axes = []
+    for length in size:
+        starts = range(0, length, tile)
+        axes.append([(slice(max(0, s - halo), s + tile + halo), slice(min(s, halo), min(s, halo) + tile), slice(s, s + tile)) for s in starts])
+    return [tuple((..., rows, columns) for rows, columns in zip(r, c)) for r in axes[0] for c in axes[1]]
+
+
+def in_tiles(function, x, tile, halo, scale=1):
+    """function(x), computed in tiles: the same numbers, if no output of the function depends on what lies further away
+    than halo. x [B, C, H, W]; scale: output positions per input position; tile and halo are multiples of 1 / scale."""
+    def scaled(at):
+        return (..., *(slice(round(side.start * scale), round(side.stop * scale)) for side in at[1:]))
+    parts, out = tiles(x.shape[2:], tile, halo), None
+    for outer, inner, target in parts:
+        part = function(x[outer])
+        if len(parts) == 1:
+            return part
+        if out is None:
+            out = part.new_empty(*part.shape[:2], *(round(side * scale) for side in x.shape[2:]))
+        out[scaled(target)] = part[scaled(inner)]
+    return out
 
 def pad_to_multiple(pixels, multiple):
     """Extend [B, C, H, W] right and down by mirroring (without repeating the edge, again and again if the image is
@@ -416,35 +502,3 @@ def pad_to_multiple(pixels, multiple):
             mirror = torch.arange(-(-n // multiple) * multiple, device=pixels.device) % max(1, 2 * (n - 1))
             pixels = pixels.index_select(dim, torch.where(mirror < n, mirror, 2 * (n - 1) - mirror))
     return pixels
-
-
-def in_tiles(function, size, tile, overlap, scale=1):
-    """Compute a large picture in overlapping tiles, blended linearly over their overlaps.
-
-    function(at) -> [B, C, h, w], the output for the part `at` of the input, a (..., rows, columns) index.
-    size: (H, W) of the input; tile, overlap: in input positions; scale: output positions per input position.
-    """
-    total = weights = None
-    for top in tile_starts(size[0], tile, overlap):
-        for left in tile_starts(size[1], tile, overlap):
-            part = function((..., slice(top, top + tile), slice(left, left + tile)))
-            if total is None:
-                shape = [round(side * scale) for side in size]
-                total, weights = part.new_zeros(*part.shape[:2], *shape), part.new_zeros(shape)
-            height, width = part.shape[2:]
-            y, x = round(top * scale), round(left * scale)
-            weight = ramp(height, overlap * scale).to(part)[:, None] * ramp(width, overlap * scale).to(part)
-            total[..., y:y + height, x:x + width] += weight * part
-            weights[y:y + height, x:x + width] += weight
-    return total.div_(weights)
-
-
-def tile_starts(length, tile, overlap):
-    """Where tiles that overlap by at least overlap begin, the last one ending at length."""
-    return [0] if length <= tile else [*range(0, length - tile, tile - overlap), length - tile]
-
-
-def ramp(length, overlap):
-    """Weights that rise over the overlap from either end, to blend neighbouring tiles."""
-    i = torch.arange(length)
-    return torch.minimum(i + 1, length - i).clamp(max=overlap) / overlap

@@ -8,9 +8,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import evaluate
 from data import Prompts, to_tensor
-from evaluate import draw_grid, mean_of, psnr, restore, restore_image, ssim
+from evaluate import draw_grid, in_tiles, mean_of, psnr, restore, restore_image, ssim
 from model import PRESETS, build_restorer
-from vae import PixelAE, tile_starts
+from vae import PixelAE
 
 
 @pytest.mark.parametrize("size", [(512, 512), (11, 11), (37, 64)])
@@ -55,12 +55,26 @@ def test_an_image_is_restored_alike_whatever_is_beside_it(tiny):
     assert not torch.allclose(together, restore(*tiny, pixels, ["", "", ""], steps=3, seed=5), atol=1e-3)
 
 
+def test_tiles_of_a_local_function_give_what_it_gives_untiled():
+    """A 5x5 convolution sees 2 positions around each: tiles that overlap by 16, blended, agree but near the tiles' own borders."""
+    x, kernel = torch.randn(1, 1, 100, 60, generator=torch.Generator().manual_seed(0)), torch.randn(1, 1, 5, 5, generator=torch.Generator().manual_seed(1))
+    whole = torch.nn.functional.conv2d(x, kernel, padding=2)
+    tiled = in_tiles(lambda at: torch.nn.functional.conv2d(x[at], kernel, padding=2), (100, 60), 48, 16)
+    assert torch.allclose(tiled[..., 2:12, 2:12], whole[..., 2:12, 2:12], atol=1e-5) and tiled.shape == whole.shape
+    # without borders, exactly; at twice and at half the size too
+    assert torch.allclose(in_tiles(lambda at: x[at] * 3, (100, 60), 48, 16), x * 3, atol=1e-6)
+    up = in_tiles(lambda at: x[at].repeat_interleave(2, 2).repeat_interleave(2, 3), (100, 60), 48, 16, scale=2)
+    assert torch.allclose(up, x.repeat_interleave(2, 2).repeat_interleave(2, 3), atol=1e-6)
+    down = in_tiles(lambda at: x[at][..., ::4, ::4], (100, 60), 48, 16, scale=1 / 4)
+    assert torch.allclose(down, x[..., ::4, ::4], atol=1e-6)
+
+
 def test_tiles_cover_the_image_without_seams(tiny, monkeypatch):
     """With an untrained last layer the answer is the input itself, in tiles too; with weights, tiles stay close."""
     pixels = torch.rand(1, 3, 210, 333, generator=torch.Generator().manual_seed(1)) * 2 - 1
     whole = restore(*tiny, pixels, [""])
     monkeypatch.setattr(evaluate, "TILE", 128), monkeypatch.setattr(evaluate, "OVERLAP", 32)
-    assert tile_starts(334, 128, 32) == [0, 96, 192, 206] and tile_starts(128, 128, 32) == [0]
+    assert evaluate.tile_starts(334, 128, 32) == [0, 96, 192, 206] and evaluate.tile_starts(128, 128, 32) == [0]
     tiled = restore(*tiny, pixels, [""])
     assert psnr(tiled, whole) > 30 and not torch.equal(tiled, whole)
     identity = build_restorer(PRESETS["tiny"])

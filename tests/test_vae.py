@@ -4,13 +4,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import vae
 from diffusers import AutoencoderDC
 
 from data import to_tensor
 from degrade import UserError
-from evaluate import psnr
 from pipeline import DC_AE, randomize
-from vae import DCAE, PixelAE, in_tiles, pad_to_multiple
+from vae import DCAE, PixelAE, pad_to_multiple
 
 
 def seeded(seed=0):
@@ -101,33 +101,32 @@ def test_any_size_is_mirrored_to_the_multiple():
     assert torch.equal(ours.encode(pixels), ours.encode(padded)) and ours.encode(pixels).shape == (1, 8, 4, 2)
 
 
-def test_tiles_of_a_local_function_give_what_it_gives_untiled():
-    """A 5x5 convolution sees 2 positions around each: tiles that overlap by 16, blended, agree but near the tiles' own borders."""
-    x, kernel = torch.randn(1, 1, 100, 60, generator=seeded()), torch.randn(1, 1, 5, 5, generator=seeded(1))
-    whole = torch.nn.functional.conv2d(x, kernel, padding=2)
-    tiled = in_tiles(lambda at: torch.nn.functional.conv2d(x[at], kernel, padding=2), (100, 60), 48, 16)
-    assert torch.allclose(tiled[..., 2:12, 2:12], whole[..., 2:12, 2:12], atol=1e-5) and tiled.shape == whole.shape
-    # without borders, exactly; at twice and at half the size too
-    assert torch.allclose(in_tiles(lambda at: x[at] * 3, (100, 60), 48, 16), x * 3, atol=1e-6)
-    up = in_tiles(lambda at: x[at].repeat_interleave(2, 2).repeat_interleave(2, 3), (100, 60), 48, 16, scale=2)
-    assert torch.allclose(up, x.repeat_interleave(2, 2).repeat_interleave(2, 3), atol=1e-6)
-    down = in_tiles(lambda at: x[at][..., ::4, ::4], (100, 60), 48, 16, scale=1 / 4)
-    assert torch.allclose(down, x[..., ::4, ::4], atol=1e-6)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_large_pictures_go_through_dcae_in_tiles_with_the_same_numbers(name, photo, monkeypatch):
+    ours = randomize(DCAE(CONFIGS[name]), scale=0.15)
+    side = 512 if ours.factor < 64 else 1024
+    pixels = to_tensor(photo.resize((side, side)))[None, :, :, :side - 128]
+    latents = ours.encode(pixels)
+    whole, sizes = ours.decode(latents), []
+    for module in ours.modules():
+        module.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[2:].numel()) if args[0].dim() == 4 else None)
+    near = ours.encoder.near, ours.decoder.near
+    monkeypatch.setattr(vae, "TILE", side // 4)
+    for network, function in zip((ours.encoder, ours.decoder), near):
+        monkeypatch.setattr(network, "near", lambda x, function=function: (sizes.append(-x.shape[2:].numel()), function(x))[1])
+    tiled = ours.encode(pixels)
+    decoded = ours.decode(latents)
+    assert len([size for size in sizes if size < 0]) >= 24  # twelve tiles or more each way
+    assert (tiled - latents).abs().max() <= 1e-5 * latents.abs().max()
+    assert (decoded - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
-def test_large_pictures_go_through_dcae_in_tiles_without_a_seam(photo, monkeypatch):
-    ours = randomize(DCAE(DC_AE), scale=0.1)
+def test_a_halo_that_is_too_small_would_be_noticed(photo, monkeypatch):
+    ours = randomize(DCAE(DC_AE), scale=0.15)
     pixels = to_tensor(photo)[None]
-    whole = ours.decode(ours.encode(pixels))
-    sizes = []
-    for side in (ours.encoder, ours.decoder):
-        side.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[2:]))
-    monkeypatch.setattr(DCAE, "UNTILED", 256), monkeypatch.setattr(DCAE, "TILE", 192), monkeypatch.setattr(DCAE, "OVERLAP", 64)
-    tiled = ours.decode(ours.encode(pixels))
-    assert set(sizes) == {(192, 192), (48, 48)} and tiled.shape == whole.shape
-    low, high = whole.min(), whole.max()  # as a picture: its darkest and lightest value become -1 and 1
-    a, b = ((x - low) / (high - low) * 2 - 1 for x in (tiled, whole))
-    assert psnr(a, b) > 40 and a.std() > 0.1 and not torch.equal(a, b)
+    latents = ours.encode(pixels)
+    monkeypatch.setattr(vae, "TILE", 128), monkeypatch.setattr(ours.encoder, "reach", 4)
+    assert (ours.encode(pixels) - latents).abs().max() > 1e-3 * latents.abs().max()
 
 
 # The autoencoder of the tiny preset.
