@@ -171,6 +171,9 @@ def describe_model(args):
     return config
 
 
+STEPS = "step_" + "[0-9]" * 6  # what a checkpoint folder is called
+
+
 class State:
     """Weights, their moving average, AdamW's moments and the number of steps done; and what stands around them."""
 
@@ -228,7 +231,7 @@ class State:
         except OSError as error:
             raise UserError(f"cannot write checkpoint {folder}: {error}") from None
         write_text(run / "latest", folder.name)
-        for old in run.glob("step_*"):
+        for old in run.glob(STEPS):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -305,7 +308,7 @@ def clear_run(run):
     """Delete the run that a folder holds."""
     for name in ("latest", "log.jsonl", "loss.png"):
         (run / name).unlink(missing_ok=True)
-    for old in (*run.glob("step_*"), run / "samples"):
+    for old in (*run.glob(STEPS), run / "samples"):
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -82,6 +82,16 @@ def test_pairs_train_evaluate(photos, tmp_path):
     assert (tmp_path / "out/evaluation/grid.png").is_file()
 
 
+def test_what_lies_in_a_folder_that_holds_no_run_is_not_deleted(tmp_path):
+    (tmp_path / "out/samples").mkdir(parents=True), (tmp_path / "out/step_by_step").mkdir()
+    kept = [tmp_path / "out/samples/mine.png", tmp_path / "out/step_by_step/notes.txt", tmp_path / "out/loss.md"]
+    for path in kept:
+        path.write_text("mine")
+    for flags in ([], ["--overwrite"]):
+        run("train.py", "--steps", 1, *SMALL, "--out", "out" if not flags else "out2", *flags, cwd=tmp_path)
+    assert all(path.read_text() == "mine" for path in kept)
+
+
 def test_degrade_commands(photos, tmp_path):
     source = photos / "00.png"
     assert "jpeg" in run("degrade.py", source, "a.png", "--only", "jpeg:quality=20", cwd=tmp_path)

@@ -76,6 +76,17 @@ def test_full_size_sana_has_the_published_number_of_tensors_and_parameters():
     assert len(full.state_dict()) == 476 and sum(p.numel() for p in full.parameters()) == 1_604_641_952
 
 
+SMALLER = dict(num_layers=28, num_attention_heads=36, num_cross_attention_heads=16, cross_attention_head_dim=72, cross_attention_dim=1152)
+
+
+@pytest.mark.parametrize("config", [{}, SMALLER, {"num_layers": 60, "qk_norm": "rms_norm_across_heads"}, {"interpolation_scale": 1.0, "sample_size": 64},
+                                    {"interpolation_scale": 2.0, "sample_size": 128}], ids=["1.6B", "0.6B", "4.8B", "2K", "4K"])
+def test_published_sizes_have_the_peers_tensors(config):
+    with torch.device("meta"):
+        ours, theirs = Sana(config), SanaTransformer2DModel(**config)
+    assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in theirs.state_dict().items()}
+
+
 @pytest.mark.parametrize("config", [{"guidance_embeds": True}, {"norm_elementwise_affine": True}, {"qk_norm": "layer_norm"}, {"depth": 3}])
 def test_configs_that_are_not_built_are_refused(config):
     with pytest.raises(ValueError, match=next(iter(config))):

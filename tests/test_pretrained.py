@@ -2,6 +2,7 @@
 and the two commands that train and restore with it."""
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from degrade import UserError
 from model import GemmaTokenizer, Gemma2, Restorer, Sana, encode_prompts, guided, load_restorer, pad_text, sample
 from pipeline import SANA
 from test_commands import run
-from vae import DCAE, needed_files
+from vae import DCAE, find_model, needed_files
 
 TRAIN = ["--resolution", "32", "--batch_size", "2", "--val_every", "2", "--save_every", "2", "--steps", "4"]
 
@@ -211,25 +212,36 @@ def test_a_model_is_downloaded_once_through_a_broken_connection(hub, photos, tmp
     assert "4 steps" in run("train.py", "--data", data, "--model", REPOSITORY, *TRAIN, cwd=tmp_path)
     fetched = {name for name, _ in server.sent}
     assert fetched == {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors", "vae/config.json",
-                       "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"} | (
-        fetched & {"scheduler/scheduler_config.json"})
+                       "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json",
+                       "scheduler/scheduler_config.json"}
     assert len(server.broken) == 3 and max(start for _, start in server.sent) >= 10_000_000  # resumed, not begun again
     count = len(server.sent)
     run("train.py", "--data", data, "--model", REPOSITORY, *TRAIN, "--out", "again", cwd=tmp_path)
     assert len(server.sent) == count
     line = run("train.py", "--data", data, "--model", "someone/Absent", *TRAIN, "--out", "new", cwd=tmp_path, status=2)
-    assert "someone/Absent" in line and "--model tiny" in line and ("404" in line or "not found" in line.lower())
+    assert "someone/Absent" in line and "--model tiny" in line and "repository not found" in line.lower()
     server.shutdown(), server.server_close()
     run("train.py", "--data", data, "--model", REPOSITORY, *TRAIN, "--out", "offline", cwd=tmp_path)  # from the cache
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run("evaluate.py", "--checkpoint", "offline", "--data", data, "--steps", 1, cwd=tmp_path)
     start = time.monotonic()
     line = run("train.py", "--data", data, "--model", "sana1.5-1.6b", *TRAIN, "--out", "new", cwd=tmp_path, status=2)
-    assert "not in the cache" in line
+    assert "HF_HUB_OFFLINE is set, and it is not in the cache" in line
     monkeypatch.delenv("HF_HUB_OFFLINE")
     line = run("train.py", "--data", data, "--model", "sana1.5-1.6b", *TRAIN, "--out", "new", cwd=tmp_path, status=2)
     assert "no answer from" in line and "give its folder" in line and "--model tiny" in line and time.monotonic() - start < 30
     assert "hub id" in run("train.py", "--data", data, "--model", "nonsense", *TRAIN, "--out", "new", cwd=tmp_path, status=2)
+
+
+def test_a_silent_network_is_given_up_within_ten_seconds(monkeypatch, tmp_path):
+    """Connections are accepted and never answered."""
+    import huggingface_hub
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(UserError, match="no answer from .* not in the cache.*--model tiny"):
+            find_model("someone/Never_Downloaded")
+        assert 5 < time.monotonic() - start < 10
 
 
 def test_of_a_repository_only_what_is_needed_is_fetched():
@@ -284,13 +296,44 @@ def test_train_restore_and_export_from_a_folder(pipeline_folder, photos, tmp_pat
     assert load_restorer(tmp_path / "further")[1]["conditioning"] == "widen"
 
 
+def test_a_pretrained_run_resumes_and_restores_elsewhere(pipeline_folder, photos, tmp_path):
+    """The base's transformer is no longer needed then, and the rest may have moved."""
+    data = write_pairs(photos, tmp_path)
+    shutil.copytree(pipeline_folder, tmp_path / "base")
+    flags = ["--data", data, "--model", "base", "--lr", "1e-3", *TRAIN]
+    run("train.py", *flags, "--out", "whole", cwd=tmp_path)
+    run("train.py", *flags, "--out", "first", "--steps", 2, cwd=tmp_path)
+    shutil.rmtree(tmp_path / "base/transformer")
+    run("train.py", "--resume", "--out", "first", "--steps", 4, "--lr", "1e-3", cwd=tmp_path)
+    for name in ("model", "ema"):  # the schedule knew of two steps only, so the weights differ, but not their names
+        whole, resumed = (load_file(tmp_path / f"{r}/step_000004/{name}.safetensors") for r in ("whole", "first"))
+        assert whole.keys() == resumed.keys() and all(t.isfinite().all() for t in resumed.values())
+    (tmp_path / "base").rename(tmp_path / "moved")
+    command = ["evaluate.py", "--checkpoint", "first", "--input", photos / "03.png", "--steps", 2, "--prompt", "Remove noise."]
+    assert "base" in run(*command, "--output", "a.png", cwd=tmp_path, status=2)
+    run(*command, "--output", "a.png", "--model", "moved", cwd=tmp_path)
+    run(*command, "--output", "b.png", "--model", "moved", "--guidance", 4, cwd=tmp_path)
+    a, b = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
+    assert a.shape == (80, 96, 3) and not np.array_equal(a, b)
+
+
 def test_bad_pretrained_folders_get_one_line(pipeline_folder, photos, tmp_path):
     data = write_pairs(photos, tmp_path)
     (tmp_path / "empty").mkdir()
-    shutil.copytree(pipeline_folder, tmp_path / "half")
+    for name in ("half", "strange", "listed", "other", "widened"):
+        shutil.copytree(pipeline_folder, tmp_path / name)
     next((tmp_path / "half/vae").glob("*.safetensors")).write_bytes(b"")
+
+    def edit(path, **changes):
+        (tmp_path / path).write_text(json.dumps(json.loads((tmp_path / path).read_text()) | changes))
+    edit("strange/transformer/config.json", num_layers="two"), (tmp_path / "listed/vae/config.json").write_text("[]")
+    edit("other/transformer/config.json", caption_channels=31), edit("widened/transformer/config.json", in_channels=16)
     for command, words in ((["train.py", "--data", data, "--model", "empty"], ["transformer", "config.json"]),
                            (["train.py", "--data", data, "--model", "half"], ["vae", "diffusion_pytorch_model.safetensors"]),
+                           (["train.py", "--data", data, "--model", "strange"], ["transformer/config.json", "SanaTransformer2DModel"]),
+                           (["train.py", "--data", data, "--model", "listed"], ["vae/config.json", "JSON object"]),
+                           (["train.py", "--data", data, "--model", "other"], ["texts of 31", "text encoder 32"]),
+                           (["train.py", "--data", data, "--model", "widened", "--conditioning", "projection"], ["--conditioning widen"]),
                            (["train.py", "--data", data, "--model", pipeline_folder, "--resolution", "30", "--out", "o"], ["--resolution", "multiple of 4"]),
                            (["model.py", "export", "empty", "out"], ["empty", "no checkpoint"]),
                            (["model.py", "import", "empty", "out"], ["export"])):

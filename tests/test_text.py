@@ -85,6 +85,12 @@ def test_gemma_computes_what_transformers_computes(tmp_path, change):
         assert half.dtype == torch.bfloat16 and torch.equal(half, theirs(ids, attention_mask=mask.long()).last_hidden_state[mask])
 
 
+def test_full_size_gemma_has_the_published_number_of_tensors_and_parameters():
+    with torch.device("meta"):
+        full = Gemma2({})
+    assert len(full.state_dict()) == 288 and sum(p.numel() for p in full.parameters()) == 2_614_341_888
+
+
 def test_gemma_refuses_what_it_does_not_compute(tmp_path):
     for change, word in ({"hidden_activation": "relu"}, "hidden_activation"), ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"):
         with pytest.raises(UserError, match=word):
