@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from degrade import Parser, UserError, make_folder, run_script, write_text
@@ -180,6 +181,7 @@ class Sana(Pretrained):
         self.transformer_blocks = nn.ModuleList([SanaBlock(c) for _ in range(c["num_layers"])])
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
         self.proj_out = nn.Linear(dim, c["patch_size"] ** 2 * c["out_channels"])
+        self.checkpointing = False  # True: keep no activations inside blocks, compute them again for the gradient
 
     def forward(self, latents, timestep, text, text_mask=None):
         """latents [B, C, H, W], timestep [B] = 1000 * sigma, text [B, L, caption_channels], text_mask [B, L] (True =
@@ -189,8 +191,9 @@ class Sana(Pretrained):
         x = self.patch_embed(latents)                                       # [B, N, D]
         modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])  # [B, 6, D], [B, D]
         text = self.caption_norm(self.caption_projection(text))             # [B, L, D]
-        for block in self.transformer_blocks:
-            x = block(x, modulation, text, text_mask, grid)                 # [B, N, D]
+        for block in self.transformer_blocks:                               # [B, N, D] each
+            rest = modulation, text, text_mask, grid
+            x = checkpoint(block, x, *rest, use_reentrant=False) if self.checkpointing else block(x, *rest)
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
         x = self.proj_out(modulate(x, shift, scale, 1e-6)).transpose(1, 2)  # [B, patch^2*C_out, N]
         if patch > 1:  # the checkpoint has the channel last, pixel_shuffle wants it first
@@ -258,11 +261,11 @@ class Restorer(nn.Module):
     def forward(self, latents, condition, timestep, text, text_mask=None):
         """latents, condition [B, C, H, W], timestep [B] = 1000 * sigma, text [B, L, caption_channels], text_mask
         [B, L] -> velocity [B, C, H, W]."""
-        x = torch.cat([latents, condition], 1)                              # [B, 2C, H, W]
+        x, dtype = torch.cat([latents, condition], 1), self.sana.proj_out.weight.dtype  # [B, 2C, H, W]; fp32 or bf16
         if self.conditioning == "projection":
             # as a matrix product: a GPU may run fp32 convolutions in TF32, which would not be the identity
-            x = (self.projection.weight.flatten(1) @ x.float().flatten(2)).unflatten(2, x.shape[2:]).to(latents.dtype)
-        out = self.sana(x, timestep, text, text_mask)                       # [B, C, H, W]
+            x = (self.projection.weight.flatten(1) @ x.float().flatten(2)).unflatten(2, x.shape[2:])
+        out = self.sana(x.to(dtype), timestep, text.to(dtype), text_mask).to(latents.dtype)  # [B, C, H, W]
         if self.prediction == "velocity":
             return out
         sigma = (timestep / 1000).clamp(min=MIN_SIGMA)[:, None, None, None]
@@ -548,17 +551,16 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
 
 def find_checkpoint(path):
     """A checkpoint folder, from its own path or from that of its run (whose file `latest` names it)."""
-    path = Path(path)
-    latest = path / "latest"
+    path, latest = Path(path), Path(path) / "latest"
     folder = path / latest.read_text(errors="replace").strip() if latest.is_file() else path
     if not (folder / "config.json").is_file() or not (folder / "ema.safetensors").is_file():
         raise UserError(f"{path}: no checkpoint here; give a run folder (with the file latest) or one of its step folders")
     return folder
 
 
-def load_restorer(checkpoint, weights="ema"):
+def load_restorer(path, weights="ema"):
     """-> (Restorer, "model" of the checkpoint's config.json). Raises UserError for anything that does not fit."""
-    folder = find_checkpoint(checkpoint)
+    folder = find_checkpoint(path)
     config = read_json(folder / "config.json")
     try:
         with torch.device("meta"):
@@ -568,10 +570,10 @@ def load_restorer(checkpoint, weights="ema"):
     return load_weights(restorer, folder / f"{weights}.safetensors").eval(), config["model"]
 
 
-def export(checkpoint, out, weights="ema"):
+def export(path, out, weights="ema"):
     """Write a trained restorer as diffusers' SanaTransformer2DModel reads it: in_channels = 2C, the latent and then the
     condition. The projection P in front of the patch embedding W is one linear map with it: W(Px) = (WP)x."""
-    restorer, _ = load_restorer(checkpoint, weights)
+    restorer, _ = load_restorer(path, weights)
     tensors, sana = restorer.sana.state_dict(), restorer.sana.config
     if restorer.conditioning == "projection":
         w, p = tensors["patch_embed.proj.weight"], restorer.projection.weight[:, :, 0, 0].detach()

@@ -60,6 +60,11 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=float, help="peak; rises for 2%% of the steps, then falls as a cosine to 0 (default 5e-3 "
                         "for tiny, else 1e-5)")
     parser.add_argument("--proj_lr", type=float, help="for --conditioning projection, that layer's (default 10 * lr)")
+    parser.add_argument("--optimizer", choices=["adamw", "adamw_bf16", "adamw_sr"], help="adamw: fp32, torch's. adamw_bf16: the same "
+                        "steps with weights and moments in bf16 and the weights' lost bits beside them. adamw_sr: bf16 weights, "
+                        "rounded stochastically (default: adamw_bf16 for pretrained models on a GPU, else adamw)")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each batch in N parts, for memory (default 1)")
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations again for the gradient instead of keeping them")
     parser.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's (default 0)")
     parser.add_argument("--clip", type=float, help="largest gradient norm (default 1 for tiny, else 0.1, as SANA was trained)")
     parser.add_argument("--ema_decay", type=float, default=0.9999, help="of the averaged weights that are evaluated")
@@ -68,7 +73,8 @@ def parse_args(argv=None):
     parser.add_argument("--out", help="run folder (default out/demo, or out/NAME for NAME.csv)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out; flags given now win over its own")
     parser.add_argument("--overwrite", action="store_true", help="delete a run that --out holds already")
-    parser.add_argument("--save_every", type=int, default=1000, metavar="STEPS", help="only the newest checkpoint is kept (default 1000)")
+    parser.add_argument("--save_every", type=int, default=1000, metavar="STEPS", help="write a checkpoint this often (default 1000)")
+    parser.add_argument("--keep", type=int, default=1, metavar="N", help="newest checkpoints to keep, beside the best by validation (default 1)")
     parser.add_argument("--val_every", type=int, default=500, metavar="STEPS", help="measure held-out images this often (default 500)")
     parser.add_argument("--workers", type=int, default=1, help="processes that prepare images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
@@ -90,13 +96,15 @@ def parse_args(argv=None):
     for name, value in (SCRATCH | ({} if args.data else {"steps": 2500}) if scratch else PRETRAINED).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.optimizer is None:
+        args.optimizer = "adamw_bf16" if not scratch and args.device.startswith("cuda") else "adamw"
     check_args(args)
     return args
 
 
 def check_args(args):
     """Raises UserError for a value that makes no sense."""
-    for name in ("steps", "batch_size", "resolution", "max_degradations", "save_every", "val_every"):
+    for name in ("steps", "batch_size", "resolution", "max_degradations", "save_every", "val_every", "accumulate", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 1")
     for name, high in (("lr", 1), ("proj_lr", 1), ("weight_decay", 100), ("ema_decay", 1), ("caption_dropout", 1),
@@ -104,6 +112,8 @@ def check_args(args):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= high:
             raise UserError(f"--{name} {value}: from 0 to {high}")
+    if args.batch_size % args.accumulate:
+        raise UserError(f"--accumulate {args.accumulate}: a divisor of --batch_size {args.batch_size}")
     check_device(args.device)
 
 
@@ -151,6 +161,72 @@ def make_loader(dataset, args, start):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# AdamW in bf16. At lr 1e-5 a step is far below half an ulp of a bf16 weight: rounding to nearest would lose nearly all.
+
+def split_fp32(weight):
+    """fp32 -> (nearest bf16, int16: what the fp32 bit pattern has beyond that of the bf16). Nothing is lost."""
+    bits = weight.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join_fp32(high, low):
+    """The inverse of split_fp32."""
+    return ((high.view(torch.int16).int() << 16) + low).view(torch.float32)
+
+
+def round_stochastically(x, noise):
+    """fp32 -> bf16, up or down by chance so that the mean is x. noise: uniform int16."""
+    return ((x.view(torch.int32) + (noise.int() & 0xFFFF)) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+class BF16AdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) with fp32 arithmetic and little memory: a bf16 weight has its low 16 bits beside it (exact=True:
+    the steps are fp32's, 2 + 2 bytes) or is rounded stochastically (exact=False: 2 bytes); moments are bf16, the second one
+    rounded stochastically, because beta2 moves it by less than half an ulp. fp32 weights keep fp32 moments."""
+
+    CHUNK = {"cpu": 1 << 16}  # weights at a time: what a CPU's cache holds; else 2^24, for few launches on a GPU
+
+    def __init__(self, groups, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, exact=True, moments=torch.bfloat16):
+        super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": weight_decay})
+        for p in (p for group in self.param_groups for p in group["params"]):
+            half = p.dtype == torch.bfloat16
+            self.state[p] = {key: torch.zeros_like(p, dtype=moments if half else p.dtype) for key in ("exp_avg", "exp_avg_sq")}
+            if half and exact:
+                self.state[p]["low"] = torch.zeros_like(p, dtype=torch.int16)
+
+    @torch.no_grad()
+    def step(self, count, seed, scale=1.0):
+        """The count-th step (from 1). seed: of the rounding. scale: factor of the gradients (clipping)."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                generator = torch.Generator(p.device).manual_seed(seed)
+                noise = torch.empty(self.CHUNK.get(p.device.type, 1 << 24) // 4, dtype=torch.int64, device=p.device)  # 4 x 16 bits each
+                state, seed = self.state[p], seed + 1
+                flat = [t.view(-1).split(4 * len(noise)) for t in (p.data, p.grad.contiguous(), *state.values())]
+                for weight, grad, *rest in zip(*flat):
+                    if weight.dtype == torch.bfloat16:
+                        noise.random_(-2**63, None, generator=generator)
+                    self._update(group, count, weight, grad.float() * scale, noise.view(torch.int16)[:len(weight)], *rest)
+
+    @staticmethod
+    def _update(group, count, weight, grad, noise, exp_avg, exp_avg_sq, low=None):
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        w = weight if weight.dtype == torch.float32 else weight.float() if low is None else join_fp32(weight, low)
+        m = exp_avg.float().lerp_(grad, 1 - beta1)
+        v = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        w.mul_(1 - lr * group["weight_decay"])
+        w.addcdiv_(m, (v.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"]), value=-lr / (1 - beta1**count))
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v if exp_avg_sq.dtype == v.dtype else round_stochastically(v, noise))
+        if low is not None:
+            for kept, new in zip((weight, low), split_fp32(w)):
+                kept.copy_(new)
+        elif w is not weight:
+            weight.copy_(round_stochastically(w, noise))
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # State. A checkpoint holds everything that the next step depends on; randomness needs no state (see seed_for).
 
 def describe_model(args):
@@ -179,6 +255,7 @@ class State:
 
     def __init__(self, config, autoencoder, prompts, args):
         self.step, self.config, self.autoencoder, self.prompts, self.args = 0, config, autoencoder, prompts, args
+        self.best = [-math.inf, None]  # validation PSNR, name of the checkpoint that had it
         if args.resume:  # load() fills it
             with torch.device("meta"):
                 self.restorer = build_restorer(config)
@@ -190,20 +267,43 @@ class State:
             sana = Sana.from_pretrained(find_model(config["name"]) / "transformer", torch.float32)
             self.restorer = Restorer(sana, config["conditioning"], config["prediction"], config["shift"])
         self.restorer.to(args.device).train()
+        self.restorer.sana.checkpointing = args.checkpointing
+        self.ema = {name: p.detach().float().clone() for name, p in self.restorer.named_parameters()}
+        if args.optimizer != "adamw":
+            self.restorer.sana.to(torch.bfloat16)
         self.parameters = dict(self.restorer.named_parameters())
-        self.ema = {name: p.detach().float().clone() for name, p in self.parameters.items()}
         projection = [p for name, p in self.parameters.items() if name.startswith("projection")]
         others = [p for name, p in self.parameters.items() if not name.startswith("projection")]
         # the projection starts at 0 and has to travel to order 1: at the common rate it never arrives
         proj_lr = 10 * args.lr if args.proj_lr is None else args.proj_lr
-        self.optimizer = torch.optim.AdamW([{"params": others, "peak": args.lr}, {"params": projection, "peak": proj_lr}],
-                                           betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
+        groups = [{"params": others, "peak": args.lr}, {"params": projection, "peak": proj_lr}]
+        options = {"betas": (0.9, 0.99), "weight_decay": args.weight_decay}
+        if args.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(groups, **options, fused=True)
+        else:
+            self.optimizer = BF16AdamW(groups, **options, exact=args.optimizer == "adamw_bf16")
+            for name, p in self.parameters.items():  # weights from scratch have low bits as well
+                if "low" in self.optimizer.state[p]:
+                    for kept, value in zip((p.data, self.optimizer.state[p]["low"]), split_fp32(self.ema[name])):
+                        kept.copy_(value)
 
-    def update_ema(self):
-        """ema <- decay * ema + (1 - decay) * weights; the decay warms up, so that the start is soon forgotten."""
+    def fp32(self, p):
+        """The exact value of a weight."""
+        low = self.optimizer.state[p].get("low")
+        return p.detach().float() if low is None else join_fp32(p.detach(), low)
+
+    def update_weights(self, scale):
+        """One optimizer step with the gradients times scale, and the moving average's: ema <- decay * ema + (1 - decay) * weights.
+        The decay warms up, so that the start is soon forgotten."""
+        self.step += 1
+        if self.args.optimizer == "adamw":
+            torch._foreach_mul_([p.grad for p in self.parameters.values()], scale)
+            self.optimizer.step()
+        else:
+            self.optimizer.step(self.step, seed_for(self.args.seed, self.step, "rounding"), scale)
         decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
         for name, p in self.parameters.items():
-            self.ema[name].lerp_(p.detach().float(), 1 - decay)
+            self.ema[name].lerp_(self.fp32(p), 1 - decay)
 
     def averaged(self):
         """A Restorer with the EMA weights, for validation and samples."""
@@ -213,12 +313,15 @@ class State:
         return restorer
 
     def save(self, run, validation):
-        """Write run/step_N beside and rename it into place, then point run/latest at it, then delete older ones."""
+        """Write run/step_N beside and rename it into place, then point run/latest at it (and run/best, if no other has had a
+        higher validation PSNR), then delete all but these and the newest --keep."""
         folder = run / f"step_{self.step:06d}"
         partial = run / f".{folder.name}.partial"
-        moments = {f"{key}.{name}": self.optimizer.state[p][key] for name, p in self.parameters.items()
-                   for key in ("exp_avg", "exp_avg_sq")}
-        config = {"step": self.step, "model": self.config, "args": vars(self.args), "validation": validation}
+        moments = {f"{key}.{name}": value for name, p in self.parameters.items()
+                   for key, value in self.optimizer.state[p].items() if key != "step"}
+        if validation["restored_psnr"] >= self.best[0]:
+            self.best = [validation["restored_psnr"], folder.name]
+        config = {"step": self.step, "model": self.config, "args": vars(self.args), "validation": validation, "best": self.best}
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -231,8 +334,9 @@ class State:
         except OSError as error:
             raise UserError(f"cannot write checkpoint {folder}: {error}") from None
         write_text(run / "latest", folder.name)
-        for old in run.glob(STEPS):
-            if old != folder:
+        write_text(run / "best", self.best[1] or folder.name)
+        for old in sorted(run.glob(STEPS))[:-self.args.keep]:
+            if old.name not in (folder.name, self.best[1]):
                 shutil.rmtree(old, ignore_errors=True)
 
     def load(self, folder):
@@ -240,11 +344,13 @@ class State:
         try:
             load_weights(self.restorer, folder / "model.safetensors")
             ema, moments = load_file(folder / "ema.safetensors"), load_file(folder / "optimizer.safetensors")
-            self.step = json.loads((folder / "config.json").read_text())["step"]
+            config = read_json(folder / "config.json")
+            self.step, self.best = config["step"], config["best"]
             for name, p in self.parameters.items():
                 self.ema[name].copy_(ema[name])
-                self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=p.device)} | {
-                    key: moments[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=p.device)} if self.args.optimizer == "adamw" else {}
+                self.optimizer.state[p] |= {key: moments[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq", "low")
+                                            if key != "low" or p.dtype == torch.bfloat16 and self.args.optimizer == "adamw_bf16"}
         except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
             raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
 
@@ -306,7 +412,7 @@ def prepare_run(args):
 
 def clear_run(run):
     """Delete the run that a folder holds."""
-    for name in ("latest", "log.jsonl", "loss.png"):
+    for name in ("latest", "best", "log.jsonl", "loss.png"):
         (run / name).unlink(missing_ok=True)
     for old in (*run.glob(STEPS), run / "samples"):
         shutil.rmtree(old, ignore_errors=True)
@@ -327,30 +433,38 @@ def train_step(state, batch):
     # A changed brightness leaves nothing in the image to tell it by: at full weight that error drowned all learning
     # (all six degradations, at sigma 25: 20.4 -> 20.4 dB after 1,600 steps, and 26.8 dB after 800 at weight 0.1).
     jitter = any(name == "color_jitter" for name, _ in parse_degradations(args.degradations))
-    loss = flow_loss(state.restorer, x0, condition, text, text_mask, sigma, noise, mean_weight=0.1 if jitter else 1.0)
-    if state.restorer.prediction == "residual":
-        # the root of each image's error divides its gradient by that error: the images in the worst state, which stay
-        # far from clean whatever the network does, then do not drown those that need a light touch
-        loss = (loss + 1e-6).sqrt()
-    loss = loss.mean()
-    state.optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), args.clip)
-    state.optimizer.step()
-    state.step += 1
-    state.update_ema()
-    return loss.item(), norm.item()
+    total, parts = 0.0, args.accumulate
+    for p in state.parameters.values():
+        p.grad = None
+    for part in range(parts):  # every parts-th image: the gradient is the whole batch's
+        at = slice(part, None, parts)
+        loss = flow_loss(state.restorer, x0[at], condition[at], text[at], text_mask[at], sigma[at], noise[at], 0.1 if jitter else 1.0)
+        if state.restorer.prediction == "residual":
+            # the root of each image's error divides its gradient by that error: the images in the worst state, which
+            # stay far from clean whatever the network does, then do not drown those that need a light touch
+            loss = (loss + 1e-6).sqrt()
+        loss = loss.mean() / parts
+        loss.backward()
+        total += loss.item()
+    norm = torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in state.parameters.values()]).norm().item()
+    if math.isfinite(total + norm):
+        state.update_weights(min(1.0, args.clip / (norm + 1e-6)))
+    else:
+        state.step += 1  # a step without an update
+    return total, norm
 
 
 def train(state, train_set, val_set, run, log):
-    """Steps until args.steps or Ctrl-C, with log, validation and checkpoints. -> (last validation, interrupted)."""
+    """Steps until args.steps or a signal, with log, validation and checkpoints. -> (last validation, that signal or None)."""
     args, start, stop = state.args, state.step, []
-    handler = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, handler)))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:  # the first asks for an end after this step, a second one ends it at once
+        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, handlers[number])))
     if not log:
         log.append({"step": state.step} | validate(state, val_set, run))
     validation = next(entry for entry in reversed(log) if "restored_psnr" in entry)
     write_text(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
-    losses, mean, speed, since = [], math.nan, math.nan, time.monotonic()
+    losses, mean, speed, since, bad = [], math.nan, math.nan, time.monotonic(), 0
     with (tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, dynamic_ncols=True) as bar,
           open(run / "log.jsonl", "a", buffering=1) as log_file):
         for batch in make_loader(train_set, args, start):
@@ -359,13 +473,19 @@ def train(state, train_set, val_set, run, log):
                     state.save(run, validation)
                 raise batch
             loss, norm = train_step(state, batch)
-            if not math.isfinite(loss + norm):
-                raise UserError(f"step {state.step}: the loss is {loss}, the gradient norm {norm}; lower --lr ({args.lr:g})")
-            losses.append(loss)
             bar.update()
+            if math.isfinite(loss + norm):
+                bad = 0
+                losses.append(loss)
+            else:
+                bad += 1
+                print(f"\nstep {state.step}: the loss is {loss}, the gradient norm {norm}: skipped", file=sys.stderr)
+                if bad == 20:
+                    state.save(run, validation)
+                    raise UserError(f"20 steps in a row without a finite loss; the weights are saved, lower --lr ({args.lr:g})")
             last, entries = state.step == args.steps or bool(stop), []
             if state.step % 50 == 0 or last:
-                speed, mean = len(losses) * args.batch_size / (time.monotonic() - since), sum(losses) / len(losses)
+                speed, mean = len(losses) * args.batch_size / (time.monotonic() - since), sum(losses) / max(1, len(losses))
                 entries.append({"step": state.step, "loss": mean, "norm": norm, "images_per_second": speed})
                 losses, since = [], time.monotonic()
             pause = time.monotonic()
@@ -382,8 +502,9 @@ def train(state, train_set, val_set, run, log):
             since += time.monotonic() - pause
             if last:
                 break
-    signal.signal(signal.SIGINT, handler)
-    return validation, state.step < args.steps
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return validation, stop[0] if stop and state.step < args.steps else None
 
 
 def main():
@@ -424,7 +545,7 @@ def main():
           f"log {run}/log.jsonl, checkpoint {find_checkpoint(run)}")
     if interrupted:
         print(f"python train.py --resume --out {run} goes on")
-        sys.exit(130)
+        sys.exit(128 + interrupted)
 
 
 if __name__ == "__main__":

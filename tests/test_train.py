@@ -1,0 +1,181 @@
+"""The optimizer against torch's, and the parts of the training loop that no command shows."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from conftest import ROOT
+from model import Sana
+from pipeline import SANA, randomize
+from test_commands import SMALL, run
+from train import BF16AdamW, join_fp32, round_stochastically, split_fp32
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_split_weights_lose_nothing():
+    """Every kind of fp32 number: all exponents, ties between two bf16 neighbours, zeros, the largest, infinity."""
+    bits = torch.randint(-2**31, 2**31 - 1, (1_000_000,), generator=seeded(), dtype=torch.int64).to(torch.int32)
+    weights = torch.cat([bits, (bits >> 16 << 16) + 0x8000, torch.tensor([0, -2**31, 0x7F7FFFFF, 0x7F800000])]).to(torch.int32).view(torch.float32)
+    weights = weights[~weights.isnan()]
+    high, low = split_fp32(weights)
+    assert torch.equal(join_fp32(high, low), weights) and (high.dtype, low.dtype) == (torch.bfloat16, torch.int16)
+    normal = weights.abs().clamp(max=3e38) == weights.abs()
+    nearest = (weights.bfloat16().double() - weights.double()).abs()[normal]
+    assert torch.equal((high.double() - weights.double()).abs()[normal], nearest)
+
+
+def test_stochastic_rounding_has_the_mean_and_never_skips_a_neighbour():
+    x = torch.tensor([1.0, 1.0 + 1 / 512, -1.0 - 3 / 512, 3e-5])[:, None].expand(4, 40_000).contiguous()
+    noise = torch.empty(x.numel() // 4, dtype=torch.int64).random_(-2**63, None, generator=seeded()).view(torch.int16).view(4, -1)
+    rounded = round_stochastically(x, noise).float()
+    assert (rounded[0] == 1).all() and all(len(row.unique()) <= 2 for row in rounded)
+    error = (rounded - x).mean(1) / (x.abs().mean(1) / 128)  # in units of the gap between neighbours, at most; 1 / sqrt(40,000) = 0.005
+    assert error.abs().max() < 0.015
+
+
+@pytest.mark.parametrize("weight_decay, shape", [(0.0, (70_001,)), (0.1, (33, 9, 3, 3))])
+def test_bf16_adamw_with_fp32_moments_is_torchs_fp32_adamw_bit_for_bit(weight_decay, shape):
+    """1,000 steps of changing length and direction, in several chunks, against torch's own loop (foreach and fused order their
+    operations otherwise: up to 1 ulp)."""
+    start = torch.randn(shape, generator=seeded())
+    theirs, (high, low) = torch.nn.Parameter(start.clone()), split_fp32(start)
+    ours = torch.nn.Parameter(high.clone())
+    options = {"betas": (0.9, 0.99), "weight_decay": weight_decay}
+    a = BF16AdamW([{"params": [ours], "lr": 1e-3}], **options, moments=torch.float32)
+    a.state[ours]["low"].copy_(low)
+    b = torch.optim.AdamW([theirs], lr=1e-3, **options, foreach=False, fused=False)
+    for i in range(1000):
+        gradient = (torch.randn(shape, generator=seeded(i + 1)) * 10 ** math.sin(i)).bfloat16()
+        ours.grad, theirs.grad = gradient, gradient.float()
+        a.param_groups[0]["lr"] = b.param_groups[0]["lr"] = 1e-3 * (1 - i / 1000)
+        a.step(i + 1, seed=i)
+        b.step()
+    assert torch.equal(join_fp32(ours.data, a.state[ours]["low"]), theirs.data)
+    assert torch.equal(a.state[ours]["exp_avg_sq"], b.state[theirs]["exp_avg_sq"])
+
+
+def travelled(optimizer, dtype, steps=400):
+    """The share of the way to a far target that lr 1e-5 covers of what fp32 could."""
+    p = torch.nn.Parameter(torch.ones(20_000, dtype=dtype))
+    optimizer = optimizer([{"params": [p], "lr": 1e-5}])
+    for i in range(steps):
+        p.grad = (1 + 0.1 * torch.randn(p.shape, generator=seeded(i))).to(dtype)
+        optimizer.step(*([i + 1, 1000 * i] if isinstance(optimizer, BF16AdamW) else []))
+    weight = join_fp32(p.data, optimizer.state[p]["low"]) if "low" in optimizer.state[p] else p.data.float()
+    return (1 - weight).mean().item() / (1e-5 * steps)
+
+
+def test_plain_bf16_loses_what_the_two_bf16_optimizers_keep():
+    whole = travelled(lambda groups: torch.optim.AdamW(groups, weight_decay=0), torch.float32)
+    exact, rounded = travelled(BF16AdamW, torch.bfloat16), travelled(lambda groups: BF16AdamW(groups, exact=False), torch.bfloat16)
+    plain = travelled(lambda groups: torch.optim.AdamW(groups, weight_decay=0), torch.bfloat16)
+    assert whole > 0.9 and abs(exact / whole - 1) < 0.01 and abs(rounded / whole - 1) < 0.05 and plain < 0.1
+
+
+def test_rounding_depends_on_the_seed_alone():
+    def final(seed):
+        p = torch.nn.Parameter(torch.randn(5000, generator=seeded()).bfloat16())
+        optimizer = BF16AdamW([{"params": [p], "lr": 1e-3}], exact=False)
+        for i in range(3):
+            p.grad = torch.randn(5000, generator=seeded(i)).bfloat16()
+            optimizer.step(i + 1, seed + i)
+        return p.data
+    assert torch.equal(final(7), final(7)) and not torch.equal(final(7), final(700))
+
+
+def test_checkpointing_changes_no_gradient():
+    sana, g = randomize(Sana(SANA)), seeded()
+    inputs = torch.randn(2, 8, 5, 4, generator=g), torch.tensor([100.0, 900.0]), torch.randn(2, 6, 32, generator=g)
+    gradients = []
+    for sana.checkpointing in (False, True):
+        sana.zero_grad()
+        sana(*inputs).square().sum().backward()
+        gradients.append([p.grad.clone() for p in sana.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    run("train.py", "--steps", 20, *SMALL, "--batch_size", 4, "--out", "run", cwd=folder)
+    return folder / "run/step_000020"
+
+
+def test_a_batch_in_parts_gives_the_same_weights(plain, tmp_path):
+    run("train.py", "--steps", 20, *SMALL, "--batch_size", 4, "--accumulate", 2, "--checkpointing", "--out", "run", cwd=tmp_path)
+    a, b = (load_file(folder / "model.safetensors") for folder in (plain, tmp_path / "run/step_000020"))
+    assert all((a[k] - b[k]).abs().max() < 2e-3 * a[k].abs().max() for k in a) and any(not torch.equal(a[k], b[k]) for k in a)
+    assert "divisor" in run("train.py", "--accumulate", 3, "--batch_size", 4, cwd=tmp_path, status=2)
+
+
+@pytest.mark.parametrize("optimizer, bytes_each", [("adamw_bf16", 8), ("adamw_sr", 6)])
+def test_training_in_bf16_resumes_bit_for_bit(optimizer, bytes_each, tmp_path):
+    flags = ["--optimizer", optimizer, "--conditioning", "projection", *SMALL, "--steps", 12, "--save_every", 6, "--keep", 2]
+    run("train.py", *flags, "--out", "whole", cwd=tmp_path)
+    whole = tmp_path / "whole"
+    assert (whole / "step_000006").is_dir() and (whole / "step_000012").is_dir()
+    (tmp_path / "again").mkdir()
+    for name in ("step_000006", "log.jsonl"):  # as if it had ended there
+        os.rename(whole / name, tmp_path / "again" / name) if name != "log.jsonl" else (tmp_path / "again" / name).write_text((whole / name).read_text())
+    (tmp_path / "again/latest").write_text("step_000006")
+    run("train.py", "--resume", "--out", "again", cwd=tmp_path)
+    for name in ("model", "ema", "optimizer"):
+        a, b = (load_file(tmp_path / f"{r}/step_000012/{name}.safetensors") for r in ("whole", "again"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    model, state = (load_file(whole / f"step_000012/{name}.safetensors") for name in ("model", "optimizer"))
+    half = {k for k in model if model[k].dtype == torch.bfloat16}
+    assert set(model) - half == {"projection.weight"}
+    size = sum(t.nbytes for k, t in [*model.items(), *state.items()] if k.split(".", 1)[-1] in half or k in half)
+    assert size == bytes_each * sum(model[k].numel() for k in half)
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_twenty_end_the_run(tmp_path, monkeypatch, capsys):
+    loss = train.flow_loss
+
+    def spoilt(restorer, x0, *rest):
+        value = loss(restorer, x0, *rest)
+        spoilt.count += 1
+        return value * math.nan if spoilt.count in spoilt.bad else value
+    monkeypatch.setattr(train, "flow_loss", spoilt)
+    monkeypatch.chdir(tmp_path)
+    flags = ["train.py", *SMALL, "--workers", "0", "--save_every", "100"]
+    spoilt.count, spoilt.bad = 0, {3, 4}
+    monkeypatch.setattr(sys, "argv", [*flags, "--steps", "6", "--out", "few"])
+    train.main()
+    errors = capsys.readouterr().err
+    assert errors.count("skipped") == 2 and "step 3: the loss is nan" in errors
+    assert all(t.isfinite().all() for t in load_file("few/step_000006/model.safetensors").values())
+    spoilt.count, spoilt.bad = 0, set(range(5, 100))
+    monkeypatch.setattr(sys, "argv", [*flags, "--steps", "60", "--out", "many"])
+    with pytest.raises(train.UserError, match="20 steps in a row"):
+        train.main()
+    assert all(t.isfinite().all() for t in load_file("many/step_000024/model.safetensors").values())
+
+
+def test_sigterm_saves_and_the_best_checkpoint_is_kept(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *SMALL, "--val_every", "5", "--save_every", "5", "--keep", "2"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    latest, deadline = tmp_path / "out/demo/latest", time.monotonic() + 120
+    while not latest.exists() or latest.read_text() < "step_000020":
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "interrupted" in output
+    log = [json.loads(line) for line in (tmp_path / "out/demo/log.jsonl").read_text().splitlines()]
+    scores = {entry["step"]: entry["restored_psnr"] for entry in log if "restored_psnr" in entry and entry["step"]}
+    best = f"step_{max(scores, key=scores.get):06d}"
+    assert (tmp_path / "out/demo/best").read_text() == best and (tmp_path / "out/demo" / best).is_dir()
+    kept = sorted(p.name for p in (tmp_path / "out/demo").glob("step_*"))
+    assert set(f"step_{step:06d}" for step in sorted(scores)[-2:]) | {best} == set(kept)
