@@ -204,7 +204,7 @@ DCAE_DEFAULTS = dict(  # what a missing key of config.json means; one value of a
     decoder_act_fns="silu", encoder_out_shortcut=True, decoder_in_shortcut=True, decoder_conv_act_fn="relu", scaling_factor=1.0)
 DCAE_BUILT = {"downsample_block_type": ("pixel_unshuffle", "Conv"), "upsample_block_type": ("pixel_shuffle", "interpolate"),
               "decoder_conv_act_fn": ("relu", "silu", "relu6")}
-TILE = 768  # pixels: larger pictures (above 1,024) go through in parts, so that memory stays bounded
+TILE = 512  # pixels: pictures above twice that go through in parts, so that memory stays bounded
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6}
 
 
@@ -465,10 +465,10 @@ class DCAE(Pretrained):
 # Any size.
 
 def tiles(size, tile, halo):
-    """Cut a picture of (H, W) positions into squares, or leave one up to a third larger than tile in one piece.
+    """Cut a picture of (H, W) positions into squares, or leave one of up to twice their side in one piece.
     -> [(outer, inner, target)], each (..., rows, columns): the part to take, with halo positions around it where there
     are any; what of that part is no halo; where that lies in the picture."""
-    if max(size) <= tile * 4 / 3:
+    if max(size) <= 2 * tile:
         tile = max(size)
     axes = []
     for length in size:
