@@ -2,6 +2,7 @@
 
     python data.py pairs PHOTOS --out pairs                 degrade a folder of photos once: pairs/pairs.csv + images
     python data.py pairs PHOTOS --out val --degradations gaussian_noise:sigma=25
+    python data.py cache --data pairs/pairs.csv --model sana1.5-1.6b --out cache     encode what training will draw, once
 
 A CSV has the header image_path,condition_image_path,caption (the last two may be empty or absent). Paths are absolute
 or relative to the CSV. An empty condition is made from the clean image each time it is drawn; an empty caption
@@ -9,18 +10,21 @@ becomes a prompt that names the degradations.
 """
 import csv
 import hashlib
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, describe, draw_recipe, make_prompt,
-                     open_image, parse_degradations, run_script, save_image, write_csv)
-from model import Gemma2, GemmaTokenizer, encode_prompts, pad_text
-from vae import DCAE, PixelAE, find_model
+from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, describe, draw_recipe, make_folder, make_prompt,
+                     open_image, parse_degradations, run_script, save_image, write_csv, write_text)
+from model import PRESETS, SHIFT, Gemma2, GemmaTokenizer, Sana, build_restorer, encode_prompts, pad_text
+from vae import DCAE, HUB, PixelAE, find_checkpoint, find_model, is_run, read_json, save_weights
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 CACHE_BYTES = 512 * 2**20  # decoded photos that a data set keeps in memory, per worker; the rest is read again
@@ -197,7 +201,7 @@ class PairedDataset(torch.utils.data.Dataset):
     source: CsvPairs or DeadLeaves. rows: which of its indices to use (default all).
     degradations: [(name, strengths)] as parse_degradations gives them; 1 to max_degradations are applied.
     degradation: "auto" degrades on the fly where a row has no condition image, "on_the_fly" everywhere, "paired" nowhere.
-    crop: side in pixels; None gives whole images.
+    crop: side in pixels; None gives whole images; [(n, side), ...] that side for draws below n.
     training: True: item n is the n-th draw of an endless stream that visits every row once per epoch in a new order,
     with random crop, flip and caption dropout, all from (seed, n): a run can stop and go on at any n.
     False: item n is row n, centre crop, the same degradation always.
@@ -239,9 +243,10 @@ class PairedDataset(torch.utils.data.Dataset):
         clean, condition, where = self.source.load(row)
         if self.degradation == "paired" and condition is None:
             raise UserError(f"{where}: no condition image, and --degradation paired makes none")
-        width, height = (self.crop or side for side in clean.size)
+        crop = next(side for end, side in self.crop if index < end) if isinstance(self.crop, list) else self.crop
+        width, height = (crop or side for side in clean.size)
         if width > clean.width or height > clean.height:
-            raise UserError(f"{where}: the image is {_size(clean)}, smaller than the {self.crop}-pixel crop; "
+            raise UserError(f"{where}: the image is {_size(clean)}, smaller than the {crop}-pixel crop; "
                             f"use --resolution {min(clean.size) // 4 * 4} or larger images")
         rng = np.random.default_rng(seed_for(self.seed, index, "train" if self.training else "validation"))
         # one crop and one flip for both images of the pair: they cannot drift apart
@@ -262,9 +267,13 @@ class PairedDataset(torch.utils.data.Dataset):
             return self.rows[index]
         epoch, position = divmod(index, len(self.rows))
         if epoch != self.epoch:
-            self.order = np.random.default_rng(seed_for(self.seed, epoch, "order")).permutation(self.rows)
-            self.epoch = epoch
+            self.order, self.epoch = epoch_order(self.seed, epoch, self.rows), epoch
         return self.order[position]
+
+
+def epoch_order(seed, epoch, rows):
+    """The rows in the order in which an epoch visits them."""
+    return np.random.default_rng(seed_for(seed, epoch, "order")).permutation(rows)
 
 
 def collate(items):
@@ -276,8 +285,93 @@ def collate(items):
     return batch | {"caption": [item["caption"] for item in items]}
 
 
+def add_data_flags(parser):
+    """What is drawn: flags that train.py and the cache have in common."""
+    parser.add_argument("--data", metavar="CSV", help="header image_path,condition_image_path,caption (default: the demo)")
+    parser.add_argument("--degradation", choices=["auto", "on_the_fly", "paired"], default="auto",
+                        help="auto: degrade on the fly the rows without a condition image; on_the_fly: all; paired: none")
+    parser.add_argument("--degradations", nargs="+", default=list(DEFAULT_DEGRADATIONS), metavar="NAME",
+                        help="the set to draw from, e.g. jpeg gaussian_noise:sigma=25 (default: all but color_jitter)")
+    parser.add_argument("--max_degradations", type=int, default=3, help="1 to this many per image (default 3)")
+    parser.add_argument("--resolution", type=int, help="side of the training crops, in pixels (default 48 for tiny, else 512)")
+    parser.add_argument("--caption_dropout", type=float, default=0.1, help="share of captions replaced by the empty one (default 0.1)")
+    parser.add_argument("--model", help=f"tiny, trained from scratch; or one to start from: {', '.join(HUB)}, a hub id, a folder in "
+                        "the hub's layout, or a run of this program (default: sana1.5-1.6b for --data on a GPU, else tiny)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random: same seed, same run (default 0)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that prepare images (default 1)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+
+
+def curriculum(args):
+    """--curriculum -> [(draws before the end of the stage, crop)], as PairedDataset takes it."""
+    stages, end = [], 0
+    try:
+        for part in args.curriculum.split(","):
+            side, steps = map(int, part.split(":"))
+            end += steps * args.batch_size
+            stages.append((end, side))
+            if min(side, steps) < 1:
+                raise ValueError
+    except ValueError:
+        raise UserError(f"--curriculum {args.curriculum}: write side:steps,side:steps, such as 512:8000,1024:2000") from None
+    return stages
+
+
+VALIDATION_CROP = 192
+
+
+def make_datasets(args, stages=None):
+    """args: of add_data_flags. stages: crop sizes over the draws, instead of args.resolution.
+    -> training draws, and validation pairs that are never trained on."""
+    options = dict(degradations=parse_degradations(args.degradations), degradation=args.degradation, seed=args.seed,
+                   max_degradations=args.max_degradations, caption_dropout=args.caption_dropout)
+    crop, largest = stages or args.resolution, max([args.resolution] + [side for _, side in stages or ()])
+    if args.data is None:
+        train = PairedDataset(DeadLeaves(256, max(128, largest), args.seed), crop, **options)
+        held_out = DeadLeaves(8, VALIDATION_CROP, seed_for(args.seed, 0, "held out"))
+        return train, PairedDataset(held_out, None, training=False, **options)
+    source = CsvPairs(args.data)
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed_for(args.seed, 0, "held out"))).tolist()
+    count = min(8, len(source) // 10)
+    if not count:
+        print(f"{args.data} has {len(source)} rows, too few to hold any out: validation is on training images")
+    held_out = order[:count] or order
+    kept_out = {source.rows[i][1] for i in order[:count]}  # a clean photo may stand in several rows
+    rows = [i for i in order if source.rows[i][1] not in kept_out]
+    if not rows:
+        raise UserError(f"{args.data}: all rows have the same clean image; training needs more")
+    smallest = min(min(source.load(i)[0].size) for i in held_out)
+    return (PairedDataset(source, crop, rows=rows, **options),
+            PairedDataset(source, min(max(VALIDATION_CROP, largest), smallest), rows=held_out, training=False, **options))
+
+
 # ----------------------------------------------------------------------------------------------------------------
-# What stands around the transformer: pixels become latents, captions become embeddings.
+# --model, and what stands around the transformer: pixels become latents, captions become embeddings.
+
+def describe_model(name, conditioning=None):
+    """--model and --conditioning -> "model" of config.json: all that is needed to build the restorer, but its weights."""
+    if name in PRESETS:
+        config = PRESETS[name]
+    elif is_run(name):
+        config = read_json(find_checkpoint(name) / "config.json")["model"]
+        if config["conditioning"] not in ("none", conditioning or config["conditioning"]):
+            raise UserError(f"--model {name} has learnt --conditioning {config['conditioning']} already; leave the flag out")
+    else:
+        folder = find_model(name)
+        sana, about = Sana.from_config(folder / "transformer").config, read_json(folder / "transformer" / "config.json")
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        config = {"name": str(folder.resolve()) if Path(name).is_dir() else name, "autoencoder": None, "sana": sana,
+                  "prediction": about.get("_prediction", "velocity"),
+                  "conditioning": "projection" if sana["in_channels"] == sana["out_channels"] else "widen",
+                  "shift": read_json(scheduler).get("flow_shift", SHIFT) if scheduler.is_file() else SHIFT}
+    before = "projection" if config["conditioning"] == "none" else config["conditioning"]
+    config = config | {"conditioning": conditioning or before}
+    if conditioning == "none":  # nothing that a residual could be added to
+        config["prediction"] = "velocity"
+    with torch.device("meta"):
+        build_restorer(config)  # so that what cannot be built is said before anything is loaded
+    return config
+
 
 def hash_prompts(prompts):
     """Embeds prompts without a text encoder: each word becomes the 256 bits of its SHA-256 as -1 and 1, so words are
@@ -326,6 +420,111 @@ def build_surroundings(config, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# The cache: what training draws in its first epochs, encoded once, so that it needs no autoencoder and no text encoder.
+
+SHARD, ENCODE = 1024, 8  # draws in a file, and at a time
+
+
+def fingerprint(args, config):
+    """What a cache depends on, by the names of the flags: {name: value}."""
+    source = CsvPairs(args.data)
+    files = [(path.name, path.stat().st_size) if path else None for row in source.rows for path in row[1:3]]
+    weights = []
+    if not config["autoencoder"]:
+        folder = find_model(config["name"], ("vae", "text_encoder"))
+        weights = sorted((path.name, path.stat().st_size) for part in ("vae", "text_encoder", "tokenizer")
+                         for path in (folder / part).glob("*.*"))
+    digest = hashlib.sha256(json.dumps([[row[3] for row in source.rows], files]).encode()).hexdigest()
+    model = hashlib.sha256(json.dumps([config["autoencoder"], weights]).encode()).hexdigest()
+    names = ("degradation", "degradations", "max_degradations", "resolution", "caption_dropout", "seed")
+    return {"data": digest, "model": model} | {name: getattr(args, name) for name in names}
+
+
+class CachedDataset(torch.utils.data.Dataset):
+    """The draws of a PairedDataset's first epochs, as latents [C, H, W]. Draw n is what it would have been without the cache, with its crop,
+    flip and degradation; after the cached epochs the same come again, in a new order. expected: fingerprint of the run.
+    Raises UserError for a cache that was made of anything else, or is not complete."""
+
+    def __init__(self, folder, expected, rows):
+        self.folder, self.rows, self.seed = Path(folder), rows, expected["seed"]
+        index = read_json(self.folder / "index.json")
+        for name, value in expected.items():
+            if index.get("made_of", {}).get(name) != value:
+                what = "" if name in ("data", "model") else f" {index.get('made_of', {}).get(name)}, this run has {value}"
+                raise UserError(f"--cache {folder}: was made with another --{name}{what}; make a new one with python data.py cache")
+        self.epochs, self.files, self.captions = index["epochs"], {}, []
+        self.paths = [self.folder / f"draws_{i:05d}.safetensors" for i in range(-(-self.epochs * rows // SHARD))]
+        missing = [path.name for path in self.paths if not path.is_file()]
+        if missing:
+            raise UserError(f"--cache {folder}: not complete, {len(missing)} of {len(self.paths)} files are missing; the same "
+                            "python data.py cache command makes the rest")
+        for i in range(len(self.paths)):
+            self.captions += json.loads(self._file(i).metadata()["captions"])
+        self.files = {}  # each worker opens its own
+        self.prompts = {}
+        if (self.folder / "prompts.safetensors").is_file():
+            with _open_weights(self.folder / "prompts.safetensors") as file:
+                self.prompts = {key.removeprefix("caption "): file.get_tensor(key) for key in file.keys()}
+
+    def __len__(self):
+        return self.rows
+
+    def _file(self, shard):
+        if shard not in self.files:
+            self.files[shard] = _open_weights(self.paths[shard])
+        return self.files[shard]
+
+    def __getitem__(self, index):
+        epoch, position = divmod(index, self.rows)
+        if epoch >= self.epochs:
+            position = epoch_order(self.seed, epoch, self.rows)[position]
+        shard, row = divmod(int(epoch % self.epochs * self.rows + position), SHARD)
+        latents = {key: self._file(shard).get_slice(key)[row].float() for key in ("clean", "condition")}
+        return latents | {"caption": self.captions[shard * SHARD + row]}
+
+
+def _open_weights(path):
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot read this part of the cache: {error}; delete it and run python data.py cache again") from None
+
+
+def make_cache(args):
+    """Encode the first args.epochs epochs of draws -> files of SHARD draws in args.out, each whole or absent, in order: an
+    interrupted command goes on where it stopped."""
+    args.model = args.model or ("sana1.5-1.6b" if args.device.startswith("cuda") else "tiny")
+    config = describe_model(args.model)
+    args.resolution = args.resolution or (48 if config["autoencoder"] else 512)
+    train_set, val_set = make_datasets(args)
+    made_of, out = fingerprint(args, config), make_folder(args.out)
+    index, count = {"epochs": args.epochs, "made_of": made_of}, args.epochs * len(train_set)
+    if (out / "index.json").exists() and read_json(out / "index.json") != index:
+        raise UserError(f"{out} holds another cache; choose another --out")
+    write_text(out / "index.json", json.dumps(index, indent=1))
+    autoencoder, prompts = build_surroundings(config, args.device)
+    if prompts.folder and not (out / "prompts.safetensors").exists():
+        prompts.prepare(["", *(train_set.plan(i)[2] for i in range(count)), *(val_set.plan(i)[2] for i in range(len(val_set)))])
+        save_weights({f"caption {caption}": row for caption, row in prompts.known.items()}, out / "prompts.safetensors")
+    done = next(i for i in range(-(-count // SHARD) + 1) if not (out / f"draws_{i:05d}.safetensors").exists()) * SHARD
+    parts, captions = {"clean": [], "condition": []}, []
+    loader = DataLoader(train_set, ENCODE, sampler=range(done, count), num_workers=args.workers, collate_fn=collate)
+    with tqdm(total=count, initial=min(done, count), unit="img", desc="cache") as bar:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            for key, part in parts.items():  # half precision: its rounding is a hundredth of what the autoencoder loses
+                part.append(autoencoder.encode(batch[key].to(args.device)).half().cpu())
+            captions += batch["caption"]
+            bar.update(len(batch["caption"]))
+            if len(captions) == SHARD or bar.n == count:
+                save_weights({key: torch.cat(part) for key, part in parts.items()}, out / f"draws_{(bar.n - 1) // SHARD:05d}.safetensors",
+                             captions=json.dumps(captions))
+                parts, captions = {"clean": [], "condition": []}, []
+    print(f"{count} draws ({args.epochs} epochs of {len(train_set)} images) in {out}: python train.py --data {args.data} --cache {out}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Pre-generation.
 
 def list_images(folder):
@@ -359,15 +558,26 @@ def make_pairs(photos, out, choices, counts, seed):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("command", choices=["pairs"])
-    parser.add_argument("photos", help="folder of clean photos (searched recursively)")
-    parser.add_argument("--out", required=True, help="folder to make; pairs.csv appears when all images are written")
-    parser.add_argument("--degradations", nargs="+", default=DEFAULT_DEGRADATIONS, metavar="NAME",
-                        help="the set to draw from, e.g. jpeg gaussian_noise:sigma=25 (default: all but color_jitter)")
-    parser.add_argument("--num_degradations", nargs="+", type=int, default=[1, 3], metavar="N",
-                        help="how many per image: one number, or the lowest and highest (default 1 3)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    pairs = commands.add_parser("pairs", doc="Degrade every photo of a folder once: pairs.csv and images.")
+    pairs.add_argument("photos", help="folder of clean photos (searched recursively)")
+    pairs.add_argument("--out", required=True, help="folder to make; pairs.csv appears when all images are written")
+    pairs.add_argument("--degradations", nargs="+", default=DEFAULT_DEGRADATIONS, metavar="NAME",
+                       help="the set to draw from, e.g. jpeg gaussian_noise:sigma=25 (default: all but color_jitter)")
+    pairs.add_argument("--num_degradations", nargs="+", type=int, default=[1, 3], metavar="N",
+                       help="how many per image: one number, or the lowest and highest (default 1 3)")
+    pairs.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    cache = commands.add_parser("cache", doc="Encode what python train.py with the same flags will draw.")
+    add_data_flags(cache)
+    cache.add_argument("--epochs", type=int, default=1, help="epochs of draws, each with its own crops, flips and degradations (default 1)")
+    cache.add_argument("--out", required=True, help="folder to make")
     args = parser.parse_args()
+    if args.command == "cache":
+        if not args.data:
+            raise UserError("cache needs --data: the CSV of what to encode")
+        if args.epochs < 1:
+            raise UserError(f"--epochs {args.epochs}: at least 1")
+        return make_cache(args)
     if min(args.num_degradations) < 1 or len(args.num_degradations) > 2 or args.num_degradations[0] > args.num_degradations[-1]:
         raise UserError(f"--num_degradations {' '.join(map(str, args.num_degradations))}: give one number, or low and high")
     make_pairs(args.photos, args.out, parse_degradations(args.degradations), args.num_degradations, args.seed)

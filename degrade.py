@@ -289,8 +289,8 @@ def make_folder(path):
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line, like all others."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    def __init__(self, doc, **options):
+        super().__init__(description=doc, **options, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} -h)")
@@ -300,7 +300,7 @@ def run_script(main):
     """Call main(); a UserError becomes one line and exit status 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # a full disk can show anywhere
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

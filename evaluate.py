@@ -10,17 +10,21 @@ applied. --steps 1 gives the most faithful result (best PSNR), more steps give m
 import json
 import math
 import os
+import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import PICTURES, CsvPairs, PairedDataset, build_surroundings, list_images, seed_for, to_image, to_tensor
 from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, label_tiles, make_folder, open_image, parse_degradations,
                      run_script, save_image, write_csv, write_text)
-from model import guided, load_restorer, sample
+from model import build_restorer, draw_sigma, flow_loss, guided, load_restorer, sample
 from vae import PixelAE, pad_to_multiple
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -193,6 +197,20 @@ def evaluate_pairs(dataset, names, prompt=None, quiet=False, **how):
     return rows, pictures
 
 
+@torch.no_grad()
+def mean_loss(dataset, restorer, autoencoder, prompts, seed):
+    """The training loss over a data set's images, with fixed noise and sigmas."""
+    device, generator = next(restorer.parameters()).device, torch.Generator().manual_seed(seed_for(seed, 0, "validation loss"))
+    total = 0.0
+    for i in range(len(dataset)):
+        item = dataset.draw(i)
+        x0, condition = (autoencoder.encode(item[key][None].to(device)) for key in ("clean", "condition"))
+        noise, sigma = torch.randn(x0.shape, generator=generator), draw_sigma(1, generator, shift=restorer.shift)
+        text = (t.to(device) for t in prompts([item["caption"]]))
+        total += flow_loss(restorer, x0, condition, *text, sigma.to(device), noise.to(device)).item()
+    return total / len(dataset)
+
+
 def mean_of(rows):
     """The mean of each column; images restored perfectly (PSNR inf) or too small for SSIM (nan) are left out of it."""
     means = {}
@@ -222,6 +240,93 @@ def draw_grid(pictures, tile=256):
         tiles.append((label, image.crop((left, top, left + side, top + side))))
     return label_tiles(tiles, columns=len(pictures[0]) * (1 + (len(pictures) > 4)))
 
+
+# ----------------------------------------------------------------------------------------------------------------
+# Following a training run.
+
+BINS = 4  # of sigma, in which the loss is logged
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}  # bf16 FLOP/s, dense
+
+
+class Meter:
+    """What a line of the log says of the steps since the line before."""
+
+    def __init__(self, state, processes):
+        self.state, self.processes, self.skipped = state, processes, 0
+        self.reset()
+
+    def reset(self):
+        self.since, self.waited, self.steps = time.monotonic(), 0.0, 0
+        self.sums = [0.0] * (2 * BINS)  # losses by bin of sigma, and how many there were
+
+    def wait_for(self, loader):
+        """The next batch, and how long that took (None after the last)."""
+        before = time.monotonic()
+        batch = next(loader, None)
+        self.waited += time.monotonic() - before
+        return batch
+
+    def count(self, sums, finite):
+        self.steps += 1
+        self.skipped += not finite
+        if finite:
+            self.sums = [a + b for a, b in zip(self.sums, sums)]
+
+    def entry(self, norm):
+        state, seconds = self.state, time.monotonic() - self.since
+        losses, counts, speed = self.sums[:BINS], self.sums[BINS:], self.steps * state.args.batch_size / seconds
+        line = {"step": state.step, "loss": sum(losses) / max(1, sum(counts)), "norm": norm, "condition_norm": state.condition_norm(),
+                "loss_by_sigma": [loss / n if n else None for loss, n in zip(losses, counts)], "images_per_second": speed,
+                "data_wait": self.waited / seconds, "memory_gb": peak_memory(state.args.device), "skipped": self.skipped}
+        name = torch.cuda.get_device_name() if state.args.device.startswith("cuda") else ""
+        for peak in (flops for known, flops in PEAK.items() if known in name):  # model FLOPs utilization (arXiv 2204.02311)
+            line["mfu"] = speed * training_flops(state.config, state.grid) / (self.processes * peak)
+        self.reset()
+        return line
+
+
+def peak_memory(device):
+    """GiB: what tensors took at most on a GPU, what the process took on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
+
+
+def training_flops(config, grid, tokens=32):
+    """Of one image with a latent grid (H, W): forward, and twice that for the gradient."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        restorer = build_restorer(config)
+        c = restorer.sana.config
+        latents = torch.empty(1, c["out_channels"], *grid)
+        restorer(latents, latents, torch.empty(1), torch.empty(1, tokens, c["caption_channels"]))
+    return 3 * counter.get_total_flops()
+
+
+def draw_curves(log, curves, path):
+    """One panel below the other, each a value of the log's lines over their steps. curves: {key: title}; losses on a log scale."""
+    width, height, margin = 640, 240, 44
+    picture = Image.new("RGB", (width, len(curves) * height), "white")
+    draw = ImageDraw.Draw(picture)
+    for panel, (key, title) in enumerate(curves.items()):
+        top, log_scale = panel * height, "loss" in key
+        points = [(line["step"], math.log10(max(line[key], 1e-12)) if log_scale else line[key]) for line in log if key in line]
+        points = [(step, value) for step, value in points if math.isfinite(value)]
+        draw.text((margin, top + 4), title, fill="black")
+        if not points:
+            continue
+        low, high, last = min(p[1] for p in points), max(p[1] for p in points), max(1, points[-1][0])
+        y_of = lambda v: top + height - 28 - (v - low) / max(high - low, 1e-9) * (height - 56)
+        x_of = lambda step: margin + step / last * (width - margin - 12)
+        for value in (low, (low + high) / 2, high):
+            draw.line([(margin, y_of(value)), (width - 12, y_of(value))], fill="#dddddd")
+            draw.text((4, y_of(value) - 6), f"{10 ** value:.3g}" if log_scale else f"{value:.2f}", fill="black")
+        draw.line([(x_of(s), y_of(v)) for s, v in points], fill="#1f5fbf", width=2)
+        draw.text((width - 80, top + height - 20), f"step {last}", fill="black")
+    save_image(picture, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command line.
 
 def measure(args, prompt, **how):
     """--data: scores, table, scores.csv, scores.json, grid.png."""

@@ -8,9 +8,8 @@ Letters used in the shape comments:
     L caption tokens (padded to the longest of the batch)
 
 The convention of sigma, the one that SANA's checkpoints were trained with, everywhere in this project:
-sigma in [0, 1] is the NOISE fraction. x_sigma = (1 - sigma) * x0 + sigma * noise, so sigma = 1 is pure noise,
-and the velocity is dx/dsigma = noise - x0. (Some texts name the clean fraction sigma: the same straight path
-walked the other way. Mixing the two trains against the pretrained weights.)
+sigma in [0, 1] is the NOISE fraction. x_sigma = (1 - sigma) * x0 + sigma * noise, so sigma = 1 is pure noise, and the velocity is
+dx/dsigma = noise - x0. (Some texts call the clean fraction sigma. Mixing the two trains against the pretrained weights.)
 """
 import heapq
 import json
@@ -26,18 +25,16 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from degrade import Parser, UserError, make_folder, run_script, write_text
-from vae import GLUMBConv, Pretrained, load_weights, read_config, read_json, save_weights
+from vae import GLUMBConv, Pretrained, find_checkpoint, find_model, is_run, load_weights, read_config, read_json, save_weights
 
 # ----------------------------------------------------------------------------------------------------------------
 # The transformer. Module and parameter names are those of the diffusers checkpoints, so weights load by name.
 
 SANA_DEFAULTS = dict(  # what a missing key of config.json means, as diffusers has it
-    in_channels=32, out_channels=32, num_attention_heads=70, attention_head_dim=32, num_layers=20,
-    num_cross_attention_heads=20, cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304,
-    mlp_ratio=2.5, attention_bias=False, sample_size=32, patch_size=1, norm_eps=1e-6, interpolation_scale=None, qk_norm=None,
-    timestep_scale=1.0)
-# keys that do not change the network, and values of others that this file builds
-SANA_IGNORED = ("dropout", "guidance_embeds_scale")
+    in_channels=32, out_channels=32, num_attention_heads=70, attention_head_dim=32, num_layers=20, num_cross_attention_heads=20,
+    cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304, mlp_ratio=2.5, attention_bias=False,
+    sample_size=32, patch_size=1, norm_eps=1e-6, interpolation_scale=None, qk_norm=None, timestep_scale=1.0)
+SANA_IGNORED = ("dropout", "guidance_embeds_scale")  # they do not change the network; of these keys, the values that this file builds:
 SANA_BUILT = {"guidance_embeds": (False,), "norm_elementwise_affine": (False,), "qk_norm": (None, "rms_norm_across_heads")}
 
 
@@ -230,9 +227,9 @@ class Restorer(nn.Module):
     sana: built for C channels. conditioning: how the condition enters,
       "projection": a 1x1 convolution 2C -> C in front, identity on the noisy latent and zero on the condition, so that
                     before training the output is the text-to-image model's, bit for bit;
-      "widen":      the patch embedding takes 2C channels, its new half zero: the same start without the squeeze to C.
-    prediction: what the network's output means,
-      "velocity": noise - x0, as SANA's weights were trained;
+      "widen":      the patch embedding takes 2C channels, its new half zero: the same start without the squeeze to C;
+      "none":       it does not: a text-to-image model, to start a restorer from.
+    prediction: what the network's output means, "velocity": noise - x0, as SANA's weights were trained;
       "residual": x0 - condition, for training from scratch: a network that answers 0 returns the input, not noise.
     """
 
@@ -253,15 +250,13 @@ class Restorer(nn.Module):
                     new.weight.copy_(torch.cat([old.weight, torch.zeros_like(old.weight)], 1))
                     new.bias.copy_(old.bias)
                     sana.patch_embed.proj = new.to(old.weight.dtype)
-            else:
-                raise ValueError(f"conditioning {conditioning!r}: projection or widen")
-        if prediction not in ("velocity", "residual"):
-            raise ValueError(f"prediction {prediction!r}: velocity or residual")
+        if conditioning not in ("projection", "widen", "none") or prediction not in ("velocity", "residual"):
+            raise ValueError(f"conditioning {conditioning!r}, prediction {prediction!r}: not built here")
 
     def forward(self, latents, condition, timestep, text, text_mask=None):
-        """latents, condition [B, C, H, W], timestep [B] = 1000 * sigma, text [B, L, caption_channels], text_mask
-        [B, L] -> velocity [B, C, H, W]."""
-        x, dtype = torch.cat([latents, condition], 1), self.sana.proj_out.weight.dtype  # [B, 2C, H, W]; fp32 or bf16
+        """latents, condition [B, C, H, W], timestep [B] = 1000 * sigma, text [B, L, D_text], text_mask [B, L] -> velocity [B, C, H, W]."""
+        x = latents if self.conditioning == "none" else torch.cat([latents, condition], 1)  # [B, C or 2C, H, W]
+        dtype = self.sana.proj_out.weight.dtype                             # fp32 or bf16
         if self.conditioning == "projection":
             # as a matrix product: a GPU may run fp32 convolutions in TF32, which would not be the identity
             x = (self.projection.weight.flatten(1) @ x.float().flatten(2)).unflatten(2, x.shape[2:])
@@ -296,9 +291,9 @@ def shift_sigma(sigma, shift=SHIFT):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def draw_sigma(count, generator, share_at_one=0.0, shift=SHIFT):
+def draw_sigma(count, generator, share_at_one=0.0, shift=SHIFT, mean=0.0, std=1.0):
     """[count] sigmas to train at: sigmoid of a normal draw, shifted; a share of them exactly 1, where one step starts."""
-    sigma = shift_sigma(torch.randn(count, generator=generator).sigmoid(), shift)
+    sigma = shift_sigma((mean + std * torch.randn(count, generator=generator)).sigmoid(), shift)
     return torch.where(torch.rand(count, generator=generator) < share_at_one, 1.0, sigma)
 
 
@@ -549,15 +544,6 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
 # ----------------------------------------------------------------------------------------------------------------
 # Checkpoints of train.py, and export.
 
-def find_checkpoint(path):
-    """A checkpoint folder, from its own path or from that of its run (whose file `latest` names it)."""
-    path, latest = Path(path), Path(path) / "latest"
-    folder = path / latest.read_text(errors="replace").strip() if latest.is_file() else path
-    if not (folder / "config.json").is_file() or not (folder / "ema.safetensors").is_file():
-        raise UserError(f"{path}: no checkpoint here; give a run folder (with the file latest) or one of its step folders")
-    return folder
-
-
 def load_restorer(path, weights="ema"):
     """-> (Restorer, "model" of the checkpoint's config.json). Raises UserError for anything that does not fit."""
     folder = find_checkpoint(path)
@@ -568,6 +554,20 @@ def load_restorer(path, weights="ema"):
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
     return load_weights(restorer, folder / f"{weights}.safetensors").eval(), config["model"]
+
+
+def starting_point(name, config, generator):
+    """The Restorer that training begins with. name: --model; config: "model" of config.json, which describe_model made of it."""
+    if is_run(name):
+        restorer, _ = load_restorer(name)
+        return restorer if restorer.conditioning == config["conditioning"] else Restorer(
+            restorer.sana, config["conditioning"], config["prediction"], restorer.shift)
+    if config["autoencoder"]:
+        restorer = build_restorer(config)
+        restorer.sana.initialize(generator)
+        return restorer
+    sana = Sana.from_pretrained(find_model(config["name"]) / "transformer", torch.float32)
+    return Restorer(sana, config["conditioning"], config["prediction"], config["shift"])
 
 
 def export(path, out, weights="ema"):

@@ -4,32 +4,35 @@
     python train.py --data pairs/pairs.csv                   your own pairs (see data.py)
     python train.py --data photos.csv --degradations gaussian_noise:sigma=25
     python train.py --data pairs/pairs.csv --model sana1.5-1.6b      from pretrained SANA (the default on a GPU)
-    python train.py --resume --out out/demo                  go on after Ctrl-C, as if never stopped
+    python train.py --resume out/demo                        go on after Ctrl-C, as if never stopped
+    torchrun --nproc_per_node=8 train.py --data pairs/pairs.csv --batch_size 32      the same steps, shared by eight GPUs
 
 Writes to out/RUN: config.json, log.jsonl, loss.png, samples/ (degraded | restored | clean), checkpoints step_N/.
 """
 import json
 import math
+import os
 import shutil
 import signal
 import sys
 import time
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CsvPairs, DeadLeaves, PairedDataset, build_surroundings, collate, seed_for
-from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, make_folder, parse_degradations, run_script, save_image,
-                     write_text)
-from evaluate import check_device, default_steps, draw_grid, evaluate_pairs, mean_of
-from model import PRESETS, SHIFT, Restorer, Sana, build_restorer, draw_sigma, find_checkpoint, flow_loss
-from vae import HUB, find_model, load_weights, read_json, save_weights
+from data import (CachedDataset, add_data_flags, build_surroundings, collate, curriculum, describe_model, fingerprint, make_datasets,
+                  seed_for)
+from degrade import Parser, UserError, make_folder, parse_degradations, run_script, save_image, write_text
+from evaluate import BINS, Meter, check_device, default_steps, draw_curves, draw_grid, evaluate_pairs, mean_loss, mean_of
+from model import PRESETS, build_restorer, draw_sigma, flow_loss, starting_point
+from vae import find_checkpoint, is_run, load_weights, read_json, save_weights
 
 # flags whose default depends on the model: pixels from scratch, or latents from pretrained weights
 SCRATCH = {"lr": 5e-3, "steps": 8000, "resolution": 48, "share_at_one": 0.3, "clip": 1.0}
@@ -38,49 +41,48 @@ PRETRAINED = {"lr": 1e-5, "steps": 10000, "resolution": 512, "share_at_one": 0.0
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    # what to train on
-    parser.add_argument("--data", metavar="CSV", help="header image_path,condition_image_path,caption (default: the demo)")
-    parser.add_argument("--degradation", choices=["auto", "on_the_fly", "paired"], default="auto",
-                        help="auto: degrade on the fly the rows without a condition image; on_the_fly: all; paired: none")
-    parser.add_argument("--degradations", nargs="+", default=list(DEFAULT_DEGRADATIONS), metavar="NAME",
-                        help="the set to draw from, e.g. jpeg gaussian_noise:sigma=25 (default: all but color_jitter)")
-    parser.add_argument("--max_degradations", type=int, default=3, help="1 to this many per image (default 3)")
-    parser.add_argument("--resolution", type=int, help="side of the training crops, in pixels (default 48 for tiny, else 512)")
-    parser.add_argument("--caption_dropout", type=float, default=0.1, help="share of captions replaced by the empty one")
-    # the model
-    parser.add_argument("--model", help=f"tiny, trained from scratch; or a pretrained one to start from: {', '.join(HUB)}, a hub "
-                        "id, or a folder in the hub's layout (default: sana1.5-1.6b for --data on a GPU, else tiny)")
-    parser.add_argument("--conditioning", choices=["projection", "widen"], help="how the degraded image enters: a 1x1 "
-                        "convolution in front, or a patch embedding with twice the channels (default: the preset's)")
-    parser.add_argument("--share_at_one", type=float, help="share of training at sigma = 1, where one-step restoration "
-                        "happens (default 0.3 for tiny, else 0)")
+    # what to train, and on what
+    add_data_flags(parser)
+    parser.add_argument("--cache", metavar="FOLDER", help="of python data.py cache with the same flags: train without the autoencoder "
+                        "and the text encoder in memory")
+    parser.add_argument("--curriculum", metavar="SIDE:STEPS,...", help="instead of --resolution and --steps, e.g. 512:8000,1024:2000")
+    parser.add_argument("--conditioning", choices=["projection", "widen", "none"], help="how the degraded image enters: a 1x1 "
+                        "convolution in front, or a patch embedding with twice the channels; none: not at all, to pretrain a "
+                        "text-to-image model on the clean images (default: the preset's)")
     # optimization
     parser.add_argument("--steps", type=int, help="optimizer steps (default: 8000 for tiny, 2500 for the demo, else 10000)")
-    parser.add_argument("--batch_size", type=int, default=4, help="default 4")
+    parser.add_argument("--batch_size", type=int, default=4, help="images in a step, over all processes (default 4)")
     parser.add_argument("--lr", type=float, help="peak; rises for 2%% of the steps, then falls as a cosine to 0 (default 5e-3 "
                         "for tiny, else 1e-5)")
     parser.add_argument("--proj_lr", type=float, help="for --conditioning projection, that layer's (default 10 * lr)")
     parser.add_argument("--optimizer", choices=["adamw", "adamw_bf16", "adamw_sr"], help="adamw: fp32, torch's. adamw_bf16: the same "
                         "steps with weights and moments in bf16 and the weights' lost bits beside them. adamw_sr: bf16 weights, "
                         "rounded stochastically (default: adamw_bf16 for pretrained models on a GPU, else adamw)")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each batch in N parts, for memory (default 1)")
-    parser.add_argument("--checkpointing", action="store_true", help="compute activations again for the gradient instead of keeping them")
     parser.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's (default 0)")
     parser.add_argument("--clip", type=float, help="largest gradient norm (default 1 for tiny, else 0.1, as SANA was trained)")
-    parser.add_argument("--ema_decay", type=float, default=0.9999, help="of the averaged weights that are evaluated")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random: same seed, same run")
+    parser.add_argument("--ema_decay", type=float, default=0.9999, help="of the averaged weights that are evaluated (default 0.9999)")
+    parser.add_argument("--ema_every", type=int, default=1, metavar="K", help="average every K-th step, with decay^K (default 1)")
+    parser.add_argument("--ema_device", help="where the averages lie; cpu spares a GPU 4 bytes a weight (default: --device)")
+    parser.add_argument("--sigma_mean", type=float, default=0.0, help="training sigmas: sigmoid of a normal draw with this mean")
+    parser.add_argument("--sigma_std", type=float, default=1.0, help="and this standard deviation, shifted (default 0 and 1, SANA's)")
+    parser.add_argument("--share_at_one", type=float, help="share of training at sigma = 1, where one-step restoration "
+                        "happens (default 0.3 for tiny, else 0)")
+    # time and memory
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each batch in N parts, for memory (default 1)")
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations again for the gradient instead of keeping them")
+    parser.add_argument("--compile", action=BooleanOptionalAction, help="torch.compile (default: on a GPU)")
     # the run
     parser.add_argument("--out", help="run folder (default out/demo, or out/NAME for NAME.csv)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out; flags given now win over its own")
+    parser.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue that run, or the one in --out; flags given now win")
     parser.add_argument("--overwrite", action="store_true", help="delete a run that --out holds already")
     parser.add_argument("--save_every", type=int, default=1000, metavar="STEPS", help="write a checkpoint this often (default 1000)")
     parser.add_argument("--keep", type=int, default=1, metavar="N", help="newest checkpoints to keep, beside the best by validation (default 1)")
     parser.add_argument("--val_every", type=int, default=500, metavar="STEPS", help="measure held-out images this often (default 500)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that prepare images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
 
     args = parser.parse_args(argv)
-    args.out = args.out or f"out/{Path(args.data).stem if args.data else 'demo'}"
+    args.out = args.resume if isinstance(args.resume, str) else args.out or f"out/{Path(args.data).stem if args.data else 'demo'}"
+    if was_restarted(args.out):
+        args.resume, args.overwrite = True, False
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of them")
     if args.resume:  # the run's own settings become the defaults
@@ -89,75 +91,91 @@ def parse_args(argv=None):
             saved = json.loads((folder / "config.json").read_text())["args"]
         except (ValueError, KeyError) as error:
             raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
-        args = parser.parse_args(argv, Namespace(**saved | {"out": args.out}))
+        args = parser.parse_args(argv, Namespace(**saved | {"out": args.out, "resume": True, "overwrite": False}))
+        args.out = args.resume if isinstance(args.resume, str) else args.out
+    args.job = JOB
+    return fill_args(args)
+
+
+def fill_args(args):
+    """Defaults that depend on other flags. Raises UserError for a value that makes no sense."""
+    cuda = args.device.startswith("cuda")
     if args.model is None:
-        args.model = "sana1.5-1.6b" if args.data and args.device.startswith("cuda") else "tiny"
-    scratch = args.model in PRESETS
-    for name, value in (SCRATCH | ({} if args.data else {"steps": 2500}) if scratch else PRETRAINED).items():
+        args.model = "sana1.5-1.6b" if args.data and cuda else "tiny"
+    pixels = args.model in PRESETS or is_run(args.model)  # a run of this program works on pixels, mostly
+    if args.curriculum:
+        stages = curriculum(args)
+        args.steps, args.resolution = stages[-1][0] // args.batch_size, stages[0][1]
+    for name, value in (SCRATCH | ({} if args.data else {"steps": 2500}) if pixels else PRETRAINED).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.optimizer is None:
-        args.optimizer = "adamw_bf16" if not scratch and args.device.startswith("cuda") else "adamw"
-    check_args(args)
-    return args
-
-
-def check_args(args):
-    """Raises UserError for a value that makes no sense."""
-    for name in ("steps", "batch_size", "resolution", "max_degradations", "save_every", "val_every", "accumulate", "keep"):
+        args.optimizer = "adamw_bf16" if not pixels and cuda else "adamw"
+    args.compile = cuda if args.compile is None else args.compile
+    args.ema_device = args.ema_device or args.device
+    for name in ("steps", "batch_size", "resolution", "max_degradations", "save_every", "val_every", "accumulate", "keep", "ema_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 1")
     for name, high in (("lr", 1), ("proj_lr", 1), ("weight_decay", 100), ("ema_decay", 1), ("caption_dropout", 1),
-                       ("share_at_one", 1), ("clip", math.inf), ("workers", 1000)):
+                       ("share_at_one", 1), ("clip", math.inf), ("workers", 1000), ("sigma_std", 10)):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= high:
             raise UserError(f"--{name} {value}: from 0 to {high}")
-    if args.batch_size % args.accumulate:
-        raise UserError(f"--accumulate {args.accumulate}: a divisor of --batch_size {args.batch_size}")
-    check_device(args.device)
+    if args.batch_size % (args.accumulate * WORLD):
+        processes = f" times {WORLD} processes" if WORLD > 1 else ""
+        raise UserError(f"--accumulate {args.accumulate}{processes}: has to be a divisor of --batch_size {args.batch_size}")
+    if args.cache and (args.curriculum or not args.data):
+        raise UserError("--cache needs --data, and has one resolution: it cannot be combined with --curriculum")
+    check_device(args.device), check_device(args.ema_device)
+    return args
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Data.
+# Several processes, as torchrun starts them: one a GPU, on one machine or several. Each computes its images of every batch.
 
-VALIDATION_CROP = 192
+RANK, WORLD, JOB = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("TORCHELASTIC_RUN_ID")
 
 
-def make_datasets(args):
-    """-> training draws, and validation pairs that are never trained on."""
-    options = dict(degradations=parse_degradations(args.degradations), degradation=args.degradation,
-                   max_degradations=args.max_degradations, caption_dropout=args.caption_dropout)
-    if args.data is None:
-        source = DeadLeaves(256, max(128, args.resolution), args.seed)
-        train = PairedDataset(source, args.resolution, seed=args.seed, **options)
-        held_out = DeadLeaves(8, VALIDATION_CROP, seed_for(args.seed, 0, "held out"))
-        return train, PairedDataset(held_out, None, training=False, seed=args.seed, **options)
-    source = CsvPairs(args.data)
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed_for(args.seed, 0, "held out"))).tolist()
-    count = min(8, len(source) // 10)
-    if not count:
-        print(f"{args.data} has {len(source)} rows, too few to hold any out: validation is on training images")
-    held_out = order[:count] or order
-    kept_out = {source.rows[i][1] for i in order[:count]}  # a clean photo may stand in several rows
-    rows = [i for i in order if source.rows[i][1] not in kept_out]
-    if not rows:
-        raise UserError(f"{args.data}: all rows have the same clean image; training needs more")
-    smallest = min(min(source.load(i)[0].size) for i in held_out)
-    crop = min(max(VALIDATION_CROP, args.resolution), smallest)
-    return (PairedDataset(source, args.resolution, rows=rows, seed=args.seed, **options),
-            PairedDataset(source, crop, rows=held_out, training=False, seed=args.seed, **options))
+def was_restarted(run):
+    """Whether torchrun has started the same command again, after a process or machine of the job died."""
+    if WORLD == 1 or not (Path(run) / "latest").is_file():
+        return False
+    same = JOB != "none" and read_json(find_checkpoint(run) / "config.json")["args"].get("job") == JOB
+    return same or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+
+
+def join_others(args):
+    """Meet the other processes, if there are any."""
+    if WORLD > 1:
+        if args.device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # after a restart, not the addresses of the dead
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=world)
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # one speaks for all
+
+
+def sum_over_all(numbers, device):
+    """[float] of this process -> their sums over all processes."""
+    if WORLD == 1:
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def make_loader(dataset, args, start):
+    """Batches of draws start * batch_size, ... : what a step sees depends on its number alone."""
+    draws = range(start * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
+    return DataLoader(dataset, args.batch_size // WORLD, sampler=draws, num_workers=args.workers, collate_fn=collate,
+                      worker_init_fn=ignore_interrupt, pin_memory=args.device.startswith("cuda"))
 
 
 def ignore_interrupt(_):
     """Workers leave Ctrl-C to the main process, which finishes its step and saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def make_loader(dataset, args, start):
-    """Batches of draws start * batch_size, ... : what a step sees depends on its number alone."""
-    draws = range(start * args.batch_size, args.steps * args.batch_size)
-    return DataLoader(dataset, args.batch_size, sampler=draws, num_workers=args.workers, collate_fn=collate,
-                      worker_init_fn=ignore_interrupt, pin_memory=args.device.startswith("cuda"))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -187,8 +205,10 @@ class BF16AdamW(torch.optim.Optimizer):
 
     CHUNK = {"cpu": 1 << 16}  # weights at a time: what a CPU's cache holds; else 2^24, for few launches on a GPU
 
-    def __init__(self, groups, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, exact=True, moments=torch.bfloat16):
+    def __init__(self, groups, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, exact=True, moments=torch.bfloat16, compile=False):
         super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": weight_decay})
+        # compiled, one pass over memory instead of twenty; it may round otherwise in the last place of fp32
+        self.update = torch.compile(self._update, dynamic=True) if compile else self._update
         for p in (p for group in self.param_groups for p in group["params"]):
             half = p.dtype == torch.bfloat16
             self.state[p] = {key: torch.zeros_like(p, dtype=moments if half else p.dtype) for key in ("exp_avg", "exp_avg_sq")}
@@ -196,27 +216,29 @@ class BF16AdamW(torch.optim.Optimizer):
                 self.state[p]["low"] = torch.zeros_like(p, dtype=torch.int16)
 
     @torch.no_grad()
-    def step(self, count, seed, scale=1.0):
-        """The count-th step (from 1). seed: of the rounding. scale: factor of the gradients (clipping)."""
+    def step(self, count, seeds, scale=1.0):
+        """The count-th step (from 1). seeds: parameter -> seed of its rounding. scale: factor of the gradients (clipping)."""
         for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            numbers = 1 - lr * group["weight_decay"], -lr / (1 - beta1**count), math.sqrt(1 - beta2**count), float(scale)
             for p in group["params"]:
-                generator = torch.Generator(p.device).manual_seed(seed)
+                generator = torch.Generator(p.device).manual_seed(seeds[p])
                 noise = torch.empty(self.CHUNK.get(p.device.type, 1 << 24) // 4, dtype=torch.int64, device=p.device)  # 4 x 16 bits each
-                state, seed = self.state[p], seed + 1
-                flat = [t.view(-1).split(4 * len(noise)) for t in (p.data, p.grad.contiguous(), *state.values())]
+                now = torch.tensor(numbers, device=p.device)  # a tensor, because compiled code takes a number for a constant
+                flat = [t.view(-1).split(4 * len(noise)) for t in (p.data, p.grad.contiguous(), *self.state[p].values())]
                 for weight, grad, *rest in zip(*flat):
                     if weight.dtype == torch.bfloat16:
                         noise.random_(-2**63, None, generator=generator)
-                    self._update(group, count, weight, grad.float() * scale, noise.view(torch.int16)[:len(weight)], *rest)
+                    self.update((beta1, beta2, group["eps"]), now, weight, grad, noise.view(torch.int16)[:len(weight)], *rest)
 
     @staticmethod
-    def _update(group, count, weight, grad, noise, exp_avg, exp_avg_sq, low=None):
-        (beta1, beta2), lr = group["betas"], group["lr"]
+    def _update(constants, now, weight, grad, noise, exp_avg, exp_avg_sq, low=None):
+        (beta1, beta2, eps), (decay, rate, correction, scale) = constants, now
+        grad = grad.float() * scale
         w = weight if weight.dtype == torch.float32 else weight.float() if low is None else join_fp32(weight, low)
         m = exp_avg.float().lerp_(grad, 1 - beta1)
         v = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        w.mul_(1 - lr * group["weight_decay"])
-        w.addcdiv_(m, (v.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"]), value=-lr / (1 - beta1**count))
+        w.mul_(decay).add_(rate * m / (v.sqrt() / correction).add_(eps))
         exp_avg.copy_(m)
         exp_avg_sq.copy_(v if exp_avg_sq.dtype == v.dtype else round_stochastically(v, noise))
         if low is not None:
@@ -229,29 +251,14 @@ class BF16AdamW(torch.optim.Optimizer):
 # ----------------------------------------------------------------------------------------------------------------
 # State. A checkpoint holds everything that the next step depends on; randomness needs no state (see seed_for).
 
-def describe_model(args):
-    """"model" of config.json: all that is needed to build the restorer again, but its weights."""
-    if args.model in PRESETS:
-        config = PRESETS[args.model]
-    else:
-        folder = find_model(args.model)
-        sana, about = Sana.from_config(folder / "transformer").config, read_json(folder / "transformer" / "config.json")
-        name = str(folder.resolve()) if Path(args.model).is_dir() else args.model
-        scheduler = folder / "scheduler" / "scheduler_config.json"
-        config = {"name": name, "autoencoder": None, "sana": sana, "prediction": about.get("_prediction", "velocity"),
-                  "conditioning": "projection" if sana["in_channels"] == sana["out_channels"] else "widen",
-                  "shift": read_json(scheduler).get("flow_shift", SHIFT) if scheduler.is_file() else SHIFT}
-    config = config | {"conditioning": args.conditioning or config["conditioning"]}
-    with torch.device("meta"):
-        build_restorer(config)  # so that what cannot be built is said before anything is loaded
-    return config
-
-
 STEPS = "step_" + "[0-9]" * 6  # what a checkpoint folder is called
 
 
 class State:
-    """Weights, their moving average, AdamW's moments and the number of steps done; and what stands around them."""
+    """Weights, their moving average, AdamW's moments and the number of steps done; and what stands around them.
+
+    Several processes: all have the weights; the average and the moments of a tensor are kept by the process that owns it,
+    which alone receives its gradient, updates it and hands the new weight to the others (ZeRO stage 2, arXiv 1910.02054)."""
 
     def __init__(self, config, autoencoder, prompts, args):
         self.step, self.config, self.autoencoder, self.prompts, self.args = 0, config, autoencoder, prompts, args
@@ -260,81 +267,130 @@ class State:
             with torch.device("meta"):
                 self.restorer = build_restorer(config)
             self.restorer.to_empty(device="cpu")
-        elif config["autoencoder"]:
-            self.restorer = build_restorer(config)
-            self.restorer.sana.initialize(torch.Generator().manual_seed(seed_for(args.seed, 0, "weights")))
         else:
-            sana = Sana.from_pretrained(find_model(config["name"]) / "transformer", torch.float32)
-            self.restorer = Restorer(sana, config["conditioning"], config["prediction"], config["shift"])
+            self.restorer = starting_point(args.model, config, torch.Generator().manual_seed(seed_for(args.seed, 0, "weights")))
         self.restorer.to(args.device).train()
         self.restorer.sana.checkpointing = args.checkpointing
-        self.ema = {name: p.detach().float().clone() for name, p in self.restorer.named_parameters()}
+        self.parameters, self.owner, load = dict(self.restorer.named_parameters()), {}, [0] * WORLD
+        for name, p in sorted(self.parameters.items(), key=lambda item: -item[1].numel()):
+            self.owner[name] = load.index(min(load))
+            load[self.owner[name]] += p.numel()
+        self.ema = {name: p.detach().to(args.ema_device, torch.float32, copy=True) for name, p in self.parameters.items()
+                    if self.owner[name] == RANK}
         if args.optimizer != "adamw":
             self.restorer.sana.to(torch.bfloat16)
-        self.parameters = dict(self.restorer.named_parameters())
-        projection = [p for name, p in self.parameters.items() if name.startswith("projection")]
-        others = [p for name, p in self.parameters.items() if not name.startswith("projection")]
+        self.mine = {name: self.parameters[name] for name in self.ema}
         # the projection starts at 0 and has to travel to order 1: at the common rate it never arrives
-        proj_lr = 10 * args.lr if args.proj_lr is None else args.proj_lr
-        groups = [{"params": others, "peak": args.lr}, {"params": projection, "peak": proj_lr}]
+        rates = {False: args.lr, True: 10 * args.lr if args.proj_lr is None else args.proj_lr}
+        groups = [{"params": [p for name, p in self.mine.items() if name.startswith("projection") == which], "peak": peak}
+                  for which, peak in rates.items()]
         options = {"betas": (0.9, 0.99), "weight_decay": args.weight_decay}
         if args.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(groups, **options, fused=True)
         else:
-            self.optimizer = BF16AdamW(groups, **options, exact=args.optimizer == "adamw_bf16")
-            for name, p in self.parameters.items():  # weights from scratch have low bits as well
+            self.optimizer = BF16AdamW(groups, **options, exact=args.optimizer == "adamw_bf16", compile=args.compile)
+            for name, p in self.mine.items():  # weights from scratch have low bits as well
                 if "low" in self.optimizer.state[p]:
-                    for kept, value in zip((p.data, self.optimizer.state[p]["low"]), split_fp32(self.ema[name])):
+                    for kept, value in zip((p.data, self.optimizer.state[p]["low"]), split_fp32(self.ema[name].to(p.device))):
                         kept.copy_(value)
+        if args.compile:
+            for block in self.restorer.sana.transformer_blocks:
+                block.compile(dynamic=False)
+
+    def condition_norm(self):
+        """The norm of the weights through which the condition enters: 0 before training."""
+        weight = self.restorer.projection.weight if self.restorer.conditioning == "projection" else self.restorer.sana.patch_embed.proj.weight
+        return weight.detach()[:, self.restorer.sana.config["out_channels"]:].float().norm().item()
 
     def fp32(self, p):
         """The exact value of a weight."""
         low = self.optimizer.state[p].get("low")
         return p.detach().float() if low is None else join_fp32(p.detach(), low)
 
+    def share_gradients(self):
+        """Add up each gradient at the process that owns the weight; the others drop theirs."""
+        if WORLD > 1:
+            for work in [dist.reduce(p.grad, self.owner[name], async_op=True) for name, p in self.parameters.items()]:
+                work.wait()
+            for name, p in self.parameters.items():
+                p.grad = p.grad if name in self.mine else None
+
     def update_weights(self, scale):
         """One optimizer step with the gradients times scale, and the moving average's: ema <- decay * ema + (1 - decay) * weights.
         The decay warms up, so that the start is soon forgotten."""
         self.step += 1
-        if self.args.optimizer == "adamw":
-            torch._foreach_mul_([p.grad for p in self.parameters.values()], scale)
+        args = self.args
+        if args.optimizer == "adamw":
+            torch._foreach_mul_([p.grad for p in self.mine.values()], scale)
             self.optimizer.step()
         else:
-            self.optimizer.step(self.step, seed_for(self.args.seed, self.step, "rounding"), scale)
-        decay = min(self.args.ema_decay, (1 + self.step) / (10 + self.step))
+            seeds = {p: seed_for(args.seed, self.step, f"rounding of {name}") for name, p in self.mine.items()}
+            self.optimizer.step(self.step, seeds, scale)
+        if WORLD > 1:
+            for work in [dist.broadcast(p.data, self.owner[name], async_op=True) for name, p in self.parameters.items()]:
+                work.wait()
+        if self.step % args.ema_every == 0:
+            decay = min(args.ema_decay, (1 + self.step) / (10 + self.step)) ** args.ema_every
+            for name, p in self.mine.items():
+                self.ema[name].lerp_(self.fp32(p).to(args.ema_device), 1 - decay)
+
+    def gather(self, tensors, dtype=None):
+        """{name: tensor} of the weights that each process owns -> of all weights, in the first process (in the others, nothing
+        more). dtype: what the tensors have, None for that of the weight."""
+        if WORLD == 1:
+            return tensors
         for name, p in self.parameters.items():
-            self.ema[name].lerp_(self.fp32(p), 1 - decay)
+            if self.owner[name] == 0 or RANK not in (0, self.owner[name]):
+                continue
+            part = tensors[name].to(p.device).contiguous() if RANK else torch.empty_like(p, dtype=dtype)
+            # as bytes, which every backend can carry
+            (dist.recv if RANK == 0 else dist.send)(part.detach().view(-1).view(torch.uint8), self.owner[name] if RANK == 0 else 0)
+            if RANK == 0:
+                tensors = tensors | {name: part.detach().cpu()}
+        return tensors
 
     def averaged(self):
-        """A Restorer with the EMA weights, for validation and samples."""
+        """A Restorer with the EMA weights, for validation and samples (in the first process; None in the others)."""
+        ema = self.gather(self.ema, torch.float32)
+        if RANK > 0:
+            return None
         with torch.device("meta"):
             restorer = build_restorer(self.config).eval()
-        restorer.load_state_dict(self.ema, assign=True)  # the averages themselves, not a copy
+        half = self.args.device.startswith("cuda")  # a CPU is slow in bf16
+        restorer.load_state_dict({name: t.to(self.args.device, self.parameters[name].dtype if half else None) for name, t in ema.items()},
+                                 assign=True)  # where nothing has to change: the averages themselves, not a copy
         return restorer
 
     def save(self, run, validation):
-        """Write run/step_N beside and rename it into place, then point run/latest at it (and run/best, if no other has had a
-        higher validation PSNR), then delete all but these and the newest --keep."""
-        folder = run / f"step_{self.step:06d}"
+        """Write run/step_N beside and rename it into place, then point run/best at the one with the highest validation PSNR and
+        run/latest at it, then delete all but these and the newest --keep. Raises UserError; what was there before stays."""
+        ema, moments = self.gather(self.ema, torch.float32), {}
+        for key in ("exp_avg", "exp_avg_sq", "low"):
+            mine = {name: self.optimizer.state[p][key] for name, p in self.mine.items() if key in self.optimizer.state[p]}
+            if key != "low" or self.args.optimizer == "adamw_bf16":
+                moments |= {f"{key}.{name}": value for name, value in self.gather(mine, torch.int16 if key == "low" else None).items()}
+        folder, latest = run / f"step_{self.step:06d}", run / "latest"
+        if RANK > 0 or folder.is_dir() and latest.is_file() and latest.read_text() == folder.name:
+            return
         partial = run / f".{folder.name}.partial"
-        moments = {f"{key}.{name}": value for name, p in self.parameters.items()
-                   for key, value in self.optimizer.state[p].items() if key != "step"}
         if validation["restored_psnr"] >= self.best[0]:
             self.best = [validation["restored_psnr"], folder.name]
         config = {"step": self.step, "model": self.config, "args": vars(self.args), "validation": validation, "best": self.best}
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for old in (folder, *run.glob(".step_*.partial")):  # of a run that was killed
+                shutil.rmtree(old, ignore_errors=True)
             partial.mkdir()
             save_weights(self.restorer.state_dict(), partial / "model.safetensors")
-            save_weights(self.ema, partial / "ema.safetensors")
+            save_weights(ema, partial / "ema.safetensors")
             save_weights(moments, partial / "optimizer.safetensors")
-            (partial / "config.json").write_text(json.dumps(config, indent=1))
-            shutil.rmtree(folder, ignore_errors=True)
+            write_text(partial / "config.json", json.dumps(config, indent=1))
             partial.rename(folder)
-        except OSError as error:
-            raise UserError(f"cannot write checkpoint {folder}: {error}") from None
-        write_text(run / "latest", folder.name)
+        except (OSError, UserError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            before = f"; {run / latest.read_text()} is whole" if latest.is_file() else ""
+            raise UserError(f"cannot write checkpoint {folder}: {error}{before}") from None
         write_text(run / "best", self.best[1] or folder.name)
+        write_text(latest, folder.name)
         for old in sorted(run.glob(STEPS))[:-self.args.keep]:
             if old.name not in (folder.name, self.best[1]):
                 shutil.rmtree(old, ignore_errors=True)
@@ -346,7 +402,7 @@ class State:
             ema, moments = load_file(folder / "ema.safetensors"), load_file(folder / "optimizer.safetensors")
             config = read_json(folder / "config.json")
             self.step, self.best = config["step"], config["best"]
-            for name, p in self.parameters.items():
+            for name, p in self.mine.items():
                 self.ema[name].copy_(ema[name])
                 self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=p.device)} if self.args.optimizer == "adamw" else {}
                 self.optimizer.state[p] |= {key: moments[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq", "low")
@@ -355,41 +411,19 @@ class State:
             raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What a person looks at.
-
-def draw_curve(log, path):
-    """loss.png: the training loss (log scale) and below it the validation PSNR, over the steps."""
-    width, height, margin = 640, 240, 44
-    picture = Image.new("RGB", (width, 2 * height), "white")
-    draw = ImageDraw.Draw(picture)
-    losses = [(entry["step"], math.log10(max(entry["loss"], 1e-12))) for entry in log if "loss" in entry]
-    scores = [(entry["step"], entry["restored_psnr"]) for entry in log if "restored_psnr" in entry]
-    panels = [("training loss", losses, lambda v: f"{10 ** v:.3g}"), ("validation PSNR, dB", scores, lambda v: f"{v:.2f}")]
-    for panel, (title, points, text) in enumerate(panels):
-        top = panel * height
-        draw.text((margin, top + 4), title, fill="black")
-        points = [(step, value) for step, value in points if math.isfinite(value)]
-        if not points:
-            continue
-        low, high, last = min(p[1] for p in points), max(p[1] for p in points), max(1, points[-1][0])
-        y_of = lambda v: top + height - 28 - (v - low) / max(high - low, 1e-9) * (height - 56)
-        x_of = lambda step: margin + step / last * (width - margin - 12)
-        for value in (low, (low + high) / 2, high):
-            draw.line([(margin, y_of(value)), (width - 12, y_of(value))], fill="#dddddd")
-            draw.text((4, y_of(value) - 6), text(value), fill="black")
-        draw.line([(x_of(s), y_of(v)) for s, v in points], fill="#1f5fbf", width=2)
-        draw.text((width - 80, top + height - 20), f"step {last}", fill="black")
-    save_image(picture, path)
-
-
 def validate(state, dataset, run):
-    """Fixed pairs, fixed noise, EMA weights -> mean PSNR and SSIM of input and restored; saves a sample grid."""
-    rows, pictures = evaluate_pairs(dataset, [str(i) for i in range(len(dataset))], quiet=True, restorer=state.averaged(),
-                                    autoencoder=state.autoencoder, prompts=state.prompts, seed=state.args.seed,
-                                    steps=default_steps(state.restorer))
-    save_image(draw_grid(pictures), run / "samples" / f"step_{state.step:06d}.png")
-    return mean_of(rows)
+    """Fixed pairs, fixed noise, EMA weights -> {"val_loss", and the mean PSNR and SSIM of input and restored}; saves a sample grid."""
+    restorer, result, args = state.averaged(), {}, state.args
+    if RANK == 0:
+        autoencoder = state.autoencoder or build_surroundings(state.config, args.device)[0]  # with a cache, it is only here now
+        how = dict(restorer=restorer, autoencoder=autoencoder, prompts=state.prompts, seed=args.seed)
+        rows, pictures = evaluate_pairs(dataset, [str(i) for i in range(len(dataset))], quiet=True, steps=default_steps(restorer), **how)
+        save_image(draw_grid(pictures), run / "samples" / f"step_{state.step:06d}.png")
+        result = {"val_loss": mean_loss(dataset, **how)} | mean_of(rows)
+    box = [{"step": state.step} | result]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -398,60 +432,64 @@ def validate(state, dataset, run):
 def prepare_run(args):
     """Make the run folder, or refuse to take one that is in use. -> its path and the log lines so far."""
     run, log = Path(args.out), []
-    make_folder(run)
+    if RANK == 0:
+        make_folder(run)
     if args.resume:
         for line in (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []:
             try:
                 log.append(json.loads(line))
             except ValueError:
                 break  # the line that was being written when the machine went down
-    elif (run / "latest").exists() and not args.overwrite:
+    elif RANK == 0 and (run / "latest").exists() and not args.overwrite:
         raise UserError(f"{run} holds a run already: --resume continues it, --overwrite deletes it, --out names another")
     return run, log
 
 
-def clear_run(run):
-    """Delete the run that a folder holds."""
-    for name in ("latest", "best", "log.jsonl", "loss.png"):
-        (run / name).unlink(missing_ok=True)
-    for old in (*run.glob(STEPS), run / "samples"):
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def train_step(state, batch):
-    """One optimizer step -> (loss, gradient norm)."""
-    args = state.args
+    """One optimizer step -> (the losses of the batch by bin of sigma and how many there were, gradient norm, whether all was finite)."""
+    args, parts = state.args, state.args.accumulate
     generator = torch.Generator().manual_seed(seed_for(args.seed, state.step, "noise"))
-    x0, condition = (state.autoencoder.encode(batch[key].to(args.device, non_blocking=True)) for key in ("clean", "condition"))
-    noise = torch.randn(x0.shape, generator=generator).to(args.device)
-    sigma = draw_sigma(len(x0), generator, args.share_at_one, state.restorer.shift).to(args.device)
+    x0, condition = (batch[key].to(args.device, non_blocking=True) for key in ("clean", "condition"))
+    if not args.cache:
+        x0, condition = state.autoencoder.encode(x0), state.autoencoder.encode(condition)
+    state.grid = x0.shape[2:]
+    # every process draws for the whole batch and takes its images: the same whoever computes them
+    noise = torch.randn((args.batch_size, *x0.shape[1:]), generator=generator)[RANK::WORLD].to(args.device)
+    sigma = draw_sigma(args.batch_size, generator, args.share_at_one, state.restorer.shift, args.sigma_mean, args.sigma_std)[RANK::WORLD]
     text, text_mask = (t.to(args.device) for t in state.prompts(batch["caption"]))
-
+    if args.compile:  # few lengths, because each is compiled by itself
+        more = -text.shape[1] % 32
+        text, text_mask = F.pad(text, (0, 0, 0, more)), F.pad(text_mask, (0, more))
     progress = (state.step + 0.5) / args.steps
     for group in state.optimizer.param_groups:
         group["lr"] = group["peak"] * min(1, progress / 0.02) * 0.5 * (1 + math.cos(math.pi * progress))
     # A changed brightness leaves nothing in the image to tell it by: at full weight that error drowned all learning
     # (all six degradations, at sigma 25: 20.4 -> 20.4 dB after 1,600 steps, and 26.8 dB after 800 at weight 0.1).
     jitter = any(name == "color_jitter" for name, _ in parse_degradations(args.degradations))
-    total, parts = 0.0, args.accumulate
     for p in state.parameters.values():
         p.grad = None
+    sums = torch.zeros(2, BINS)
     for part in range(parts):  # every parts-th image: the gradient is the whole batch's
         at = slice(part, None, parts)
-        loss = flow_loss(state.restorer, x0[at], condition[at], text[at], text_mask[at], sigma[at], noise[at], 0.1 if jitter else 1.0)
+        loss = flow_loss(state.restorer, x0[at], condition[at], text[at], text_mask[at], sigma[at].to(args.device), noise[at],
+                         0.1 if jitter else 1.0)
         if state.restorer.prediction == "residual":
             # the root of each image's error divides its gradient by that error: the images in the worst state, which
             # stay far from clean whatever the network does, then do not drown those that need a light touch
             loss = (loss + 1e-6).sqrt()
-        loss = loss.mean() / parts
-        loss.backward()
-        total += loss.item()
-    norm = torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in state.parameters.values()]).norm().item()
-    if math.isfinite(total + norm):
+        (loss.sum() / args.batch_size).backward()
+        bins = (sigma[at] * BINS).long().clamp(max=BINS - 1)
+        sums.index_add_(1, bins, torch.stack([loss.detach().float().cpu(), torch.ones(len(bins))]))
+    state.share_gradients()
+    square = sum(torch.linalg.vector_norm(p.grad, dtype=torch.float32).double().square() for p in state.mine.values())
+    *sums, square = sum_over_all([*sums.flatten().tolist(), square.item()], args.device)
+    norm = math.sqrt(square)
+    finite = math.isfinite(sum(sums) + norm)
+    if finite:
         state.update_weights(min(1.0, args.clip / (norm + 1e-6)))
     else:
         state.step += 1  # a step without an update
-    return total, norm
+    return sums, norm, finite
 
 
 def train(state, train_set, val_set, run, log):
@@ -461,59 +499,61 @@ def train(state, train_set, val_set, run, log):
     for number in handlers:  # the first asks for an end after this step, a second one ends it at once
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, handlers[number])))
     if not log:
-        log.append({"step": state.step} | validate(state, val_set, run))
+        log.append(validate(state, val_set, run))
     validation = next(entry for entry in reversed(log) if "restored_psnr" in entry)
-    write_text(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
-    losses, mean, speed, since, bad = [], math.nan, math.nan, time.monotonic(), 0
-    with (tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, dynamic_ncols=True) as bar,
-          open(run / "log.jsonl", "a", buffering=1) as log_file):
-        for batch in make_loader(train_set, args, start):
-            if isinstance(batch, UserError):
-                if state.step > start:
-                    state.save(run, validation)
-                raise batch
-            loss, norm = train_step(state, batch)
-            bar.update()
-            if math.isfinite(loss + norm):
-                bad = 0
-                losses.append(loss)
-            else:
-                bad += 1
-                print(f"\nstep {state.step}: the loss is {loss}, the gradient norm {norm}: skipped", file=sys.stderr)
-                if bad == 20:
-                    state.save(run, validation)
-                    raise UserError(f"20 steps in a row without a finite loss; the weights are saved, lower --lr ({args.lr:g})")
-            last, entries = state.step == args.steps or bool(stop), []
-            if state.step % 50 == 0 or last:
-                speed, mean = len(losses) * args.batch_size / (time.monotonic() - since), sum(losses) / max(1, len(losses))
-                entries.append({"step": state.step, "loss": mean, "norm": norm, "images_per_second": speed})
-                losses, since = [], time.monotonic()
+    if RANK == 0:
+        write_text(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+    meter, loader, norm, bad = Meter(state, WORLD), iter(make_loader(train_set, args, start)), math.nan, 0
+    line = {"loss": math.nan, "images_per_second": 0}
+    with (tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, dynamic_ncols=True, disable=RANK > 0) as bar,
+          open(run / "log.jsonl" if RANK == 0 else os.devnull, "a", buffering=1) as log_file):
+        while True:
+            batch = meter.wait_for(loader)
+            # all processes end together: after the last step, a signal to one of them, or a batch that one could not make
+            stopped, failed = sum_over_all([float(bool(stop)), float(isinstance(batch, UserError))], args.device)
+            last, entries = batch is None or bool(stopped or failed) or bad == 20, []
             pause = time.monotonic()
-            if state.step % args.val_every == 0 or last:
-                validation = {"step": state.step} | validate(state, val_set, run)
+            if state.step > start and (state.step % 50 == 0 or last):
+                line = meter.entry(norm)
+                entries.append(line)
+            if state.step > start and (state.step % args.val_every == 0 or last):
+                validation = validate(state, val_set, run)
                 entries.append(validation)
             if entries:
-                bar.set_postfix_str(f"loss {mean:.4f}, {speed:.0f} img/s, val {validation['restored_psnr']:.2f} dB")
+                bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} img/s, val {validation['restored_psnr']:.2f} dB")
             log += entries
             log_file.writelines(json.dumps(entry) + "\n" for entry in entries)
-            if state.step % args.save_every == 0 or last:
+            if state.step > start and (state.step % args.save_every == 0 or last):
                 state.save(run, validation)
-                draw_curve(log, run / "loss.png")
-            since += time.monotonic() - pause
+                if RANK == 0:
+                    draw_curves(log, {"loss": "training loss", "restored_psnr": "validation PSNR, dB", "condition_norm": "norm of the condition's weights"}, run / "loss.png")
+            meter.since += time.monotonic() - pause
             if last:
                 break
+            sums, norm, finite = train_step(state, batch)
+            meter.count(sums, finite)
+            bar.update()
+            bad = 0 if finite else bad + 1
+            if bad:
+                print(f"\nstep {state.step}: the loss is {sum(sums[:BINS])}, the gradient norm {norm}: skipped", file=sys.stderr)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    return validation, stop[0] if stop and state.step < args.steps else None
+    if failed:
+        raise batch if isinstance(batch, UserError) else UserError("another process could not make its batch")
+    if bad == 20:
+        raise UserError(f"20 steps in a row without a finite loss; the weights are saved, lower --lr ({args.lr:g})")
+    return validation, (stop or [signal.SIGTERM])[0] if stopped and state.step < args.steps else None
 
 
 def main():
     args = parse_args()
-    train_set, val_set = make_datasets(args)
+    join_others(args)
+    stages = curriculum(args) if args.curriculum else None
+    train_set, val_set = make_datasets(args, stages)
     run, log = prepare_run(args)
     start = 0
     if not args.resume:
-        config = describe_model(args)
+        config = describe_model(args.model, args.conditioning)
     else:
         saved = read_json(find_checkpoint(run) / "config.json")
         config, start = saved["model"], saved["step"]
@@ -521,22 +561,30 @@ def main():
             raise UserError(f"{run} is at step {start} of {args.steps} already; --steps sets a later end")
     autoencoder, prompts = build_surroundings(config, args.device)
     unit = autoencoder.factor * config["sana"].get("patch_size", 1)
-    if args.resolution % unit:
-        raise UserError(f"--resolution {args.resolution}: a multiple of {unit}, the model's unit")
-    if prompts.folder:  # all captions of the run, before the transformer takes the memory
-        draws = range(start * args.batch_size, args.steps * args.batch_size)
+    for side in [side for _, side in stages or [(0, args.resolution)]]:
+        if side % unit:
+            raise UserError(f"--resolution {side}: a multiple of {unit}, the model's unit")
+    if args.cache:
+        train_set, autoencoder = CachedDataset(args.cache, fingerprint(args, config), len(train_set)), None
+        prompts.known = train_set.prompts
+    elif prompts.folder:  # all captions of the run, before the transformer takes the memory
+        draws = range(start * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
         prompts.prepare(["", *(train_set.plan(i)[2] for i in draws), *(val_set.plan(i)[2] for i in range(len(val_set)))])
     state = State(config, autoencoder, prompts, args)
     if args.resume:
         state.load(find_checkpoint(run))
         log = [entry for entry in log if entry["step"] <= state.step]
-    elif (run / "latest").exists():  # --overwrite
-        clear_run(run)
-    write_text(run / "config.json", json.dumps({"model": state.config, "args": vars(args)}, indent=1))
+    if WORLD > 1:
+        dist.barrier()  # all have read what the first one is about to write
+    if RANK == 0:
+        if not args.resume and (run / "latest").exists():  # --overwrite
+            for old in ("latest", "best", "log.jsonl", "loss.png", "samples", *(path.name for path in run.glob(STEPS))):
+                shutil.rmtree(run / old) if (run / old).is_dir() else (run / old).unlink(missing_ok=True)
+        write_text(run / "config.json", json.dumps({"model": state.config, "args": vars(args)}, indent=1))
     count = sum(p.numel() for p in state.parameters.values())
-    where = f"on {args.device}" + ("" if torch.cuda.is_available() else " (no GPU here)")
+    where = f"on {WORLD} x {args.device}" if WORLD > 1 else f"on {args.device}" + ("" if torch.cuda.is_available() else " (no GPU here)")
     print(f"model {args.model}, {count / 1e6:.2f} M parameters, {where}: {args.steps - state.step} steps of "
-          f"{args.batch_size} crops of {args.resolution} pixels from {len(train_set)} images -> {run}")
+          f"{args.batch_size} crops of {args.curriculum or args.resolution} pixels from {len(train_set)} images -> {run}")
     validation, interrupted = train(state, train_set, val_set, run, log)
     print(f"{'interrupted at ' if interrupted else ''}step {state.step}, {len(val_set)} held-out images: "
           f"PSNR {validation['input_psnr']:.2f} -> {validation['restored_psnr']:.2f} dB, "
@@ -544,7 +592,7 @@ def main():
     print(f"pictures {run}/samples/step_{state.step:06d}.png (degraded | restored | clean), {run}/loss.png\n"
           f"log {run}/log.jsonl, checkpoint {find_checkpoint(run)}")
     if interrupted:
-        print(f"python train.py --resume --out {run} goes on")
+        print(f"python train.py --resume {run} goes on")
         sys.exit(128 + interrupted)
 
 

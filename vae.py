@@ -126,13 +126,27 @@ def load_weights(module, *paths, dtype=None):
     return module
 
 
-def save_weights(tensors, path):
-    """Write {name: tensor} to a safetensors file. Raises UserError."""
+def save_weights(tensors, path, **about):
+    """Write {name: tensor}, and texts about them, to a safetensors file. Raises UserError."""
     with whole_file(path) as partial:
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"} | about)
         except SafetensorError as error:  # a full disk, for one
             raise OSError(error) from None
+
+
+def find_checkpoint(path):
+    """A checkpoint folder, from its own path or from that of its run (whose file `latest` names it)."""
+    path, latest = Path(path), Path(path) / "latest"
+    folder = path / latest.read_text(errors="replace").strip() if latest.is_file() else path
+    if not (folder / "config.json").is_file() or not (folder / "ema.safetensors").is_file():
+        raise UserError(f"{path}: no checkpoint here; give a run folder (with the file latest) or one of its step folders")
+    return folder
+
+
+def is_run(name):
+    """Whether --model is a folder that train.py wrote: a run, or one of its checkpoints."""
+    return (Path(name) / "latest").is_file() or (Path(name) / "ema.safetensors").is_file()
 
 
 HUB = {name: f"Efficient-Large-Model/{repository}_diffusers" for name, repository in {

@@ -59,7 +59,7 @@ def test_bf16_adamw_with_fp32_moments_is_torchs_fp32_adamw_bit_for_bit(weight_de
         gradient = (torch.randn(shape, generator=seeded(i + 1)) * 10 ** math.sin(i)).bfloat16()
         ours.grad, theirs.grad = gradient, gradient.float()
         a.param_groups[0]["lr"] = b.param_groups[0]["lr"] = 1e-3 * (1 - i / 1000)
-        a.step(i + 1, seed=i)
+        a.step(i + 1, {ours: i})
         b.step()
     assert torch.equal(join_fp32(ours.data, a.state[ours]["low"]), theirs.data)
     assert torch.equal(a.state[ours]["exp_avg_sq"], b.state[theirs]["exp_avg_sq"])
@@ -71,7 +71,7 @@ def travelled(optimizer, dtype, steps=400):
     optimizer = optimizer([{"params": [p], "lr": 1e-5}])
     for i in range(steps):
         p.grad = (1 + 0.1 * torch.randn(p.shape, generator=seeded(i))).to(dtype)
-        optimizer.step(*([i + 1, 1000 * i] if isinstance(optimizer, BF16AdamW) else []))
+        optimizer.step(*([i + 1, {p: i}] if isinstance(optimizer, BF16AdamW) else []))
     weight = join_fp32(p.data, optimizer.state[p]["low"]) if "low" in optimizer.state[p] else p.data.float()
     return (1 - weight).mean().item() / (1e-5 * steps)
 
@@ -89,7 +89,7 @@ def test_rounding_depends_on_the_seed_alone():
         optimizer = BF16AdamW([{"params": [p], "lr": 1e-3}], exact=False)
         for i in range(3):
             p.grad = torch.randn(5000, generator=seeded(i)).bfloat16()
-            optimizer.step(i + 1, seed + i)
+            optimizer.step(i + 1, {p: seed + i})
         return p.data
     assert torch.equal(final(7), final(7)) and not torch.equal(final(7), final(700))
 

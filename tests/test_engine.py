@@ -1,0 +1,292 @@
+"""What a long run meets: several processes, a cache, a curriculum, kill -9, a full disk, a text-to-image model to start from."""
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import evaluate
+import train
+from conftest import ROOT
+from model import PRESETS, build_restorer
+from test_commands import SMALL, run
+from test_train import seeded
+
+
+def weights(folder, name="model"):
+    return load_file(folder / f"{name}.safetensors")
+
+
+def losses(folder):
+    return [line["loss"] for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in line]
+
+
+def torchrun(processes, *flags, cwd, status=0, **env):
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *map(str, flags)], cwd=cwd,
+                            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, timeout=600)
+    assert result.returncode == status, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+EIGHT = ["--batch_size", 8, "--resolution", 32, "--val_every", 50, "--save_every", 10, "--workers", 0, "--steps", 20]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Twenty steps of eight images in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    run("train.py", *EIGHT, "--keep", 2, "--out", "run", cwd=folder)
+    return folder / "run"
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_are_one(processes, alone, tmp_path):
+    """The same steps, to rounding, and a checkpoint that one process can go on with."""
+    output = torchrun(processes, ROOT / "train.py", *EIGHT, "--out", "run", cwd=tmp_path)
+    assert output.count("model tiny") == 1 and f"{processes} x cpu" in output
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
+    for name in ("model", "ema", "optimizer"):
+        a, b = weights(alone / "step_000020", name), weights(tmp_path / "run/step_000020", name)
+        assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= 2e-3 * a[k].abs().max() + 1e-9 for k in a), name
+    if processes == 2:
+        run("train.py", "--resume", "run", "--steps", 24, cwd=tmp_path)
+        assert (tmp_path / "run/latest").read_text() == "step_000024"
+
+
+def test_a_killed_process_ends_the_job_and_torchrun_resumes_it(alone, tmp_path):
+    """One of two processes is killed at its 15th step; the checkpoint of step 10 is whole, and the restarted job ends like one that was not."""
+    (tmp_path / "killed.py").write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+step = train.train_step
+def spoilt(state, batch):
+    if state.step == 15 and train.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(state, batch)
+train.train_step = spoilt
+train.run_script(train.main)
+""")
+    torchrun(2, "--max_restarts=0", "killed.py", *EIGHT, "--out", "ended", cwd=tmp_path, status=1)
+    assert (tmp_path / "ended/latest").read_text() == "step_000010"
+    torchrun(2, "--max_restarts=1", "killed.py", *EIGHT, "--out", "restarted", cwd=tmp_path)
+    a, b = weights(alone / "step_000020"), weights(tmp_path / "restarted/step_000020")
+    assert all((a[k] - b[k]).abs().max() <= 2e-3 * a[k].abs().max() + 1e-9 for k in a)
+
+
+def test_an_unreadable_image_of_one_process_ends_all_and_saves(photos, tmp_path):
+    rows = [str(path) for path in sorted(photos.glob("*.png"))]
+    (tmp_path / "cut.png").write_bytes((photos / "00.png").read_bytes()[:2000])
+    (tmp_path / "pairs.csv").write_text("image_path\n" + "\n".join([*rows, "cut.png"]) + "\n")
+    output = torchrun(2, ROOT / "train.py", "--data", "pairs.csv", *EIGHT, "--out", "run", cwd=tmp_path, status=1)
+    assert "line 14" in output and (tmp_path / "run/latest").read_text() == "step_000001"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The cache.
+
+@pytest.fixture(scope="module")
+def photos_csv(photos, tmp_path_factory):
+    path = tmp_path_factory.mktemp("csv") / "photos.csv"
+    path.write_text("image_path\n" + "".join(f"{photo}\n" for photo in sorted(photos.glob("*.png"))))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["tiny", "pretrained"])
+def test_training_from_a_cache_is_the_same_training(kind, photos_csv, pipeline_folder, tmp_path):
+    """Crops, flips, degradations and captions included: the cached epochs are the run's own draws."""
+    flags = ["--data", photos_csv, "--resolution", 32, "--seed", 3]
+    steps = ["--steps", 9, "--batch_size", 2, "--lr", 1e-3, "--val_every", 100, "--save_every", 3]
+    if kind == "pretrained":
+        flags += ["--model", pipeline_folder]
+    run("data.py", "cache", *flags, "--epochs", 2, "--out", "cache", cwd=tmp_path)
+    run("train.py", *flags, *steps, "--out", "photos", cwd=tmp_path)
+    run("train.py", *flags, *steps, "--out", "cached", "--cache", "cache", "--workers", 2, cwd=tmp_path)
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "photos"), rel=1e-3)
+    error = run("train.py", *flags, *steps, "--seed", 4, "--out", "x", "--cache", "cache", cwd=tmp_path, status=2)
+    assert "--seed" in error and "cache" in error
+    assert "--curriculum" in run("train.py", *flags, "--curriculum", "32:4", "--cache", "cache", cwd=tmp_path, status=2)
+    # beyond the cached epochs the same draws come again, in another order
+    run("train.py", "--resume", "cached", "--steps", 20, cwd=tmp_path)
+
+
+def test_an_interrupted_cache_is_completed(photos_csv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "SHARD", 8)
+    flags = ["data.py", "cache", "--data", str(photos_csv), "--resolution", "32", "--epochs", "3", "--workers", "0", "--out"]
+    monkeypatch.setattr(sys, "argv", [*flags, str(tmp_path / "whole")])
+    data.main()
+    encode, calls = data.PixelAE.encode, []
+
+    def stopping(self, pixels):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return encode(self, pixels)
+    monkeypatch.setattr(data.PixelAE, "encode", stopping)
+    monkeypatch.setattr(sys, "argv", [*flags, str(tmp_path / "halved")])
+    with pytest.raises(KeyboardInterrupt):
+        data.main()
+    made = sorted(path.name for path in (tmp_path / "halved").iterdir())
+    assert made == ["draws_00000.safetensors", "draws_00001.safetensors", "index.json"]
+    args = train.parse_args(["--data", str(photos_csv), "--resolution", "32", "--cache", str(tmp_path / "halved")])
+    expected = data.fingerprint(args, PRESETS["tiny"])
+    with pytest.raises(data.UserError, match="not complete"):
+        data.CachedDataset(args.cache, expected, 11)
+    data.main()
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        a, b = (load_file(folder) for folder in (path, tmp_path / "halved" / path.name))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    cached, (drawn, _) = data.CachedDataset(args.cache, expected, 11), data.make_datasets(args)
+    for n in (0, 7, 8, 32):
+        assert cached[n]["caption"] == drawn[n]["caption"]
+        assert torch.equal(cached[n]["clean"], encode(data.PixelAE(2), drawn[n]["clean"][None])[0].half().float())
+    later = [sorted(cached[n]["clean"].sum().item() for n in range(start, start + 11)) for start in (0, 33)]
+    assert later[0] == later[1] and [cached[n]["caption"] for n in range(11)] != [cached[n + 33]["caption"] for n in range(11)]
+    (tmp_path / "halved/draws_00001.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(data.UserError, match="draws_00001"):
+        data.CachedDataset(args.cache, expected, 11)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Stages, kills, full disks.
+
+def test_a_curriculum_changes_the_crop_and_resumes_across_the_change(tmp_path):
+    flags = ["--curriculum", "32:7,48:5", "--batch_size", 2, "--val_every", 50, "--save_every", 4, "--keep", 9, "--ema_every", 2]
+    run("train.py", *flags, "--out", "whole", cwd=tmp_path)
+    assert "step_000012" == (tmp_path / "whole/latest").read_text()
+    for at, workers in ((4, 2), (8, 0)):
+        again = tmp_path / f"again{at}"
+        again.mkdir()
+        (again / "latest").write_text(f"step_{at:06d}")
+        os.symlink(tmp_path / f"whole/step_{at:06d}", again / f"step_{at:06d}")
+        (again / "log.jsonl").write_text((tmp_path / "whole/log.jsonl").read_text())
+        run("train.py", "--resume", again, "--workers", workers, cwd=tmp_path)
+        for name in ("model", "ema", "optimizer"):
+            a, b = weights(tmp_path / "whole/step_000012", name), weights(again / "step_000012", name)
+            assert all(torch.equal(a[k], b[k]) for k in a), name
+    args = train.parse_args(["--curriculum", "32:7,48:5", "--batch_size", "2"])
+    train_set, _ = train.make_datasets(args, train.curriculum(args))
+    assert (train_set[13]["clean"].shape[1], train_set[14]["clean"].shape[1]) == (32, 48) and args.steps == 12
+    assert "512:8000" in run("train.py", "--curriculum", "32:7,x", cwd=tmp_path, status=2)
+
+
+def kill_and_load(csv, folder, kills):
+    """Train, kill -9 after a random time, load every checkpoint, go on; -> the steps that were found in checkpoints. Each run is forked
+    from this process, which has imported everything, and so begins within milliseconds."""
+    torch.set_num_threads(1)
+    chance, loaded, output = random.Random(0), set(), folder.parent / "output"
+    flags = ["train.py", *SMALL, "--data", str(csv), "--workers", "0", "--save_every", "1", "--val_every", "3", "--steps", "100000", "--keep", "2",
+             "--out", str(folder)]
+    for _ in range(kills):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                sys.argv = flags + (["--resume"] if (folder / "latest").exists() else [])
+                sys.stdout = sys.stderr = open(output, "a")
+                train.run_script(train.main)
+            finally:
+                os._exit(1)
+        time.sleep(chance.uniform(0.2, 1.5))
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), output.read_text()[-2000:]
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        if (folder / "latest").exists():
+            args = train.parse_args(["--resume", str(folder)])
+            state = train.State(train.read_json(train.find_checkpoint(folder) / "config.json")["model"], data.PixelAE(2), data.Prompts(), args)
+            for checkpoint in folder.glob("step_*"):
+                state.load(checkpoint)
+                loaded.add(state.step)
+    return loaded
+
+
+def test_kill_9_at_any_instant_leaves_whole_checkpoints(photos_csv, tmp_path):
+    assert len(kill_and_load(photos_csv, tmp_path / "run", 12)) > 12  # tests/stress.py does hundreds
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(photos_csv, tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    run("train.py", "--data", photos_csv, "--steps", 40, *SMALL, "--out", "run", "--save_every", 20, cwd=tmp_path)
+    size = (tmp_path / "run/step_000040/ema.safetensors").stat().st_size
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    result = subprocess.run([sys.executable, ROOT / "train.py", "--resume", "run", "--steps", "60"], cwd=tmp_path, capture_output=True, text=True,
+                            preexec_fn=limit, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 2 and "step_000040 is whole" in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert (tmp_path / "run/latest").read_text() == "step_000040" and not list((tmp_path / "run").glob(".step*"))
+    run("train.py", "--resume", "run", "--steps", 60, cwd=tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# From a text-to-image model of one's own; torch.compile; what the log says.
+
+@pytest.mark.parametrize("conditioning", ["projection", "widen"])
+def test_a_restorer_starts_from_a_text_to_image_run_unchanged(conditioning, photos_csv, tmp_path):
+    flags = ["--data", photos_csv, *SMALL]
+    run("train.py", *flags, "--conditioning", "none", "--steps", 30, "--out", "prior", "--share_at_one", 0, cwd=tmp_path)
+    run("train.py", *flags, "--model", "prior", "--conditioning", conditioning, "--steps", 6, "--out", "tuned", cwd=tmp_path)
+    args = train.parse_args(["--model", str(tmp_path / "prior"), "--conditioning", conditioning])
+    state = train.State(data.describe_model(args.model, conditioning), data.PixelAE(2), data.Prompts(), args)
+    prior, _ = evaluate.load_restorer(tmp_path / "prior")
+    x, condition, timestep = torch.randn(2, 12, 8, 6, generator=seeded()), torch.randn(2, 12, 8, 6, generator=seeded(1)), torch.tensor([70.0, 1000.0])
+    with torch.no_grad():
+        text = data.hash_prompts(["Remove the noise."] * 2)
+        assert torch.equal(prior(x, condition, timestep, *text), state.restorer(x, condition, timestep, *text))
+    assert state.condition_norm() == 0 and prior.prediction == state.restorer.prediction == "velocity"
+    log = [json.loads(line) for line in (tmp_path / "tuned/log.jsonl").read_text().splitlines()]
+    assert log[0]["step"] == 0 and log[-2]["condition_norm"] > 0 and log[-1]["val_loss"] > 0
+    other = {"projection": "widen", "widen": "projection"}[conditioning]
+    assert "already" in run("train.py", "--model", "tuned", "--conditioning", other, "--out", "x", cwd=tmp_path, status=2)
+    run("model.py", "export", "tuned", "exported", cwd=tmp_path)
+
+
+def test_compiled_training_is_the_same(tmp_path):
+    flags = ["--steps", 3, *SMALL, "--workers", 0, "--lr", 1e-3]
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        run("train.py", *flags, *more, "--out", name, cwd=tmp_path)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+
+
+def test_the_compiled_optimizer_is_the_same_and_is_compiled_once():
+    counts = torch._dynamo.utils.counters
+    ours, compiled = ([torch.nn.Parameter(torch.randn(n, generator=seeded(n)).bfloat16()) for n in (70_001, 300)] for _ in range(2))
+    a, b = train.BF16AdamW([{"params": ours, "lr": 1e-3}]), train.BF16AdamW([{"params": compiled, "lr": 1e-3}], compile=True)
+    graphs = []
+    for i in range(5):
+        for p, q in zip(ours, compiled):
+            p.grad = torch.randn(p.shape, generator=seeded(i)).bfloat16()
+            q.grad = p.grad.clone()
+        a.param_groups[0]["lr"] = b.param_groups[0]["lr"] = 1e-3 / (i + 1)
+        a.step(i + 1, dict.fromkeys(ours, i), 1 / (i + 1)), b.step(i + 1, dict.fromkeys(compiled, i), 1 / (i + 1))
+        graphs.append(counts["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and len(set(graphs)) == 1
+    for p, q in zip(ours, compiled):  # a compiler may fuse a product and a sum: 1 ulp of fp32
+        exact = [train.join_fp32(w.data, o.state[w]["low"]) for w, o in ((p, a), (q, b))]
+        assert (exact[0] - exact[1]).abs().max() <= 1e-6 * exact[0].abs().max()
+
+
+def test_the_log_counts_what_it_says(alone):
+    lines = [json.loads(line) for line in (alone / "log.jsonl").read_text().splitlines()]
+    line = next(line for line in lines if "loss" in line)
+    assert line["step"] == 20 and len(line["loss_by_sigma"]) == evaluate.BINS and 0 <= line["data_wait"] <= 1 and line["skipped"] == 0
+    assert 0.1 < line["memory_gb"] < 8 and line["condition_norm"] > 0
+    # matrix products and convolutions of a forward pass: two operations a weight and position
+    config, tokens, text = PRESETS["tiny"], 24 * 24, 32
+    restorer = build_restorer(config)
+    c = restorer.sana.config
+    count = 0
+    for name, module in restorer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            rows = text if "caption" in name or ".attn2.to_k" in name or ".attn2.to_v" in name else 1 if "time_embed" in name else tokens
+            count += 2 * rows * module.weight.numel()
+        elif isinstance(module, torch.nn.Conv2d):
+            count += 2 * tokens * module.weight.numel()
+    width = c["num_attention_heads"] * c["attention_head_dim"]
+    attention = c["num_layers"] * (4 * tokens * width * (c["attention_head_dim"]) + 4 * tokens * text * width)
+    assert evaluate.training_flops(config, (24, 24), text) == pytest.approx(3 * (count + attention), rel=0.03)
