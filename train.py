@@ -54,7 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=int, default=4, help="images in a step, over all processes (default 4)")
     parser.add_argument("--lr", type=float, help="peak; rises for 2%% of the steps, then falls as a cosine to 0 (default 5e-3 "
                         "for tiny, else 1e-5)")
-    parser.add_argument("--proj_lr", type=float, help="for --conditioning projection, that layer's (default 10 * lr)")
+    parser.add_argument("--proj_lr", type=float, help="for --conditioning projection, that layer's (default 100 * lr, at most 0.05)")
     parser.add_argument("--optimizer", choices=["adamw", "adamw_bf16", "adamw_sr"], help="adamw: fp32, torch's. adamw_bf16: the same "
                         "steps with weights and moments in bf16 and the weights' lost bits beside them. adamw_sr: bf16 weights, "
                         "rounded stochastically (default: adamw_bf16 for pretrained models on a GPU, else adamw)")
@@ -153,8 +153,7 @@ def join_others(args):
         if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # after a restart, not the addresses of the dead
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=world)
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w")  # one speaks for all
+        sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # one speaks for all
 
 
 def sum_over_all(numbers, device):
@@ -223,7 +222,8 @@ class BF16AdamW(torch.optim.Optimizer):
             numbers = 1 - lr * group["weight_decay"], -lr / (1 - beta1**count), math.sqrt(1 - beta2**count), float(scale)
             for p in group["params"]:
                 generator = torch.Generator(p.device).manual_seed(seeds[p])
-                noise = torch.empty(self.CHUNK.get(p.device.type, 1 << 24) // 4, dtype=torch.int64, device=p.device)  # 4 x 16 bits each
+                chunk = min(p.numel(), self.CHUNK.get(p.device.type, 1 << 24))
+                noise = torch.empty(-(-chunk // 4), dtype=torch.int64, device=p.device)  # 4 x 16 bits each
                 now = torch.tensor(numbers, device=p.device)  # a tensor, because compiled code takes a number for a constant
                 flat = [t.view(-1).split(4 * len(noise)) for t in (p.data, p.grad.contiguous(), *self.state[p].values())]
                 for weight, grad, *rest in zip(*flat):
@@ -281,7 +281,7 @@ class State:
             self.restorer.sana.to(torch.bfloat16)
         self.mine = {name: self.parameters[name] for name in self.ema}
         # the projection starts at 0 and has to travel to order 1: at the common rate it never arrives
-        rates = {False: args.lr, True: 10 * args.lr if args.proj_lr is None else args.proj_lr}
+        rates = {False: args.lr, True: min(100 * args.lr, 0.05) if args.proj_lr is None else args.proj_lr}
         groups = [{"params": [p for name, p in self.mine.items() if name.startswith("projection") == which], "peak": peak}
                   for which, peak in rates.items()]
         options = {"betas": (0.9, 0.99), "weight_decay": args.weight_decay}
@@ -466,8 +466,6 @@ def train_step(state, batch):
     # A changed brightness leaves nothing in the image to tell it by: at full weight that error drowned all learning
     # (all six degradations, at sigma 25: 20.4 -> 20.4 dB after 1,600 steps, and 26.8 dB after 800 at weight 0.1).
     jitter = any(name == "color_jitter" for name, _ in parse_degradations(args.degradations))
-    for p in state.parameters.values():
-        p.grad = None
     sums = torch.zeros(2, BINS)
     for part in range(parts):  # every parts-th image: the gradient is the whole batch's
         at = slice(part, None, parts)
@@ -489,6 +487,8 @@ def train_step(state, batch):
         state.update_weights(min(1.0, args.clip / (norm + 1e-6)))
     else:
         state.step += 1  # a step without an update
+    for p in state.parameters.values():
+        p.grad = None
     return sums, norm, finite
 
 

@@ -13,7 +13,7 @@ import torchao.optim
 
 import conftest  # noqa: F401, puts the project on the path
 from model import Restorer, Sana
-from train import BF16AdamW
+from train import BF16AdamW, join_fp32
 
 SANA_1_6B = dict(qk_norm="rms_norm_across_heads", sample_size=32)  # over SANA_DEFAULTS, which are its own
 
@@ -32,7 +32,7 @@ def interleaved(runs, rounds):
 def bench_optimizer(quick):
     count, lr = (4_000_000 if quick else 100_000_000), 1e-3
     shapes = [(count // 20,)] * 20
-    start = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    start = [torch.randn(shape, generator=torch.Generator().manual_seed(i)).bfloat16().float() for i, shape in enumerate(shapes)]
     gradients = [(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(100 + i))).bfloat16() for i, shape in enumerate(shapes)]
 
     def make(dtype, optimizer):
@@ -62,7 +62,9 @@ def bench_optimizer(quick):
     for name, (parameters, optimizer) in contestants.items():
         state = sum(t.nbytes for values in optimizer.state.values() for t in values.values() if torch.is_tensor(t) and t.numel() > 1)
         size = (sum(p.nbytes + p.grad.nbytes for p in parameters) + state) / count
-        error = (torch.cat([p.detach().float() for p in parameters]) - reference).abs().mean().item()
+        low = [optimizer.state[p].get("low") for p in parameters]  # ours alone has them
+        exact = [p.detach().float() if bits is None else join_fp32(p.detach(), bits) for p, bits in zip(parameters, low)]
+        error = (torch.cat(exact) - reference).abs().mean().item()
         print(f"{name:36} {1000 * seconds[name]:7.0f}  {size:5.1f}  {error:.2e}")
 
 
