@@ -38,7 +38,7 @@ def bench_optimizer(quick):
     def make(dtype, optimizer):
         parameters = [torch.nn.Parameter(w.to(dtype)) for w in start]
         for p, g in zip(parameters, gradients):
-            p.grad = g.to(dtype)
+            p.grad = g.to(dtype, copy=True)  # a peer writes into its gradients
         return parameters, optimizer(parameters)
     same = dict(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     contestants = {

@@ -50,7 +50,7 @@ def test_half_a_minute_of_training_beats_the_input_by_2_db(demo):
     log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert log[-1]["restored_psnr"] == pytest.approx(after, abs=0.01) and log[-1]["step"] == 260
     assert Image.open(run_folder / "samples/step_000260.png").size == (6 * 196, 4 * 210)
-    assert Image.open(run_folder / "loss.png").size == (640, 480)
+    assert Image.open(run_folder / "loss.png").size == (640, 720)
     assert seconds < 300
 
 
