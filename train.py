@@ -538,6 +538,7 @@ def train(state, train_set, val_set, run, log):
                 print(f"\nstep {state.step}: the loss is {sum(sums[:BINS])}, the gradient norm {norm}: skipped", file=sys.stderr)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    sum_over_all([0.0], args.device)  # nobody leaves before the first one has saved
     if failed:
         raise batch if isinstance(batch, UserError) else UserError("another process could not make its batch")
     if bad == 20:
@@ -574,8 +575,7 @@ def main():
     if args.resume:
         state.load(find_checkpoint(run))
         log = [entry for entry in log if entry["step"] <= state.step]
-    if WORLD > 1:
-        dist.barrier()  # all have read what the first one is about to write
+    sum_over_all([0.0], args.device)  # now all have read what the first one is about to write
     if RANK == 0:
         if not args.resume and (run / "latest").exists():  # --overwrite
             for old in ("latest", "best", "log.jsonl", "loss.png", "samples", *(path.name for path in run.glob(STEPS))):
@@ -590,7 +590,7 @@ def main():
           f"PSNR {validation['input_psnr']:.2f} -> {validation['restored_psnr']:.2f} dB, "
           f"SSIM {validation['input_ssim']:.3f} -> {validation['restored_ssim']:.3f}")
     print(f"pictures {run}/samples/step_{state.step:06d}.png (degraded | restored | clean), {run}/loss.png\n"
-          f"log {run}/log.jsonl, checkpoint {find_checkpoint(run)}")
+          f"log {run}/log.jsonl, checkpoint {run}/step_{state.step:06d}")
     if interrupted:
         print(f"python train.py --resume {run} goes on")
         sys.exit(128 + interrupted)

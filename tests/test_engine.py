@@ -30,7 +30,7 @@ def losses(folder):
 
 
 def torchrun(processes, *flags, cwd, status=0, **env):
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *map(str, flags)], cwd=cwd,
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *map(str, flags)], cwd=cwd,
                             capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, timeout=600)
     assert result.returncode == status, result.stdout + result.stderr
     return result.stdout + result.stderr
