@@ -21,12 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, describe, draw_recipe, make_folder, make_prompt,
-                     open_image, parse_degradations, run_script, save_image, write_csv, write_text)
+from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, describe, draw_recipe, list_images, make_folder,
+                     make_prompt, open_image, parse_degradations, run_script, save_image, write_csv, write_text)
 from model import PRESETS, SHIFT, Gemma2, GemmaTokenizer, Sana, build_restorer, encode_prompts, pad_text
 from vae import DCAE, HUB, PixelAE, find_checkpoint, find_model, is_run, read_json, save_weights
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 CACHE_BYTES = 512 * 2**20  # decoded photos that a data set keeps in memory, per worker; the rest is read again
 
 
@@ -78,15 +77,15 @@ class CsvPairs:
         self.rows = [self._check(line, row) for line, row in lines]
 
     def _check(self, line, row):
-        """(line number, clean path, condition path or None, caption) of one row, both files present."""
-        clean, condition, caption = ((row.get(key) or "").strip() for key in ("image_path", "condition_image_path", "caption"))
+        """(line number, clean path, condition path or None, caption, degradation) of one row, both files present."""
+        clean, condition, *rest = ((row.get(key) or "").strip() for key in ("image_path", "condition_image_path", "caption", "degradation"))
         if not clean or None in row:
             raise UserError(f"{self.path}, line {line}: {'more fields than columns' if clean else 'image_path is empty'}")
         paths = [self.path.parent / name if name else None for name in (clean, condition)]
         for path in paths:
             if path and not os.path.isfile(path):
                 raise UserError(f"{self.path}, line {line}: no file {path}")
-        return line, *paths, caption
+        return line, *paths, *rest
 
     def __len__(self):
         return len(self.rows)
@@ -95,8 +94,12 @@ class CsvPairs:
         """(whether the row has a condition image, its caption), without opening a file."""
         return self.rows[index][2] is not None, self.rows[index][3]
 
+    def degradation(self, index):
+        """What the column of that name says, as describe writes it; "" if there is none."""
+        return self.rows[index][4]
+
     def load(self, index):
-        line, clean_path, condition_path, _ = self.rows[index]
+        line, clean_path, condition_path = self.rows[index][:3]
         where = f"{self.path}, line {line}"
         try:
             clean, condition = self._open(clean_path), self._open(condition_path) if condition_path else None
@@ -300,6 +303,14 @@ def add_data_flags(parser):
     parser.add_argument("--seed", type=int, default=0, help="of everything random: same seed, same run (default 0)")
     parser.add_argument("--workers", type=int, default=1, help="processes that prepare images (default 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+
+
+def check_device(name):
+    """name, if this machine has that torch device. Raises UserError if not."""
+    try:
+        return torch.zeros(1, device=name).cpu() is not None and name
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from None
 
 
 def curriculum(args):
@@ -526,15 +537,6 @@ def make_cache(args):
 
 # ----------------------------------------------------------------------------------------------------------------
 # Pre-generation.
-
-def list_images(folder):
-    """The pictures below a folder, sorted; hidden files are left out. Raises UserError if there are none."""
-    folder = Path(folder)
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.name[0] != "." and p.is_file())
-    if not found:
-        raise UserError(f"{folder}: " + ("no pictures in this folder" if folder.is_dir() else "no such folder"))
-    return found
-
 
 def make_pairs(photos, out, choices, counts, seed):
     """Degrade every photo of a folder once -> out/clean/, out/condition/ (PNG) and, last, out/pairs.csv."""

@@ -12,7 +12,9 @@ import argparse
 import contextlib
 import csv
 import functools
+import glob
 import io
+import math
 import sys
 from pathlib import Path
 
@@ -30,6 +32,7 @@ RANGES = {
 }
 # A changed brightness leaves no trace in the image to invert, so its error only drowns the others': opt in.
 DEFAULT_DEGRADATIONS = ("gaussian_noise", "poisson_noise", "jpeg", "gaussian_blur", "downscale")
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 class UserError(ValueError):
@@ -286,6 +289,38 @@ def make_folder(path):
     return Path(path)
 
 
+def list_images(folder):
+    """The pictures below a folder, sorted; hidden files are left out. Raises UserError if there are none."""
+    folder = Path(folder)
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.name[0] != "." and p.is_file())
+    if not found:
+        raise UserError(f"{folder}: " + ("no pictures in this folder" if folder.is_dir() else "no such folder"))
+    return found
+
+
+def list_work(sources, target):
+    """Files, folders and patterns -> [(picture, where the restored one goes)]. Raises UserError."""
+    target, work = Path(target), []
+    found = [Path(path) for source in sources for path in ([source] if Path(source).exists() else sorted(glob.glob(source, recursive=True)) or [source])]
+    for path in found:
+        if not path.exists():
+            raise UserError(f"--input {path}: no such file or folder")
+        if path.is_dir():
+            if target.resolve().is_relative_to(path.resolve()):
+                raise UserError(f"--output {target} lies inside --input {path}; choose a folder elsewhere")
+            work += [(picture, target / picture.relative_to(path)) for picture in list_images(path)]
+        else:
+            work.append((path, target / path.name if target.is_dir() or len(found) > 1 else target))
+    for path, out in work:
+        if out.suffix.lower() not in PICTURES:
+            raise UserError(f"--output {out}: give a file name with a picture's extension, such as .png")
+        if out.resolve() == path.resolve():
+            raise UserError(f"--output {out} would write over the input; choose another")
+    if len({out for _, out in work}) < len(work):
+        raise UserError(f"--output {target}: two of the inputs have the same name; restore them into folders of their own")
+    return work
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line, like all others."""
 
@@ -325,6 +360,45 @@ def label_tiles(tiles, columns):
         draw.text((x + 2, y + 2), label, fill="black")
         sheet.paste(image, (x, y + 16))
     return sheet
+
+
+def draw_grid(pictures, tile=256):
+    """Rows of labelled pictures, as evaluate_pairs gives them: the centre of each, at most tile pixels wide, unscaled;
+    two rows side by side if there are more than four."""
+    side = min(tile, *(min(image.size) for row in pictures for _, image in row))
+    tiles = []
+    for label, image in (picture for row in pictures for picture in row):
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        tiles.append((label, image.crop((left, top, left + side, top + side))))
+    return label_tiles(tiles, columns=len(pictures[0]) * (1 + (len(pictures) > 4)))
+
+
+def draw_panels(panels, path):
+    """Line charts below each other. panels: [(title, [(x, y)], log_scale, labels)], labels: a text beside each point, or None for
+    a plain line. Points that are not finite are left out."""
+    width, height, left, right = 640, 240, 44, 628
+    picture = Image.new("RGB", (width, len(panels) * height), "white")
+    draw = ImageDraw.Draw(picture)
+    for panel, (title, points, log_scale, labels) in enumerate(panels):
+        top, bottom = panel * height + 28, (panel + 1) * height - 28
+        draw.text((left, top - 24), title, fill="black")
+        points = [(x, math.log10(max(y, 1e-12)) if log_scale else y) for x, y in points if math.isfinite(x + y)]
+        if not points:
+            continue
+        (x0, x1), (y0, y1) = ((min(values), max(values)) for values in zip(*points))
+        x0 = x0 if labels else 0
+        places = [(left + (x - x0) / max(x1 - x0, 1e-9) * (right - left - 60 * bool(labels)), bottom - (y - y0) / max(y1 - y0, 1e-9) * (bottom - top))
+                  for x, y in points]
+        for value, y in ((y0, bottom), ((y0 + y1) / 2, (top + bottom) / 2), (y1, top)):
+            draw.line([(left, y), (right, y)], fill="#dddddd")
+            draw.text((4, y - 6), f"{10 ** value:.3g}" if log_scale else f"{value:.2f}" if y1 > 1 else f"{value:.3f}", fill="black")
+        draw.text((left, bottom + 8), f"{x0:.5g}", fill="black")
+        draw.text((right - 48, bottom + 8), f"{x1:.5g}", fill="black")
+        draw.line(places, fill="#1f5fbf", width=2)
+        for (x, y), label in zip(places, labels or ()):
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#1f5fbf")
+            draw.text((x + 6, y - 12), label, fill="black")
+    save_image(picture, path)
 
 
 def main():

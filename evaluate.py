@@ -2,39 +2,43 @@
 
     python evaluate.py --checkpoint out/demo --input noisy.jpg --output restored.jpg
     python evaluate.py --checkpoint out/demo --input photos/ --output restored/           a folder, names kept
-    python evaluate.py --checkpoint out/demo --data val/pairs.csv                         table, CSV, JSON, grid
+    python evaluate.py --checkpoint out/demo --data val/pairs.csv                         tables, CSV, JSON, grid
+    python evaluate.py --checkpoint out/demo --data val/pairs.csv --sweep 1,2,4,8,20      PSNR against texture
+    python evaluate.py --data val/pairs.csv --compare others/                             another program's outputs
 
-Pictures of any size and mode: grey stays grey, transparency is kept, 16-bit grey becomes 8-bit, EXIF rotation is
-applied. --steps 1 gives the most faithful result (best PSNR), more steps give more texture.
+Pictures of any size and mode: grey stays grey, transparency and the colour profile are kept, 16-bit grey becomes 8-bit,
+EXIF rotation is applied (and the rest of EXIF dropped). What --output holds already is left alone (--overwrite makes it
+again), so the same command goes on after an interruption. --steps 1 is the most faithful (best PSNR), more give more texture.
 """
+import functools
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import ImageChops
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import PICTURES, CsvPairs, PairedDataset, build_surroundings, list_images, seed_for, to_image, to_tensor
-from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, label_tiles, make_folder, open_image, parse_degradations,
-                     run_script, save_image, write_csv, write_text)
+from data import CsvPairs, PairedDataset, build_surroundings, check_device, seed_for, to_image, to_tensor
+from degrade import (DEFAULT_DEGRADATIONS, PHRASES, Parser, UserError, draw_grid, draw_panels, list_images, list_work, make_folder,
+                     open_image, parse_degradations, run_script, save_image, write_csv, write_text)
 from model import build_restorer, draw_sigma, flow_loss, guided, load_restorer, sample
-from vae import PixelAE, pad_to_multiple
+from vae import PixelAE, blend_tiles, pad_to_multiple, read_published
 
 # ----------------------------------------------------------------------------------------------------------------
-# Metrics. Both images [B, 3, H, W] in [-1, 1]; one float64 value per image.
+# PSNR and SSIM. Both images [B, C, H, W] in [-1, 1]; one float64 value per image.
 
 
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB, 10 log10(range^2 / mse) over all pixels and channels; inf for equal images."""
-    mse = (a.double() - b.double()).square().flatten(1).mean(1)
-    return 10 * torch.log10(4 / mse)
+    return 10 * torch.log10(4 / (a.double() - b.double()).square().flatten(1).mean(1))
 
 
 def ssim(a, b):
@@ -43,12 +47,12 @@ def ssim(a, b):
     use_sample_covariance=False. Raises ValueError for images below 11 pixels."""
     if min(a.shape[2:]) < 11:
         raise ValueError(f"SSIM needs 11x11 pixels, not {a.shape[3]}x{a.shape[2]}")
-    a, b = a.double() + 1, b.double() + 1                                   # black must be 0: SSIM compares means
+    channels, a, b = a.shape[1], a.double() + 1, b.double() + 1             # black must be 0: SSIM compares means
     window = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64, device=a.device) / 1.5) ** 2)
-    window = (window / window.sum()).expand(3, 1, 1, 11)
+    window = (window / window.sum()).expand(channels, 1, 1, 11)
 
-    def blur(x):                                                            # [B, 3, H, W] -> [B, 3, H-10, W-10]
-        return F.conv2d(F.conv2d(x, window, groups=3), window.transpose(2, 3), groups=3)
+    def blur(x):                                                            # [B, C, H, W] -> [B, C, H-10, W-10]
+        return F.conv2d(F.conv2d(x, window, groups=channels), window.transpose(2, 3), groups=channels)
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
@@ -57,144 +61,288 @@ def ssim(a, b):
     return score.flatten(1).mean(1)
 
 
+def luma(x):
+    """RGB [B, 3, H, W] in [-1, 1] -> Y of ITU-R BT.601 [B, 1, H, W], from 16 to 235 levels: what super-resolution papers score."""
+    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=x.device)
+    return (torch.einsum("bchw,c->bhw", (x.double() + 1) / 2, weights)[:, None] + 16) / 127.5 - 1
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# LPIPS and FID: distances between features of trained networks.
+
+class LPIPS(nn.Module):
+    """Learned perceptual image patch similarity v0.1 (arXiv 1801.03924), 0 = alike: how far the features of two images differ, at
+    each position normalized over channels, weighted by channel as human judgements have taught ("heads").
+    trunk: torchvision's weights of net; heads: {"lin0.model.1.weight": ...}. Raises UserError if they do not fit."""
+    NETS = {  # convolutions (channels, kernel, stride, padding), each with a ReLU; a number: max pooling; layers whose output counts
+        "alex": ([(64, 11, 4, 2), 3, (192, 5, 1, 2), 3, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)], (1, 4, 7, 9, 11)),
+        "vgg": ([*[(64, 3, 1, 1)] * 2, 2, *[(128, 3, 1, 1)] * 2, 2, *[(256, 3, 1, 1)] * 3, 2, *[(512, 3, 1, 1)] * 3, 2,
+                 *[(512, 3, 1, 1)] * 3], (3, 8, 15, 22, 29))}
+
+    def __init__(self, trunk, heads, net="alex"):
+        super().__init__()
+        layers, self.taps = self.NETS[net]
+        self.features, self.heads, width = nn.Sequential(), nn.ParameterList(), 3
+        for layer in layers:
+            if isinstance(layer, tuple):
+                self.features.extend([nn.Conv2d(width, *layer), nn.ReLU()])
+                width = layer[0]
+            else:
+                self.features.append(nn.MaxPool2d(layer, 2))
+            if len(self.features) - 1 in self.taps:
+                self.heads.append(torch.empty(1, width, 1, 1))
+        weights = {name: t for name, t in trunk.items() if name.startswith("features.")}
+        try:
+            self.load_state_dict(weights | {f"heads.{name[3]}": t for name, t in heads.items() if name.endswith(".model.1.weight")})
+        except RuntimeError as error:
+            raise UserError(f"these are not the weights of LPIPS {net}: {' '.join(str(error).split())[:200]}") from None
+        self.eval().requires_grad_(False)
+
+    def forward(self, a, b):
+        """[B, 3, H, W] in [-1, 1], of at least 64 pixels -> [B]."""
+        x = torch.cat([a, b])
+        x = (x - x.new_tensor([-0.030, -0.088, -0.188])[:, None, None]) / x.new_tensor([0.458, 0.448, 0.450])[:, None, None]
+        heads, total = iter(self.heads), 0
+        for i, layer in enumerate(self.features):
+            x = layer(x)                                                    # [2B, C, h, w]
+            if i in self.taps:
+                unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+                first, second = unit.chunk(2)
+                total = total + ((first - second).square() * next(heads)).sum(1).mean((1, 2))
+        return total
+
+
+class Inception(nn.Module):
+    """The Inception v3 of the first FID (arXiv 1706.08500), ported from TensorFlow: not torchvision's. weights: as pytorch-fid
+    published them. What differs is marked with * below. Raises UserError if they do not fit."""
+    SAME = {1: 0, 3: 1, 5: 2, (1, 7): (0, 3), (7, 1): (3, 0), (1, 3): (0, 1), (3, 1): (1, 0)}  # kernel: padding that keeps the size
+    POOLS = {"average": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),           # * padding does not count
+             "max": lambda x: F.max_pool2d(x, 3, 1, 1), "halve": lambda x: F.max_pool2d(x, 3, 2)}
+    STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "halve", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "halve")
+    # A mixed block: branches whose outputs are stacked, each a chain of layers; a layer in parentheses has two convolutions side by side.
+    A = "1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3", "average _pool"
+    B = "3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3", "halve"
+    C = "1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5", "average _pool"
+    D = "3x3_1 3x3_2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4", "halve"
+    E = "1x1", "3x3_1 3x3_2a|3x3_2b", "3x3dbl_1 3x3dbl_2 3x3dbl_3a|3x3dbl_3b", "average _pool"
+    LAST = (*E[:3], "max _pool")                                            # * the last block has a max pool
+    BLOCKS = {"5b": A, "5c": A, "5d": A, "6a": B, "6b": C, "6c": C, "6d": C, "6e": C, "7a": D, "7b": E, "7c": LAST}
+    HALVING = ("Conv2d_1a_3x3", "Mixed_6a.branch3x3", "Mixed_6a.branch3x3dbl_3", "Mixed_7a.branch3x3_2", "Mixed_7a.branch7x7x3_4")
+
+    def __init__(self, weights):
+        super().__init__()
+        self.convs, names = {}, [name.removesuffix(".conv.weight") for name in weights if name.endswith(".conv.weight")]
+        try:
+            for name in names:  # batch normalization at rest is one more linear map: into the convolution with it
+                kernel = weights[f"{name}.conv.weight"]
+                gain = weights[f"{name}.bn.weight"] / (weights[f"{name}.bn.running_var"] + 0.001).sqrt()
+                bias = weights[f"{name}.bn.bias"] - weights[f"{name}.bn.running_mean"] * gain
+                size = tuple(kernel.shape[2:])
+                valid = name in self.HALVING or name in ("Conv2d_2a_3x3", "Conv2d_4a_3x3")
+                padding = 0 if valid else self.SAME[size[0] if size[0] == size[1] else size]
+                self.convs[name] = (kernel * gain[:, None, None, None]).to(memory_format=torch.channels_last), bias, 1 + (name in self.HALVING), padding
+            with torch.no_grad():
+                width = self(torch.zeros(1, 3, 299, 299)).shape[1]
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"these are not the weights of FID's Inception: {' '.join(str(error).split())[:200]}") from None
+        if width != 2048:
+            raise UserError(f"these are not the weights of FID's Inception: its features are {width} wide, not 2048")
+
+    def step(self, x, step, prefix=""):
+        """A pooling, a convolution, or several side by side. x [B, C, H, W]."""
+        if step in self.POOLS:
+            return self.POOLS[step](x)
+        layers = (self.convs[prefix + name] for name in step.split("|"))
+        return torch.cat([F.conv2d(x, weight.to(x.device), bias.to(x.device), stride, padding).relu_() for weight, bias, stride, padding in layers], 1)
+
+    @torch.no_grad()
+    def forward(self, x):
+        """[B, 3, H, W] in [-1, 1] -> "pool3" [B, 2048]."""
+        x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)  # * not antialiased; and no other normalization
+        x = functools.reduce(self.step, self.STEM, x.contiguous(memory_format=torch.channels_last))
+        for block, branches in self.BLOCKS.items():
+            follow = functools.partial(self.step, prefix=f"Mixed_{block}.branch")
+            x = torch.cat([functools.reduce(follow, branch.split(), x) for branch in branches], 1)
+        return x.mean((2, 3))                                               # * 1008 classes follow, which nobody asks for
+
+
+class FID:
+    """Fréchet inception distance between sets of images that are added one batch after the other."""
+
+    def __init__(self, inception):
+        self.inception, self.sets = inception, {}
+
+    @torch.no_grad()
+    def add(self, which, images):
+        """images [B, 3, H, W] in [-1, 1], into the set called which: its mean and covariance, in float64 (Chan et al. 1983)."""
+        x = self.inception(images).double().cpu()
+        count, mean, scatter = self.sets.get(which, (0, torch.zeros(x.shape[1]).double(), torch.zeros(x.shape[1], x.shape[1]).double()))
+        delta, total = x.mean(0) - mean, count + len(x)
+        scatter += (x - x.mean(0)).T @ (x - x.mean(0)) + delta.outer(delta) * (count * len(x) / total)
+        self.sets[which] = total, mean + delta * (len(x) / total), scatter
+
+    def distance(self, one, other):
+        """nan below two images."""
+        (n, mean, scatter), (n2, mean2, scatter2) = self.sets[one], self.sets[other]
+        return frechet_distance(mean, scatter / (n - 1), mean2, scatter2 / (n2 - 1)) if min(n, n2) > 1 else math.nan
+
+
+def frechet_distance(mean_a, cov_a, mean_b, cov_b):
+    """|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)) of two gaussians, float64. With A = F F^T, A B has the eigenvalues of the
+    symmetric F^T B F: no root of a matrix that is not symmetric, no complex numbers, and fewer images than features do no harm."""
+    factor, failed = torch.linalg.cholesky_ex(cov_a)
+    if failed:  # singular: only the directions in which there is anything
+        values, vectors = torch.linalg.eigh(cov_a)
+        there = values > values.max() * len(values) * torch.finfo(values.dtype).eps
+        factor = vectors[:, there] * values[there].sqrt()
+    roots = torch.linalg.eigvalsh(factor.T @ cov_b @ factor).clamp(min=0).sqrt()
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * roots.sum()
+    return max(0.0, distance.item())
+
+
+METRICS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}  # of one image; FID is of all
+
+
+class Metrics:
+    """What is measured, of "psnr", "ssim", "lpips", "fid". A metric without its weights is said to be missing, and why; the others
+    go on. lpips_weights: local files (trunk, heads), fid_weights: a local file."""
+
+    def __init__(self, names=("psnr", "ssim"), y_channel=False, net="alex", lpips_weights=None, fid_weights=None, device="cpu"):
+        self.names, self.y_channel, self.device = [n for n in names if n in METRICS], y_channel, device
+        self.lpips = self.fid = None
+        self.missing = {}  # name: why
+        local = {net: lpips_weights, "inception": [fid_weights] if fid_weights else None}
+        for name, files in (("lpips", (net, f"{net} heads")), ("fid", ("inception",))):
+            try:
+                if name in names:
+                    weights = [read_published(what, path) for what, path in zip(files, local[files[0]] or (None, None))]
+                    setattr(self, name, LPIPS(*weights, net).to(device) if name == "lpips" else FID(Inception(*weights)))
+            except OSError as error:
+                self.missing[name] = f"its weights could not be fetched: {error}; --{name}_weights takes local files"
+
+    @torch.no_grad()
+    def __call__(self, clean, image, which):
+        """{name: value} of one picture [3, H, W], as it will be saved: rounded to 8 bits. which: the set of pictures it belongs to.
+        nan where a metric is missing or the picture too small for it."""
+        clean, image = clean[None].to(self.device), to_tensor(to_image(image))[None].to(self.device)
+        if self.fid:
+            self.fid.add(which, image)
+        small, (a, b) = min(clean.shape[2:]), (luma(t) if self.y_channel else t for t in (image, clean))
+        values = {"psnr": psnr(a, b).item(), "ssim": ssim(a, b).item() if small >= 11 else math.nan,
+                  "lpips": self.lpips(image, clean).item() if self.lpips and small >= 64 else math.nan}
+        return {name: values[name] for name in self.names}
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Restoring.
 
-def check_device(name):
-    """name, if this machine has that torch device. Raises UserError if not."""
-    try:
-        return torch.zeros(1, device=name).cpu() is not None and name
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from None
-
-
+DEFAULT_STEPS = {"residual": 1, "velocity": 20}  # a network that predicts the clean image does so at once; a pretrained one was trained to walk
 TILE, OVERLAP = 1024, 64  # pixels: the tiny preset restores larger pictures in tiles, so that memory stays bounded (1 GB)
 
 
 @torch.no_grad()
-def restore(restorer, autoencoder, prompts, pixels, captions, steps=1, seed=0, sampler="euler", guidance=1.0):
+def restore(restorer, autoencoder, prompts, pixels, captions, steps=1, seed=0, sampler="euler", guidance=1.0, condition_guidance=1.0,
+            average=1):
     """Degraded pixels [B, 3, H, W] in [-1, 1] of any size, and a caption each -> restored pixels, clipped to [-1, 1].
-    The noise depends on the seed and the image size alone: an image comes out the same whatever is beside it."""
+    The noise depends on the seed and the image size alone: an image comes out the same whatever is beside it.
+    average: so many answers, from different noise, of which the mean is taken."""
     height, width = pixels.shape[2:]
     f = autoencoder.factor
     pixels = pad_to_multiple(pixels, f * restorer.sana.config["patch_size"])
-    generator = torch.Generator().manual_seed(seed_for(seed, 0, "restore"))
-    noise = torch.randn(autoencoder.channels, *(side // f for side in pixels.shape[2:]), generator=generator).to(pixels)
+    generators = [torch.Generator().manual_seed(seed_for(seed, k, "restore")) for k in range(average)]
+    shape = autoencoder.channels, *(side // f for side in pixels.shape[2:])
+    noises = [torch.randn(shape, generator=generator).to(pixels) for generator in generators]
     prompts.prepare([*captions, ""])
     text, empty = ([t.to(pixels.device) for t in prompts(c)] for c in (captions, [""] * len(captions)))
 
     def part(at):
         condition = autoencoder.encode(pixels[at])                          # [B, C, h, w]
         rows, columns = (slice(side.start // f, side.stop // f) for side in at[1:])
-        start = noise[:, rows, columns].expand_as(condition)
-        velocity = guided(lambda x, *rest: restorer(x, condition, *rest), text, empty, guidance)
-        return autoencoder.decode(sample(velocity, start, steps, sampler, restorer.shift))
-    # latents are small: the whole picture goes through the transformer at once
-    tile = TILE if isinstance(autoencoder, PixelAE) else max(pixels.shape[2:])
-    return in_tiles(part, pixels.shape[2:], tile, OVERLAP)[..., :height, :width].clamp(-1, 1)
 
-
-def in_tiles(function, size, tile, overlap, scale=1):
-    """Compute a large picture in overlapping tiles, blended linearly over their overlaps.
-
-    function(at) -> [B, C, h, w], the output for the part `at` of the input, a (..., rows, columns) index.
-    size: (H, W) of the input; tile, overlap: in input positions; scale: output positions per input position.
-    """
-    if max(size) <= tile:
-        return function((..., slice(0, size[0]), slice(0, size[1])))
-    total = weights = None
-    for top in tile_starts(size[0], tile, overlap):
-        for left in tile_starts(size[1], tile, overlap):
-            part = function((..., slice(top, top + tile), slice(left, left + tile)))
-            if total is None:
-                shape = [round(side * scale) for side in size]
-                total, weights = part.new_zeros(*part.shape[:2], *shape), part.new_zeros(shape)
-            height, width = part.shape[2:]
-            y, x = round(top * scale), round(left * scale)
-            weight = ramp(height, overlap * scale).to(part)[:, None] * ramp(width, overlap * scale).to(part)
-            total[..., y:y + height, x:x + width] += weight * part
-            weights[y:y + height, x:x + width] += weight
-    return total.div_(weights)
-
-
-def tile_starts(length, tile, overlap):
-    """Where tiles that overlap by at least overlap begin, the last one ending at length."""
-    return [0] if length <= tile else [*range(0, length - tile, tile - overlap), length - tile]
-
-
-def ramp(length, overlap):
-    """Weights that rise over the overlap from either end, to blend neighbouring tiles."""
-    i = torch.arange(length)
-    return torch.minimum(i + 1, length - i).clamp(max=overlap) / overlap
-
-
-def default_steps(restorer):
-    """A network that predicts the clean image does so in one step; a pretrained one was trained to walk."""
-    return 1 if restorer.prediction == "residual" else 20
+        seeing, blind = (lambda x, *rest, c=c: restorer(x, c, *rest) for c in (condition, torch.zeros_like(condition)))
+        velocity = guided(seeing, text, empty, guidance, blind, condition_guidance)
+        starts = (noise[:, rows, columns].expand_as(condition) for noise in noises)
+        return sum(autoencoder.decode(sample(velocity, start, steps, sampler, restorer.shift)) for start in starts) / average
+    tile = TILE if isinstance(autoencoder, PixelAE) else max(pixels.shape[2:])  # latents are small: the whole picture at once
+    return blend_tiles(part, pixels.shape[2:], tile, OVERLAP)[..., :height, :width].clamp(-1, 1)
 
 
 def restore_image(image, caption, **how):
-    """A picture as open_image gives it -> the restored one, grey if it was grey, with its transparency."""
+    """A picture as open_image gives it -> the restored one: grey if it was grey, with its transparency and colour profile."""
     device = next(how["restorer"].parameters()).device
     pixels = restore(pixels=to_tensor(image)[None].to(device), captions=[caption], **how)
     restored = to_image(pixels[0]).convert(image.mode.rstrip("A"))
     if "A" in image.mode:
         restored.putalpha(image.getchannel("A"))
+    profile = image.info.get("icc_profile") or b""
+    if profile[16:20] == (b"GRAY" if image.mode[0] == "L" else b"RGB "):  # not that of a CMYK file that became RGB
+        restored.info["icc_profile"] = profile
     return restored
 
 
-def restore_files(source, target, **how):
-    """Restore a file, or every picture below a folder into another folder under the same names."""
-    source, target = Path(source), Path(target)
-    if source.is_dir():
-        if target.resolve().is_relative_to(source.resolve()):
-            raise UserError(f"--output {target} lies inside --input {source}; choose a folder elsewhere")
-        work = [(path, target / path.relative_to(source)) for path in list_images(source)]
-    else:
-        work = [(source, target / source.name if target.is_dir() else target)]
-    for path, out in work:
-        if out.suffix.lower() not in PICTURES:
-            raise UserError(f"--output {out}: give a file name with a picture's extension, such as .png")
-        if out.resolve() == path.resolve():
-            raise UserError(f"--output {out} would write over the input; choose another")
-    for path, out in tqdm(work, unit="img", desc="restore", disable=len(work) == 1):
-        restored = restore_image(open_image(path), **how)
-        if "A" in restored.mode and out.suffix.lower() in (".jpg", ".jpeg", ".bmp", ".ppm", ".pgm"):
-            print(f"{out}: this format holds no transparency; saved without", file=sys.stderr)
-            restored = restored.convert(restored.mode.rstrip("A"))
-        save_image(restored, out, **({"quality": 95} if out.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}))
-    print(f"restored {len(work)} image(s) -> {target}")
+def restore_files(work, overwrite=False, quality=95, grid=None, **how):
+    """Restore [(picture, where to)]; one that cannot be read does not stop the others. -> how many failed."""
+    there = [] if overwrite else [out for _, out in work if out.exists()]
+    failed, pictures = 0, []
+    for path, out in tqdm([(path, out) for path, out in work if out not in there], unit="img", desc="restore", disable=len(work) == 1):
+        try:
+            image = open_image(path)
+            restored = restore_image(image, **how)
+            suffix, options = out.suffix.lower(), {"icc_profile": restored.info.get("icc_profile")}
+            if "A" in restored.mode and suffix in (".jpg", ".jpeg", ".bmp", ".ppm", ".pgm"):
+                print(f"{out}: this format holds no transparency; saved without", file=sys.stderr)
+                restored = restored.convert(restored.mode.rstrip("A"))
+            save_image(restored, out, **options | ({"quality": quality} if suffix in (".jpg", ".jpeg", ".webp") else {}))
+        except UserError as error:
+            if len(work) == 1:
+                raise
+            failed += 1
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+        else:
+            if grid and len(pictures) < 8:
+                before, after = image.convert("RGB"), restored.convert("RGB")
+                difference = ImageChops.add(after, ImageChops.invert(before), 0.5, -127)  # twice it, around grey
+                pictures.append([("input", before), ("restored", after), ("difference x 2", difference)])
+    if grid and pictures:
+        save_image(draw_grid(pictures), grid)
+    print(f"restored {len(work) - len(there) - failed} image(s) -> {work[0][1] if len(work) == 1 else work[0][1].parent}"
+          + f"; {len(there)} were there already (--overwrite makes them again)" * bool(there) + f"; {failed} failed" * bool(failed))
+    return failed
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Measuring.
 
-def score(clean, image):
-    """{"psnr", "ssim"} of one picture [3, H, W], as it will be saved: rounded to 8 bits."""
-    image = to_tensor(to_image(image))
-    return {"psnr": psnr(image[None], clean[None]).item(),
-            "ssim": ssim(image[None], clean[None]).item() if min(clean.shape[1:]) >= 11 else math.nan}
-
-
-def evaluate_pairs(dataset, names, prompt=None, quiet=False, **how):
-    """prompt: instead of each pair's own caption. how: the arguments of restore.
-    -> rows [{"image", "input_psnr", "restored_psnr", "input_ssim", "restored_ssim"}], and of the first eight images
-    the labelled pictures [[("degraded ...", PIL), ("restored ...", PIL), ("clean", PIL)]]."""
-    device = next(how["restorer"].parameters()).device
-    captions = [dataset.plan(i)[2] if prompt is None else prompt for i in range(len(dataset))]
-    how["prompts"].prepare([*captions, ""])
+def evaluate_pairs(dataset, methods, metrics=Metrics(), quiet=False):
+    """methods: {name: function(i, item of the dataset) -> its picture [3, H, W]}; the degraded image itself is scored as "input".
+    -> rows [{"image": i, "degradation": names, "input_psnr", "NAME_psnr", ...}], and of the first eight images the labelled
+    pictures [[("degraded ...", PIL), ("NAME ...", PIL), ..., ("clean", PIL)]]."""
     rows, pictures = [], []
     for i in (bar := tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)):
         item = dataset.draw(i)
-        pixels = restore(pixels=item["condition"][None].to(device), captions=[captions[i]], **how)[0].cpu()
-        before, after = score(item["clean"], item["condition"]), score(item["clean"], pixels)
-        rows.append({"image": names[i], "input_psnr": before["psnr"], "restored_psnr": after["psnr"],
-                     "input_ssim": before["ssim"], "restored_ssim": after["ssim"]})
+        outputs = {"input": item["condition"]} | {name: method(i, item) for name, method in methods.items()}
+        scores = {name: metrics(item["clean"], output, name) for name, output in outputs.items()}
+        if metrics.fid:
+            metrics.fid.add("clean", item["clean"][None])
+        rows.append({"image": i, "degradation": name_degradations(dataset, i)} | {
+            f"{name}_{key}": value for name, score in scores.items() for key, value in score.items()})
         if len(pictures) < 8:
-            labels = f"degraded {before['psnr']:.2f} dB", f"restored {after['psnr']:.2f} dB", "clean"
-            pictures.append([(label, to_image(t)) for label, t in zip(labels, (item["condition"], pixels, item["clean"]))])
-        bar.set_postfix_str(f"PSNR {before['psnr']:.2f} -> {after['psnr']:.2f} dB")
+            shown = {"degraded" if name == "input" else name: name for name in outputs if name != "ceiling"}
+            pictures.append([(f"{label} {scores[name].get('psnr', math.nan):.2f} dB", to_image(outputs[name])) for label, name in shown.items()]
+                            + [("clean", to_image(item["clean"]))])
+        bar.set_postfix_str("PSNR " + " -> ".join(f"{score['psnr']:.2f}" for name, score in scores.items() if name != "ceiling" and "psnr" in score))
     return rows, pictures
+
+
+def name_degradations(dataset, index):
+    """What was done to the condition: by its recipe, if it was made here, else by the CSV's degradation column, else by the
+    caption's words. -> "jpeg gaussian_noise", "" if nothing tells."""
+    row, recipe, caption = dataset.plan(index)
+    if recipe:
+        return " ".join(name for name, _ in recipe)
+    if written := dataset.source.degradation(row):
+        return " ".join(word.split(":")[0] for word in written.split())
+    return " ".join(name for name, phrases in PHRASES.items() if any(phrase.lower() in caption.lower() for phrase in phrases))
 
 
 @torch.no_grad()
@@ -212,33 +360,63 @@ def mean_loss(dataset, restorer, autoencoder, prompts, seed):
 
 
 def mean_of(rows):
-    """The mean of each column; images restored perfectly (PSNR inf) or too small for SSIM (nan) are left out of it."""
+    """The mean of each column of scores; images restored perfectly (PSNR inf) or too small (nan) are left out of it. If all
+    are perfect, so is the mean."""
     means = {}
-    for key in [k for k in rows[0] if k != "image"]:
+    for key in [k for k, v in rows[0].items() if isinstance(v, float)]:
         finite = [row[key] for row in rows if math.isfinite(row[key])]
-        means[key] = sum(finite) / len(finite) if finite else math.nan
+        means[key] = sum(finite) / len(finite) if finite else rows[0][key]
     return means
 
 
-def print_table(rows, means):
-    width = max(len(row["image"]) for row in rows + [{"image": "mean"}])
-    print(f"{'image':{width}}  input PSNR  restored   input SSIM  restored")
-    for row in rows + [{"image": "mean"} | means]:
-        print(f"{row['image']:{width}}  {row['input_psnr']:10.2f}  {row['restored_psnr']:8.2f}   "
-              f"{row['input_ssim']:10.4f}  {row['restored_ssim']:8.4f}")
-    for key in [k for k in means if any(not math.isfinite(row[k]) for row in rows)]:
-        print(f"{sum(not math.isfinite(row[key]) for row in rows)} image(s) without a finite {key} are not in its mean")
+def bootstrap(values, resamples=1000):
+    """The 95% interval of the mean of a list (percentile bootstrap, Efron 1979), nan for fewer than two values."""
+    values, generator = torch.tensor([v for v in values if math.isfinite(v)]).double(), torch.Generator().manual_seed(0)
+    if len(values) < 2:
+        return math.nan, math.nan
+    means = values[torch.randint(len(values), (resamples, len(values)), generator=generator)].mean(1)
+    return tuple(means.quantile(torch.tensor([0.025, 0.975]).double()).tolist())
 
 
-def draw_grid(pictures, tile=256):
-    """Rows of labelled pictures, as evaluate_pairs gives them: the centre of each, at most tile pixels wide, unscaled;
-    two rows side by side if there are more than four."""
-    side = min(tile, *(min(image.size) for row in pictures for _, image in row))
-    tiles = []
-    for label, image in (picture for row in pictures for picture in row):
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        tiles.append((label, image.crop((left, top, left + side, top + side))))
-    return label_tiles(tiles, columns=len(pictures[0]) * (1 + (len(pictures) > 4)))
+def summarize(rows, methods, metrics):
+    """-> {method: {metric: {"mean", "low", "high"}, ..., "fid": distance}}, and {method: {metric: share}}: how far it came from the
+    input (0) to the ceiling (1), the best that any restorer can do whose answer passes through the autoencoder."""
+    means, summary, shares = mean_of(rows), {}, {}
+    for name in methods:
+        summary[name] = {key: {"mean": means[f"{name}_{key}"]} | dict(zip(("low", "high"), bootstrap([row[f"{name}_{key}"] for row in rows])))
+                         for key in metrics.names}
+        summary[name]["fid"] = metrics.fid.distance("clean", name) if metrics.fid else math.nan
+        if name not in ("input", "ceiling") and "ceiling" in summary:
+            low, high = ([summary[end][key]["mean"] for key in metrics.names] for end in ("input", "ceiling"))
+            shares[name] = {key: (summary[name][key]["mean"] - a) / (b - a) if math.isfinite(b - a) and a != b else math.nan
+                            for key, a, b in zip(metrics.names, low, high)}
+    return summary, shares
+
+
+def print_summary(rows, summary, shares, metrics):
+    digits = {"psnr": 2, "ssim": 4, "lpips": 4}
+    title = {key: METRICS[key] + " (Y)" * (metrics.y_channel and key != "lpips") for key in metrics.names}
+    width = max(30, *(len(name) + 24 for name in summary))
+    print(f"{f'{len(rows)} images, mean (95%)':{width}}" + "".join(f"{title[key]:26} " for key in metrics.names) + "FID" * bool(metrics.fid))
+    for name, values in summary.items():
+        cells = [f"{v['mean']:.{digits[key]}f} ({v['low']:.{digits[key]}f}, {v['high']:.{digits[key]}f})" for key, v in values.items() if key != "fid"]
+        cells = ["n/a" if cell.startswith("nan") else cell.replace(" (nan, nan)", "") for cell in cells]
+        label = {"input": "degraded input", "ceiling": "ceiling: autoencoder alone"}.get(name, name)
+        print(f"{label:{width}}" + "".join(f"{cell:26} " for cell in cells) + (f"{values['fid']:.2f}" if metrics.fid else ""))
+    for name, share in shares.items():
+        print(f"{f'{name}: share of the way':{width}}" + "".join(f"{'n/a' if math.isnan(v) else f'{v:.0%}':26} " for v in share.values()))
+    for word in sorted({word for row in rows for word in row["degradation"].split()}):
+        some = [row for row in rows if word in row["degradation"].split()]
+        means = mean_of(some)
+        cells = [" -> ".join(f"{means[f'{name}_{key}']:.{digits[key]}f}" for name in summary if name != "ceiling") for key in metrics.names if key not in metrics.missing]
+        print(f"{f'with {word} ({len(some)})':{width}}" + "".join(f"{cell:26} " for cell in cells))
+    for name, reason in metrics.missing.items():
+        print(f"{name.upper()}: n/a ({reason})")
+    if metrics.fid and len(rows) < 2048:
+        print(f"FID of {len(rows)} images: below 2,048 it is too high, and comparable only between sets of the same size")
+    for key, count in {key: sum(not math.isfinite(row[key]) for row in rows) for key in mean_of(rows)}.items():
+        if 0 < count < len(rows):
+            print(f"{key}: {count} image(s) without a finite value (identical, or too small) are not in its mean")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -287,9 +465,7 @@ class Meter:
 
 def peak_memory(device):
     """GiB: what tensors took at most on a GPU, what the process took on a CPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
+    return torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
 
 
 def training_flops(config, grid, tokens=32):
@@ -302,86 +478,122 @@ def training_flops(config, grid, tokens=32):
     return 3 * counter.get_total_flops()
 
 
-def draw_curves(log, curves, path):
-    """One panel below the other, each a value of the log's lines over their steps. curves: {key: title}; losses on a log scale."""
-    width, height, margin = 640, 240, 44
-    picture = Image.new("RGB", (width, len(curves) * height), "white")
-    draw = ImageDraw.Draw(picture)
-    for panel, (key, title) in enumerate(curves.items()):
-        top, log_scale = panel * height, "loss" in key
-        points = [(line["step"], math.log10(max(line[key], 1e-12)) if log_scale else line[key]) for line in log if key in line]
-        points = [(step, value) for step, value in points if math.isfinite(value)]
-        draw.text((margin, top + 4), title, fill="black")
-        if not points:
-            continue
-        low, high, last = min(p[1] for p in points), max(p[1] for p in points), max(1, points[-1][0])
-        y_of = lambda v: top + height - 28 - (v - low) / max(high - low, 1e-9) * (height - 56)
-        x_of = lambda step: margin + step / last * (width - margin - 12)
-        for value in (low, (low + high) / 2, high):
-            draw.line([(margin, y_of(value)), (width - 12, y_of(value))], fill="#dddddd")
-            draw.text((4, y_of(value) - 6), f"{10 ** value:.3g}" if log_scale else f"{value:.2f}", fill="black")
-        draw.line([(x_of(s), y_of(v)) for s, v in points], fill="#1f5fbf", width=2)
-        draw.text((width - 80, top + height - 20), f"step {last}", fill="black")
-    save_image(picture, path)
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # The command line.
 
-def measure(args, prompt, **how):
-    """--data: scores, table, scores.csv, scores.json, grid.png."""
-    source, out = CsvPairs(args.data), make_folder(args.output or "out/evaluation")
-    dataset = PairedDataset(source, None, parse_degradations(args.degradations), training=False, seed=args.seed)
-    rows, pictures = evaluate_pairs(dataset, [os.path.relpath(row[1], source.path.parent) for row in source.rows], prompt, **how)
-    means = mean_of(rows)
-    print_table(rows, means)
-    save_image(draw_grid(pictures), out / "grid.png")
-    write_csv(out / "scores.csv", [list(rows[0])] + [list(row.values()) for row in rows])
-    # JSON has neither inf nor nan: null
-    for row in rows + [means]:
-        row.update({k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)})
-    flags = {key: getattr(args, key) for key in ("checkpoint", "data", "degradations", "steps", "sampler", "guidance", "seed", "prompt")}
-    report = flags | {"mean": means, "images": rows}
-    write_text(out / "scores.json", json.dumps(report, indent=1))
-    print(f"{out}/scores.csv, scores.json, grid.png (sampling steps: {how['steps']})")
-
-
-def main():
+def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, help="run folder of train.py, or one of its step folders")
-    parser.add_argument("--input", help="picture, or folder of pictures, to restore")
-    parser.add_argument("--output", help="where the restored picture or folder goes; with --data, the scores and "
-                        "the grid (default out/evaluation)")
+    parser.add_argument("--checkpoint", help="run folder of train.py, or one of its step folders")
+    parser.add_argument("--input", nargs="+", help="pictures, folders of pictures, or patterns such as 'photos/**/*.jpg', to restore")
+    parser.add_argument("--output", help="where the restored picture or folder goes; with --data, the scores and the grid (default out/evaluation)")
     parser.add_argument("--data", help="pairs.csv to measure on")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+    parser.add_argument("--model", help="where the autoencoder and text encoder of a pretrained model are now (default: where they were in training)")
+    # how to restore
     parser.add_argument("--prompt", help='what to do, e.g. "Remove JPEG artifacts."; "" lets the model judge '
                         '(default: "" for --input, the captions of --data)')
-    parser.add_argument("--degradations", nargs="+", default=DEFAULT_DEGRADATIONS, metavar="NAME",
-                        help="for rows of --data without a condition image: what to degrade them with")
     parser.add_argument("--steps", type=int, help="sampling steps; 1: best PSNR, more: more texture (default: 1 for the tiny "
                         "preset, 20 for pretrained models)")
     parser.add_argument("--sampler", choices=["euler", "dpm"], default="euler", help="dpm: DPM-Solver++ 2M (default euler)")
+    parser.add_argument("--average", type=int, default=1, metavar="K", help="the mean of K answers from different noise: less texture, better PSNR (default 1)")
     parser.add_argument("--guidance", type=float, default=1.0, help="how far to go beyond what the prompt asks, away from "
                         "what no prompt gives (default 1: no further)")
-    parser.add_argument("--model", help="where the autoencoder and text encoder of a pretrained model are now (default: where "
-                        "they were in training)")
+    parser.add_argument("--condition_guidance", type=float, default=1.0, help="the same for the degraded image; the model has to be trained "
+                        "with --condition_dropout (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise and of degradations made here")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+    # with --input
+    parser.add_argument("--overwrite", action="store_true", help="restore again what --output holds already")
+    parser.add_argument("--quality", type=int, default=95, help="of JPEG and WebP, 1 to 100 (default 95)")
+    parser.add_argument("--grid", help="with --input: also a picture of the first eight: input | restored | difference")
+    # with --data
+    parser.add_argument("--degradations", nargs="+", default=DEFAULT_DEGRADATIONS, metavar="NAME",
+                        help="for rows of --data without a condition image: what to degrade them with")
+    parser.add_argument("--metrics", nargs="+", choices=[*METRICS, "fid"], default=[*METRICS, "fid"], help="default: all; LPIPS and FID fetch "
+                        "their weights once (244 MB and 95 MB)")
+    parser.add_argument("--y_channel", action="store_true", help="PSNR and SSIM of luma alone (BT.601), as super-resolution papers have them")
+    parser.add_argument("--lpips_net", choices=list(LPIPS.NETS), default="alex", help="default alex")
+    parser.add_argument("--lpips_weights", nargs=2, metavar=("TRUNK", "HEADS"), help="local files of LPIPS (see PUBLISHED in this file)")
+    parser.add_argument("--fid_weights", metavar="FILE", help="local file of FID's Inception")
+    parser.add_argument("--compare", metavar="FOLDER", help="also score another program's outputs, named like the degraded or the clean images")
+    parser.add_argument("--sweep", metavar="STEPS,...", help="score each of these numbers of steps, and draw PSNR against LPIPS")
     args = parser.parse_args()
     if bool(args.input) == bool(args.data):
         raise UserError("give either --input (pictures to restore) or --data (pairs to measure on)")
     if args.input and not args.output:
         raise UserError("--input needs --output: where to write the restored picture")
-    if args.steps is not None and args.steps < 1:
-        raise UserError(f"--steps {args.steps}: at least 1")
+    if not args.checkpoint and not args.compare:
+        raise UserError("give the --checkpoint to restore with (only --compare does without)")
+    for name, low, high in (("steps", 1, 1000), ("average", 1, 1000), ("quality", 1, 100)):
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name} {getattr(args, name)}: from {low} to {high}")
+    if args.sweep and not re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", args.sweep):
+        raise UserError(f"--sweep {args.sweep}: write numbers of steps, such as 1,2,4,8,20")
+    args.sweep = [int(steps) for steps in args.sweep.split(",")] if args.sweep else []
+    return args
+
+
+def compared(folder, source):
+    """-> function(i, item): the picture in the folder that is named like pair i's degraded or clean image. Raises UserError."""
+    files, outputs = {path.stem: path for path in list_images(folder)}, []
+    for line, clean, condition, *_ in source.rows:
+        outputs.append(files.get((condition or clean).stem) or files.get(clean.stem))
+        if outputs[-1] is None:
+            raise UserError(f"--compare {folder}: nothing there is named like {(condition or clean).name} ({source.path}, line {line})")
+
+    def load(i, item):
+        output = to_tensor(open_image(outputs[i]))
+        if output.shape != item["clean"].shape:
+            raise UserError(f"{outputs[i]}: {output.shape[2]}x{output.shape[1]}, the pair is {item['clean'].shape[2]}x{item['clean'].shape[1]}")
+        return output
+    return load
+
+
+def measure(args, how):
+    """--data: tables, scores.csv, scores.json, grid.png, and sweep.png. how: the arguments of restore, None without a checkpoint."""
+    source, out = CsvPairs(args.data), make_folder(args.output or "out/evaluation")
+    metrics = Metrics(args.metrics, args.y_channel, args.lpips_net, args.lpips_weights, args.fid_weights, args.device)
+    dataset, methods = PairedDataset(source, None, parse_degradations(args.degradations), training=False, seed=args.seed), {}
+    if how:
+        captions = [dataset.plan(i)[2] if args.prompt is None else args.prompt for i in range(len(dataset))]
+        how["prompts"].prepare([*captions, ""])
+        ae = how["autoencoder"]
+        methods["ceiling"] = lambda i, item: ae.decode(ae.encode(item["clean"][None].to(args.device)))[0, :, :item["clean"].shape[1], :item["clean"].shape[2]].cpu()
+        for steps in args.sweep or [how["steps"]]:
+            methods[f"steps_{steps}" if args.sweep else "restored"] = lambda i, item, steps=steps: restore(
+                pixels=item["condition"][None].to(args.device), captions=[captions[i]], **how | {"steps": steps})[0].cpu()
+    if args.compare:
+        methods["compared"] = compared(args.compare, source)
+    rows, pictures = evaluate_pairs(dataset, methods, metrics)
+    rows = [row | {"image": os.path.relpath(source.rows[i][1], source.path.parent)} for i, row in enumerate(rows)]
+    summary, shares = summarize(rows, ["input", *methods], metrics)
+    print_summary(rows, summary, shares, metrics)
+    save_image(draw_grid(pictures), out / "grid.png")
+    if args.sweep:
+        key = "lpips" if "lpips" in metrics.names and "lpips" not in metrics.missing else "ssim"
+        points = [(summary[f"steps_{steps}"]["psnr"]["mean"], summary[f"steps_{steps}"][key]["mean"]) for steps in args.sweep]
+        draw_panels([(f"{METRICS[key]} over PSNR (dB), by sampling steps", points, False, list(map(str, args.sweep)))], out / "sweep.png")
+    write_csv(out / "scores.csv", [list(rows[0])] + [list(row.values()) for row in rows])
+    report = {"flags": vars(args), "count": len(rows), "methods": summary, "share_of_the_way": shares, "missing": metrics.missing, "images": rows}
+    report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has neither inf nor nan: null
+    write_text(out / "scores.json", json.dumps(report, indent=1))
+    print(f"{out}/scores.csv, scores.json, grid.png" + ", sweep.png" * bool(args.sweep))
+
+
+def main():
+    args = parse_args()
+    check_device(args.device)
+    work = list_work(args.input, args.output) if args.input else None
+    if not args.checkpoint:
+        return measure(args, None)
     restorer, config = load_restorer(args.checkpoint)
-    autoencoder, prompts = build_surroundings(config | ({"name": args.model} if args.model else {}), check_device(args.device))
-    args.steps = args.steps or default_steps(restorer)
-    how = {"restorer": restorer.to(args.device), "autoencoder": autoencoder, "prompts": prompts, "steps": args.steps,
-           "seed": args.seed, "sampler": args.sampler, "guidance": args.guidance}
-    if args.input:
-        restore_files(args.input, args.output, caption=args.prompt or "", **how)
-    else:
-        measure(args, prompt=args.prompt, **how)
+    autoencoder, prompts = build_surroundings(config | ({"name": args.model} if args.model else {}), args.device)
+    args.steps = args.steps or DEFAULT_STEPS[restorer.prediction]
+    how = {"restorer": restorer.to(args.device), "autoencoder": autoencoder, "prompts": prompts} | {
+        name: getattr(args, name) for name in ("steps", "seed", "sampler", "guidance", "condition_guidance", "average")}
+    if args.data:
+        measure(args, how)
+    elif restore_files(work, args.overwrite, args.quality, args.grid, caption=args.prompt or "", **how):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -324,8 +324,7 @@ def sample(velocity, noise, steps, sampler="euler", shift=SHIFT):
     "dpm": DPM-Solver++ 2M (arXiv 2211.01095), SANA's own: it starts at sigma 0.999, and the network sees whole timesteps.
     """
     x, x0_before, log_snr_before = noise, None, None
-    start = {"euler": 1, "dpm": 0.999}[sampler]
-    sigmas = shift_sigma(torch.linspace(start, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    sigmas = shift_sigma(torch.linspace({"euler": 1, "dpm": 0.999}[sampler], 0, steps + 1, dtype=torch.float64), shift).tolist()
     for sigma, following in zip(sigmas, sigmas[1:]):
         timestep = 1000 * sigma if sampler == "euler" else int(1000 * sigma)
         v = velocity(x, torch.full((len(x),), timestep, device=x.device, dtype=torch.float32))
@@ -342,15 +341,16 @@ def sample(velocity, noise, steps, sampler="euler", shift=SHIFT):
     return x
 
 
-def guided(predict, prompt, empty, guidance=1.0):
-    """Classifier-free guidance (arXiv 2207.12598): the velocity, moved away from that of the empty prompt.
-    predict(x, timestep, text, text_mask); prompt, empty: (text, text_mask) -> velocity(x, timestep) for sample."""
+def guided(predict, prompt, empty, guidance=1.0, blind=None, condition_guidance=1.0):
+    """Classifier-free guidance (arXiv 2207.12598): the velocity, moved away from the empty prompt's, and from that of no condition (InstructPix2Pix,
+    2211.09800). predict, blind: with and without it, of (x, timestep, text, text_mask); prompt, empty: (text, text_mask) -> velocity(x, timestep)."""
     def velocity(x, timestep):
         v = predict(x, timestep, *prompt)
-        if guidance == 1:
+        if guidance == condition_guidance == 1:
             return v
-        unconditional = predict(x, timestep, *empty)
-        return unconditional + guidance * (v - unconditional)
+        plain = predict(x, timestep, *empty)
+        v = plain + guidance * (v - plain)
+        return v if condition_guidance == 1 else v + (condition_guidance - 1) * (plain - blind(x, timestep, *empty))
     return velocity
 
 

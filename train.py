@@ -27,15 +27,15 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (CachedDataset, add_data_flags, build_surroundings, collate, curriculum, describe_model, fingerprint, make_datasets,
+from data import (CachedDataset, add_data_flags, build_surroundings, check_device, collate, curriculum, describe_model, fingerprint, make_datasets,
                   seed_for)
-from degrade import Parser, UserError, make_folder, parse_degradations, run_script, save_image, write_text
-from evaluate import BINS, Meter, check_device, default_steps, draw_curves, draw_grid, evaluate_pairs, mean_loss, mean_of
+from degrade import Parser, UserError, draw_grid, draw_panels, make_folder, parse_degradations, run_script, save_image, write_text
+from evaluate import BINS, DEFAULT_STEPS, Meter, evaluate_pairs, mean_loss, mean_of, restore
 from model import PRESETS, build_restorer, draw_sigma, flow_loss, starting_point
 from vae import find_checkpoint, is_run, load_weights, read_json, save_weights
 
 # flags whose default depends on the model: pixels from scratch, or latents from pretrained weights
-SCRATCH = {"lr": 5e-3, "steps": 8000, "resolution": 48, "share_at_one": 0.3, "clip": 1.0}
+SCRATCH = {"lr": 5e-3, "steps": 8000, "resolution": 48, "share_at_one": 0.3, "clip": 0.2}
 PRETRAINED = {"lr": 1e-5, "steps": 10000, "resolution": 512, "share_at_one": 0.0, "clip": 0.1}
 
 
@@ -43,30 +43,27 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     # what to train, and on what
     add_data_flags(parser)
-    parser.add_argument("--cache", metavar="FOLDER", help="of python data.py cache with the same flags: train without the autoencoder "
-                        "and the text encoder in memory")
+    parser.add_argument("--cache", metavar="FOLDER", help="of python data.py cache with the same flags: no autoencoder and text encoder in memory")
     parser.add_argument("--curriculum", metavar="SIDE:STEPS,...", help="instead of --resolution and --steps, e.g. 512:8000,1024:2000")
-    parser.add_argument("--conditioning", choices=["projection", "widen", "none"], help="how the degraded image enters: a 1x1 "
-                        "convolution in front, or a patch embedding with twice the channels; none: not at all, to pretrain a "
-                        "text-to-image model on the clean images (default: the preset's)")
+    parser.add_argument("--conditioning", choices=["projection", "widen", "none"], help="how the degraded image enters: a 1x1 convolution in front, or a "
+                        "patch embedding with twice the channels; none: not at all, to pretrain a text-to-image model (default: the preset's)")
     # optimization
     parser.add_argument("--steps", type=int, help="optimizer steps (default: 8000 for tiny, 2500 for the demo, else 10000)")
     parser.add_argument("--batch_size", type=int, default=4, help="images in a step, over all processes (default 4)")
-    parser.add_argument("--lr", type=float, help="peak; rises for 2%% of the steps, then falls as a cosine to 0 (default 5e-3 "
-                        "for tiny, else 1e-5)")
+    parser.add_argument("--lr", type=float, help="peak; rises for 2%% of the steps, then falls as a cosine to 0 (default 5e-3 for tiny, else 1e-5)")
     parser.add_argument("--proj_lr", type=float, help="for --conditioning projection, that layer's (default 100 * lr, at most 0.05)")
     parser.add_argument("--optimizer", choices=["adamw", "adamw_bf16", "adamw_sr"], help="adamw: fp32, torch's. adamw_bf16: the same "
                         "steps with weights and moments in bf16 and the weights' lost bits beside them. adamw_sr: bf16 weights, "
                         "rounded stochastically (default: adamw_bf16 for pretrained models on a GPU, else adamw)")
     parser.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's (default 0)")
-    parser.add_argument("--clip", type=float, help="largest gradient norm (default 1 for tiny, else 0.1, as SANA was trained)")
+    parser.add_argument("--clip", type=float, help="largest gradient norm (default 0.2 for tiny, else 0.1, as SANA was trained)")
     parser.add_argument("--ema_decay", type=float, default=0.9999, help="of the averaged weights that are evaluated (default 0.9999)")
     parser.add_argument("--ema_every", type=int, default=1, metavar="K", help="average every K-th step, with decay^K (default 1)")
     parser.add_argument("--ema_device", help="where the averages lie; cpu spares a GPU 4 bytes a weight (default: --device)")
     parser.add_argument("--sigma_mean", type=float, default=0.0, help="training sigmas: sigmoid of a normal draw with this mean")
     parser.add_argument("--sigma_std", type=float, default=1.0, help="and this standard deviation, shifted (default 0 and 1, SANA's)")
-    parser.add_argument("--share_at_one", type=float, help="share of training at sigma = 1, where one-step restoration "
-                        "happens (default 0.3 for tiny, else 0)")
+    parser.add_argument("--share_at_one", type=float, help="share of training at sigma = 1, where one-step restoration happens (default 0.3 for tiny, else 0)")
+    parser.add_argument("--condition_dropout", type=float, default=0.0, help="share without the degraded image, for evaluate.py --condition_guidance (default 0)")
     # time and memory
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each batch in N parts, for memory (default 1)")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again for the gradient instead of keeping them")
@@ -79,20 +76,22 @@ def parse_args(argv=None):
     parser.add_argument("--keep", type=int, default=1, metavar="N", help="newest checkpoints to keep, beside the best by validation (default 1)")
     parser.add_argument("--val_every", type=int, default=500, metavar="STEPS", help="measure held-out images this often (default 500)")
 
-    args = parser.parse_args(argv)
+    given = args = parser.parse_args(argv)
     args.out = args.resume if isinstance(args.resume, str) else args.out or f"out/{Path(args.data).stem if args.data else 'demo'}"
     if was_restarted(args.out):
         args.resume, args.overwrite = True, False
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of them")
     if args.resume:  # the run's own settings become the defaults
-        folder = find_checkpoint(args.out)
-        try:
-            saved = json.loads((folder / "config.json").read_text())["args"]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
+        saved = read_json(find_checkpoint(args.out) / "config.json").get("args", {})
+        if not (Path(args.out) / "latest").is_file() or not saved:
+            raise UserError(f"--resume {args.out}: give the run folder, which goes on from its newest checkpoint")
+        if (given.optimizer or saved["optimizer"]) != saved["optimizer"]:
+            raise UserError(f"--optimizer {given.optimizer}: this run was begun with {saved['optimizer']}, whose state does not fit")
         args = parser.parse_args(argv, Namespace(**saved | {"out": args.out, "resume": True, "overwrite": False}))
         args.out = args.resume if isinstance(args.resume, str) else args.out
+    if args.curriculum and given.steps:
+        raise UserError("--steps: --curriculum sets the number of steps; make that longer")
     args.job = JOB
     return fill_args(args)
 
@@ -100,9 +99,8 @@ def parse_args(argv=None):
 def fill_args(args):
     """Defaults that depend on other flags. Raises UserError for a value that makes no sense."""
     cuda = args.device.startswith("cuda")
-    if args.model is None:
-        args.model = "sana1.5-1.6b" if args.data and cuda else "tiny"
-    pixels = args.model in PRESETS or is_run(args.model)  # a run of this program works on pixels, mostly
+    args.model = args.model or ("sana1.5-1.6b" if args.data and cuda else "tiny")
+    pixels = args.model in PRESETS or is_run(args.model) and bool(read_json(find_checkpoint(args.model) / "config.json")["model"]["autoencoder"])
     if args.curriculum:
         stages = curriculum(args)
         args.steps, args.resolution = stages[-1][0] // args.batch_size, stages[0][1]
@@ -112,21 +110,19 @@ def fill_args(args):
     if args.optimizer is None:
         args.optimizer = "adamw_bf16" if not pixels and cuda else "adamw"
     args.compile = cuda if args.compile is None else args.compile
-    args.ema_device = args.ema_device or args.device
-    for name in ("steps", "batch_size", "resolution", "max_degradations", "save_every", "val_every", "accumulate", "keep", "ema_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: at least 1")
-    for name, high in (("lr", 1), ("proj_lr", 1), ("weight_decay", 100), ("ema_decay", 1), ("caption_dropout", 1),
-                       ("share_at_one", 1), ("clip", math.inf), ("workers", 1000), ("sigma_std", 10)):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value <= high:
-            raise UserError(f"--{name} {value}: from 0 to {high}")
+    counts = ("steps", "batch_size", "resolution", "max_degradations", "save_every", "val_every", "accumulate", "keep", "ema_every")
+    numbers = {"weight_decay": 100, "clip": math.inf, "workers": 1000, "sigma_std": 10} | dict.fromkeys(
+        ("lr", "proj_lr", "ema_decay", "caption_dropout", "condition_dropout", "share_at_one"), 1)
+    for name, low, high in [(name, 1, 10**9) for name in counts] + [(name, 0, high) for name, high in numbers.items()]:
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name} {getattr(args, name)}: from {low} to {high}")
     if args.batch_size % (args.accumulate * WORLD):
-        processes = f" times {WORLD} processes" if WORLD > 1 else ""
-        raise UserError(f"--accumulate {args.accumulate}{processes}: has to be a divisor of --batch_size {args.batch_size}")
+        raise UserError(f"--accumulate {args.accumulate} times {WORLD} processes: has to be a divisor of --batch_size {args.batch_size}")
     if args.cache and (args.curriculum or not args.data):
         raise UserError("--cache needs --data, and has one resolution: it cannot be combined with --curriculum")
-    check_device(args.device), check_device(args.ema_device)
+    if cuda and WORLD > 1:  # before anything is put on the first GPU by all of them
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    check_device(args.device), check_device(args.ema_device or args.device)
     return args
 
 
@@ -147,8 +143,6 @@ def was_restarted(run):
 def join_others(args):
     """Meet the other processes, if there are any."""
     if WORLD > 1:
-        if args.device.startswith("cuda"):
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # after a restart, not the addresses of the dead
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -169,12 +163,13 @@ def make_loader(dataset, args, start):
     """Batches of draws start * batch_size, ... : what a step sees depends on its number alone."""
     draws = range(start * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
     return DataLoader(dataset, args.batch_size // WORLD, sampler=draws, num_workers=args.workers, collate_fn=collate,
-                      worker_init_fn=ignore_interrupt, pin_memory=args.device.startswith("cuda"))
+                      worker_init_fn=ignore_signals, pin_memory=args.device.startswith("cuda"))
 
 
-def ignore_interrupt(_):
-    """Workers leave Ctrl-C to the main process, which finishes its step and saves."""
+def ignore_signals(_):
+    """Workers leave Ctrl-C and a first SIGTERM, which may go to all processes, to the main one: it finishes its step and saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -251,6 +246,7 @@ class BF16AdamW(torch.optim.Optimizer):
 # ----------------------------------------------------------------------------------------------------------------
 # State. A checkpoint holds everything that the next step depends on; randomness needs no state (see seed_for).
 
+CURVES = {"loss": "training loss", "restored_psnr": "validation PSNR, dB", "condition_norm": "norm of the condition's weights"}
 STEPS = "step_" + "[0-9]" * 6  # what a checkpoint folder is called
 
 
@@ -275,7 +271,8 @@ class State:
         for name, p in sorted(self.parameters.items(), key=lambda item: -item[1].numel()):
             self.owner[name] = load.index(min(load))
             load[self.owner[name]] += p.numel()
-        self.ema = {name: p.detach().to(args.ema_device, torch.float32, copy=True) for name, p in self.parameters.items()
+        self.ema_device = args.ema_device or args.device
+        self.ema = {name: p.detach().to(self.ema_device, torch.float32, copy=True) for name, p in self.parameters.items()
                     if self.owner[name] == RANK}
         if args.optimizer != "adamw":
             self.restorer.sana.to(torch.bfloat16)
@@ -287,6 +284,8 @@ class State:
         options = {"betas": (0.9, 0.99), "weight_decay": args.weight_decay}
         if args.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(groups, **options, fused=True)
+            for p in self.mine.values():  # what its first step would do: now a checkpoint has all of it from the start
+                self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         else:
             self.optimizer = BF16AdamW(groups, **options, exact=args.optimizer == "adamw_bf16", compile=args.compile)
             for name, p in self.mine.items():  # weights from scratch have low bits as well
@@ -332,15 +331,13 @@ class State:
         if self.step % args.ema_every == 0:
             decay = min(args.ema_decay, (1 + self.step) / (10 + self.step)) ** args.ema_every
             for name, p in self.mine.items():
-                self.ema[name].lerp_(self.fp32(p).to(args.ema_device), 1 - decay)
+                self.ema[name].lerp_(self.fp32(p).to(self.ema_device), 1 - decay)
 
-    def gather(self, tensors, dtype=None):
+    def gather(self, tensors, dtype=None, only=(torch.float32, torch.bfloat16)):
         """{name: tensor} of the weights that each process owns -> of all weights, in the first process (in the others, nothing
-        more). dtype: what the tensors have, None for that of the weight."""
-        if WORLD == 1:
-            return tensors
+        more). dtype: what the tensors have, None for that of the weight. only: of weights of these dtypes."""
         for name, p in self.parameters.items():
-            if self.owner[name] == 0 or RANK not in (0, self.owner[name]):
+            if self.owner[name] == 0 or RANK not in (0, self.owner[name]) or p.dtype not in only:
                 continue
             part = tensors[name].to(p.device).contiguous() if RANK else torch.empty_like(p, dtype=dtype)
             # as bytes, which every backend can carry
@@ -365,15 +362,14 @@ class State:
         """Write run/step_N beside and rename it into place, then point run/best at the one with the highest validation PSNR and
         run/latest at it, then delete all but these and the newest --keep. Raises UserError; what was there before stays."""
         ema, moments = self.gather(self.ema, torch.float32), {}
-        for key in ("exp_avg", "exp_avg_sq", "low"):
+        for key in ("exp_avg", "exp_avg_sq", *["low"] * (self.args.optimizer == "adamw_bf16")):
             mine = {name: self.optimizer.state[p][key] for name, p in self.mine.items() if key in self.optimizer.state[p]}
-            if key != "low" or self.args.optimizer == "adamw_bf16":
-                moments |= {f"{key}.{name}": value for name, value in self.gather(mine, torch.int16 if key == "low" else None).items()}
+            moments |= {f"{key}.{name}": value for name, value in self.gather(mine, *[torch.int16, (torch.bfloat16,)] * (key == "low")).items()}
         folder, latest = run / f"step_{self.step:06d}", run / "latest"
         if RANK > 0 or folder.is_dir() and latest.is_file() and latest.read_text() == folder.name:
             return
         partial = run / f".{folder.name}.partial"
-        if validation["restored_psnr"] >= self.best[0]:
+        if validation["step"] == self.step and validation["restored_psnr"] >= self.best[0]:
             self.best = [validation["restored_psnr"], folder.name]
         config = {"step": self.step, "model": self.config, "args": vars(self.args), "validation": validation, "best": self.best}
         try:
@@ -404,9 +400,8 @@ class State:
             self.step, self.best = config["step"], config["best"]
             for name, p in self.mine.items():
                 self.ema[name].copy_(ema[name])
-                self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=p.device)} if self.args.optimizer == "adamw" else {}
-                self.optimizer.state[p] |= {key: moments[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq", "low")
-                                            if key != "low" or p.dtype == torch.bfloat16 and self.args.optimizer == "adamw_bf16"}
+                for key, value in self.optimizer.state[p].items():
+                    value.copy_(moments[f"{key}.{name}"]) if key != "step" else value.fill_(self.step)
         except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
             raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
 
@@ -417,7 +412,8 @@ def validate(state, dataset, run):
     if RANK == 0:
         autoencoder = state.autoencoder or build_surroundings(state.config, args.device)[0]  # with a cache, it is only here now
         how = dict(restorer=restorer, autoencoder=autoencoder, prompts=state.prompts, seed=args.seed)
-        rows, pictures = evaluate_pairs(dataset, [str(i) for i in range(len(dataset))], quiet=True, steps=default_steps(restorer), **how)
+        rows, pictures = evaluate_pairs(dataset, {"restored": lambda i, item: restore(
+            pixels=item["condition"][None].to(args.device), captions=[item["caption"]], steps=DEFAULT_STEPS[restorer.prediction], **how)[0].cpu()}, quiet=True)
         save_image(draw_grid(pictures), run / "samples" / f"step_{state.step:06d}.png")
         result = {"val_loss": mean_loss(dataset, **how)} | mean_of(rows)
     box = [{"step": state.step} | result]
@@ -451,11 +447,13 @@ def train_step(state, batch):
     generator = torch.Generator().manual_seed(seed_for(args.seed, state.step, "noise"))
     x0, condition = (batch[key].to(args.device, non_blocking=True) for key in ("clean", "condition"))
     if not args.cache:
-        x0, condition = state.autoencoder.encode(x0), state.autoencoder.encode(condition)
+        x0, condition = (torch.cat([state.autoencoder.encode(part) for part in x.chunk(parts)]) for x in (x0, condition))
     state.grid = x0.shape[2:]
     # every process draws for the whole batch and takes its images: the same whoever computes them
     noise = torch.randn((args.batch_size, *x0.shape[1:]), generator=generator)[RANK::WORLD].to(args.device)
     sigma = draw_sigma(args.batch_size, generator, args.share_at_one, state.restorer.shift, args.sigma_mean, args.sigma_std)[RANK::WORLD]
+    kept = (torch.rand(args.batch_size, generator=generator) >= args.condition_dropout)[RANK::WORLD]
+    condition = condition * kept.to(args.device)[:, None, None, None]
     text, text_mask = (t.to(args.device) for t in state.prompts(batch["caption"]))
     if args.compile:  # few lengths, because each is compiled by itself
         more = -text.shape[1] % 32
@@ -487,6 +485,8 @@ def train_step(state, batch):
         state.update_weights(min(1.0, args.clip / (norm + 1e-6)))
     else:
         state.step += 1  # a step without an update
+        for moments in state.optimizer.state.values():
+            moments |= {"step": moments["step"] + 1} if "step" in moments else {}
     for p in state.parameters.values():
         p.grad = None
     return sums, norm, finite
@@ -500,11 +500,10 @@ def train(state, train_set, val_set, run, log):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, handlers[number])))
     if not log:
         log.append(validate(state, val_set, run))
-    validation = next(entry for entry in reversed(log) if "restored_psnr" in entry)
+    validation, line = next(entry for entry in reversed(log) if "restored_psnr" in entry), {"loss": math.nan, "images_per_second": 0}
     if RANK == 0:
         write_text(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     meter, loader, norm, bad = Meter(state, WORLD), iter(make_loader(train_set, args, start)), math.nan, 0
-    line = {"loss": math.nan, "images_per_second": 0}
     with (tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, dynamic_ncols=True, disable=RANK > 0) as bar,
           open(run / "log.jsonl" if RANK == 0 else os.devnull, "a", buffering=1) as log_file):
         while True:
@@ -516,7 +515,7 @@ def train(state, train_set, val_set, run, log):
             if state.step > start and (state.step % 50 == 0 or last):
                 line = meter.entry(norm)
                 entries.append(line)
-            if state.step > start and (state.step % args.val_every == 0 or last):
+            if state.step > start and (state.step % args.val_every == 0 or last and not stopped):  # after SIGTERM there is little time
                 validation = validate(state, val_set, run)
                 entries.append(validation)
             if entries:
@@ -526,9 +525,11 @@ def train(state, train_set, val_set, run, log):
             if state.step > start and (state.step % args.save_every == 0 or last):
                 state.save(run, validation)
                 if RANK == 0:
-                    draw_curves(log, {"loss": "training loss", "restored_psnr": "validation PSNR, dB", "condition_norm": "norm of the condition's weights"}, run / "loss.png")
+                    draw_panels([(title, [(line["step"], line[key]) for line in log if key in line], key == "loss", None)
+                                 for key, title in CURVES.items()], run / "loss.png")
             meter.since += time.monotonic() - pause
             if last:
+                loader = None  # ends the workers
                 break
             sums, norm, finite = train_step(state, batch)
             meter.count(sums, finite)
@@ -552,9 +553,8 @@ def main():
     stages = curriculum(args) if args.curriculum else None
     train_set, val_set = make_datasets(args, stages)
     run, log = prepare_run(args)
-    start = 0
     if not args.resume:
-        config = describe_model(args.model, args.conditioning)
+        config, start = describe_model(args.model, args.conditioning), 0
     else:
         saved = read_json(find_checkpoint(run) / "config.json")
         config, start = saved["model"], saved["step"]
@@ -589,7 +589,7 @@ def main():
     print(f"{'interrupted at ' if interrupted else ''}step {state.step}, {len(val_set)} held-out images: "
           f"PSNR {validation['input_psnr']:.2f} -> {validation['restored_psnr']:.2f} dB, "
           f"SSIM {validation['input_ssim']:.3f} -> {validation['restored_ssim']:.3f}")
-    print(f"pictures {run}/samples/step_{state.step:06d}.png (degraded | restored | clean), {run}/loss.png\n"
+    print(f"pictures {run}/samples/step_{validation['step']:06d}.png (degraded | restored | clean), {run}/loss.png\n"
           f"log {run}/log.jsonl, checkpoint {run}/step_{state.step:06d}")
     if interrupted:
         print(f"python train.py --resume {run} goes on")

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import threading
 from pathlib import Path
 
@@ -204,6 +205,32 @@ def needed_files(names, parts=PARTS):
         weights = [n for n in names if n.startswith(f"{part}/") and (n.endswith(".safetensors") or ".safetensors.index" in n)]
         chosen += [n for n in weights if ".bf16" in n] or [n for n in weights if ".fp16" not in n]
     return chosen
+
+
+PUBLISHED = {  # what it is: (where it lies, under which name it is kept). The name ends in the start of its SHA-256, which is checked.
+    "alex": ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", None),
+    "vgg": ("https://download.pytorch.org/models/vgg16-397923af.pth", None),
+    "alex heads": ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/alex.pth", "lpips_alex-df73285e.pth"),
+    "vgg heads": ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth", "lpips_vgg-a78928a0.pth"),
+    "inception": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth", None),
+}
+
+
+def read_published(what, path=None):
+    """{name: tensor} of a published file, downloaded once into torch.hub's folder, or of a local copy. Nothing but tensors is
+    unpickled. Raises OSError if it cannot be fetched, UserError for a local file that does not hold tensors."""
+    before = socket.getdefaulttimeout()
+    try:
+        if path:
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+        socket.setdefaulttimeout(20)
+        url, name = PUBLISHED[what]
+        return torch.hub.load_state_dict_from_url(url, file_name=name, check_hash=True, map_location="cpu", weights_only=True)
+    except Exception as error:  # half a dozen types
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise (UserError(f"{path}: not the {what} weights: {reason}") if path else OSError(reason)) from None
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -505,6 +532,36 @@ def in_tiles(function, x, tile, halo, scale=1):
             out = part.new_empty(*part.shape[:2], *(round(side * scale) for side in x.shape[2:]))
         out[scaled(target)] = part[scaled(inner)]
     return out
+
+
+def blend_tiles(function, size, tile, overlap):
+    """function(at) -> [B, C, h, w], the output for the part `at` of a picture of size (H, W), a (..., rows, columns) index; put
+    together from tiles that overlap, blended linearly where they do, so that no seam shows."""
+    if max(size) <= tile:
+        return function((..., slice(0, size[0]), slice(0, size[1])))
+    total = weights = None
+    for top in tile_starts(size[0], tile, overlap):
+        for left in tile_starts(size[1], tile, overlap):
+            at = ..., slice(top, top + tile), slice(left, left + tile)
+            part = function(at)
+            if total is None:
+                total, weights = part.new_zeros(*part.shape[:2], *size), part.new_zeros(size)
+            weight = ramp(part.shape[2], overlap).to(part)[:, None] * ramp(part.shape[3], overlap).to(part)
+            total[at] += weight * part
+            weights[at[1:]] += weight
+    return total.div_(weights)
+
+
+def tile_starts(length, tile, overlap):
+    """Where tiles that overlap by at least overlap begin, the last one ending at length."""
+    return [0] if length <= tile else [*range(0, length - tile, tile - overlap), length - tile]
+
+
+def ramp(length, overlap):
+    """Weights that rise over the overlap from either end, to blend neighbouring tiles."""
+    i = torch.arange(length)
+    return torch.minimum(i + 1, length - i).clamp(max=overlap) / overlap
+
 
 def pad_to_multiple(pixels, multiple):
     """Extend [B, C, H, W] right and down by mirroring (without repeating the edge, again and again if the image is

@@ -1,19 +1,38 @@
-"""Ours beside the peers, in one process, interleaved, same weights and inputs: python tests/bench.py [--quick] [optimizer|memory ...]
+"""Ours beside the peers, in one process, interleaved, same weights and inputs, outputs compared first; milliseconds are medians.
 
-optimizer  a step of AdamW in bf16: time, and bytes a parameter that stay between steps (weight, gradient, state)
-memory     what training takes on a GPU, derived from the shapes alone (nothing is allocated)
+    python tests/bench.py [--quick] [--threads 2] [WHAT ...]
+
+transformer   SANA's forward and backward, and a sampling step, at the 1.6B model's width
+tokens        what a token costs at growing sizes (linear attention: the same)
+autoencoder   DC-AE f32c32, time and memory
+optimizer     a step of AdamW in bf16: time, and bytes a parameter that stay between steps (weight, gradient, state)
+degradations  the six, and random recipes
+metrics       PSNR, SSIM, LPIPS, FID
+tiny          the preset: training, and restoring a photo, beside plain convolutions
+startup       -h, and the import of torch
+memory        what training takes on a GPU, derived from the shapes alone (nothing is allocated)
 """
 import argparse
+import contextlib
+import os
 import statistics
+import subprocess
+import sys
+import threading
 import time
 
+import conftest  # first: it puts the project on the path, and torchvision needs what it defines
+import numpy as np
 import optimi
 import torch
 import torchao.optim
 
-import conftest  # noqa: F401, puts the project on the path
-from model import Restorer, Sana
+from data import Prompts, dead_leaves, to_tensor
+from degrade import DEGRADATIONS, random_degradation
+from evaluate import LPIPS, Inception, frechet_distance, psnr, restore, ssim
+from model import PRESETS, Restorer, Sana, build_restorer, flow_loss
 from train import BF16AdamW, join_fp32
+from vae import DCAE, PixelAE
 
 SANA_1_6B = dict(qk_norm="rms_norm_across_heads", sample_size=32)  # over SANA_DEFAULTS, which are its own
 
@@ -27,6 +46,228 @@ def interleaved(runs, rounds):
             function()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+@contextlib.contextmanager
+def peak(device="cpu"):
+    """Yields a list that gets the growth of this process's memory within the block, GB."""
+    result, stop = [], threading.Event()
+
+    def watch():
+        while not stop.wait(0.002):
+            seen.append(resident())
+    before, seen = resident(), [0]
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield result
+    stop.set(), thread.join()
+    result.append((max(seen) - before) / 1e9)
+
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def row(work, ours, peer, name, memory=None):
+    """One line of the table."""
+    extra = "" if memory is None else f"  {memory[0]:6.2f} {memory[1]:6.2f} GB"
+    print(f"{work:52} {1000 * ours:9.1f} {1000 * peer:9.1f} ms  {peer / ours:5.2f}x  {name}{extra}", flush=True)
+
+
+def same(a, b, tolerance=1e-3):
+    error = ((a - b).abs().max() / b.abs().max()).item()
+    assert error < tolerance, f"outputs differ by {error:.1e}"
+
+
+def transformers(layers):
+    from diffusers import SanaTransformer2DModel
+    torch.manual_seed(0)
+    theirs = SanaTransformer2DModel(num_layers=layers, **SANA_1_6B)
+    ours = Sana(SANA_1_6B | {"num_layers": layers})
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def bench_transformer(quick):
+    """A prompt of 32 tokens: the peer takes 300, of which the mask hides the others."""
+    batch, side, tokens = (1, 256, 32) if quick else (4, 512, 32)
+    ours, theirs = transformers(2)
+    latents = torch.randn(batch, 32, side // 32, side // 32)
+    text, mask = torch.randn(batch, 300, 2304), torch.zeros(batch, 300)
+    mask[:, :tokens] = 1
+    time_in = torch.full((batch,), 700.0)
+
+    def train_ours():
+        ours.zero_grad()
+        ours(latents, time_in, text[:, :tokens], None).square().mean().backward()
+
+    def train_theirs():
+        theirs.zero_grad()
+        theirs(latents, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=time_in).sample.square().mean().backward()
+    train_ours(), train_theirs()
+    same(ours.patch_embed.proj.weight.grad, theirs.patch_embed.proj.weight.grad)
+    seconds = interleaved({"ours": train_ours, "peer": train_theirs}, 3 if quick else 7)
+    row(f"SANA 1.6B, 2 layers, {side} px, batch {batch}: training", *seconds.values(), "diffusers")
+    with torch.no_grad():
+        step_ours = lambda: ours(latents, time_in, text[:, :tokens])
+        step_theirs = lambda: theirs(latents, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=time_in).sample
+        same(step_ours(), step_theirs())
+        seconds = interleaved({"ours": step_ours, "peer": step_theirs}, 3 if quick else 9)
+    row("the same: one sampling step", *seconds.values(), "diffusers")
+
+
+def bench_tokens(quick):
+    ours, _ = transformers(2)
+    text, sides = torch.randn(1, 32, 2304), (256, 512) if quick else (512, 1024, 2048)
+    with torch.no_grad():
+        seconds = interleaved({side: (lambda side=side: ours(torch.randn(1, 32, side // 32, side // 32), torch.ones(1), text)) for side in sides}, 3)
+    first = seconds[sides[0]] / sides[0] ** 2
+    for side in sides:
+        print(f"SANA 1.6B, 2 layers, {side} px: {1000 * seconds[side]:.0f} ms, a token costs {seconds[side] / side ** 2 / first:.2f} of one at {sides[0]} px")
+
+
+def bench_autoencoder(quick):
+    from diffusers import AutoencoderDC
+    side = 128 if quick else 512
+    torch.manual_seed(0)
+    theirs = AutoencoderDC(latent_channels=32, attention_head_dim=32, encoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+                           decoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3, encoder_block_out_channels=[128, 256, 512, 512, 1024, 1024],
+                           decoder_block_out_channels=[128, 256, 512, 512, 1024, 1024], encoder_layers_per_block=[2, 2, 2, 3, 3, 3],
+                           decoder_layers_per_block=[3] * 6, encoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
+                           decoder_qkv_multiscales=[[], [], [], [5], [5], [5]], downsample_block_type="Conv", upsample_block_type="interpolate",
+                           scaling_factor=0.41407).eval()
+    ours = DCAE({k: v for k, v in theirs.config.items() if not k.startswith("_")}).eval()
+    ours.load_state_dict(theirs.state_dict())
+    pixels = torch.rand(1, 3, side, side) * 2 - 1
+    with torch.no_grad():
+        latents = ours.encode(pixels) / ours.scaling
+        works = {"encode": (lambda: ours.encode(pixels) / ours.scaling, lambda: theirs.encode(pixels).latent),
+                 "decode": (lambda: ours.decode(latents * ours.scaling), lambda: theirs.decode(latents).sample)}
+        for work, (mine, yours) in works.items():
+            same(mine(), yours())
+            memory = []
+            for function in (mine, yours):
+                with peak() as grown:
+                    function()
+                memory += grown
+            seconds = interleaved({"ours": mine, "peer": yours}, 3)
+            row(f"DC-AE f32c32, {work} {side} px", *seconds.values(), "diffusers", memory)
+
+
+def bench_degradations(quick):
+    import albumentations as A
+    import cv2
+    cv2.setNumThreads(1)
+    side = 512
+    image = dead_leaves(side, np.random.default_rng(0))
+    array = np.asarray(image)
+    peers = {"gaussian_noise": (A.GaussNoise(std_range=(25 / 255, 25 / 255), p=1), {"sigma": 25.0}),
+             "poisson_noise": (A.ShotNoise(scale_range=(3 / 255, 3 / 255), p=1), {"scale": 3.0}),
+             "jpeg": (A.ImageCompression(quality_range=(20, 20), p=1), {"quality": 20}),
+             "gaussian_blur": (A.GaussianBlur(blur_limit=(7, 7), sigma_limit=(1.4, 1.4), p=1), {"kernel": 7}),
+             "downscale": (A.Downscale(scale_range=(1 / 3, 1 / 3), p=1, interpolation_pair={"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_CUBIC}), {"factor": 3.0}),
+             "color_jitter": (A.ColorJitter(brightness=(1.1, 1.1), contrast=(0.9, 0.9), saturation=(1, 1), hue=(0, 0), p=1), {"brightness": 1.1, "contrast": 0.9})}
+    rng = np.random.default_rng(0)
+    for name, (peer, strength) in peers.items():
+        a, b = np.asarray(DEGRADATIONS[name](image, rng, **strength), float), peer(image=array)["image"].astype(float)
+        assert abs(np.mean((a - array) ** 2) ** 0.5 / np.mean((b - array) ** 2) ** 0.5 - 1) < 0.5, name  # of the same strength
+        seconds = interleaved({"ours": lambda: DEGRADATIONS[name](image, rng, **strength), "peer": lambda: peer(image=array)}, 5 if quick else 21)
+        row(f"{name}, {side} px, one thread", *seconds.values(), "albumentations")
+    start, count = time.perf_counter(), 20 if quick else 60
+    for i in range(count):
+        random_degradation(image, 1 + i % 3, np.random.default_rng(i))
+    print(f"recipes of 1 to 3, {side} px: {count / (time.perf_counter() - start):.0f} images/s on one core (asked: 30)")
+
+
+def bench_metrics(quick):
+    import lpips
+    import piq
+    import pytorch_fid.fid_score
+    import torchmetrics.functional.image as tm
+    import torchvision
+    from pytorch_fid.inception import InceptionV3
+    import pytorch_fid.inception
+    from pipeline import random_inception
+    side = 256 if quick else 512
+    a = to_tensor(dead_leaves(side, np.random.default_rng(0)))[None]
+    b = (a + 0.1 * torch.randn(a.shape)).clamp(-1, 1)
+    psnr_ssim = lambda: (psnr(a, b), ssim(a, b))
+    theirs = lambda: (tm.peak_signal_noise_ratio(a, b, data_range=(-1.0, 1.0)), tm.structural_similarity_index_measure(a, b, data_range=(-1.0, 1.0)))
+    piqs = lambda: piq.ssim((a + 1) / 2, (b + 1) / 2, data_range=1.0, downsample=False)
+    assert abs(psnr_ssim()[1].item() - piqs().item()) < 1e-4
+    seconds = interleaved({"ours": psnr_ssim, "peer": theirs, "piq": piqs}, 9)
+    row(f"PSNR + SSIM, {side} px", seconds["ours"], seconds["peer"], "torchmetrics")
+    row(f"PSNR + SSIM (piq: SSIM alone), {side} px", seconds["ours"], seconds["piq"], "piq")
+    with torch.no_grad():
+        torch.manual_seed(0)
+        trunk = torchvision.models.alexnet(weights=None).state_dict()
+        peer = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+        for name, t in trunk.items():
+            if name.startswith("features"):
+                _, layer, kind = name.split(".")
+                module = next(getattr(s, layer) for s in (getattr(peer.net, f"slice{i}") for i in range(1, 6)) if hasattr(s, layer))
+                getattr(module, kind).data.copy_(t)
+        ours = LPIPS(trunk, {f"lin{i}.model.1.weight": getattr(peer, f"lin{i}").model[1].weight for i in range(5)})
+        same(ours(a, b), peer(a, b).flatten())
+        row(f"LPIPS AlexNet, {side} px", *interleaved({"ours": lambda: ours(a, b), "peer": lambda: peer(a, b)}, 9).values(), "lpips")
+        weights = random_inception().state_dict()
+        pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: weights
+        mine, yours, images = Inception(weights), InceptionV3([3]).eval(), torch.rand(2 if quick else 8, 3, 299, 299) * 2 - 1
+        same(mine(images), yours((images + 1) / 2)[0].flatten(1))
+        seconds = interleaved({"ours": lambda: mine(images), "peer": lambda: yours((images + 1) / 2)}, 3)
+        row(f"Inception features of {len(images)} images", *seconds.values(), "pytorch-fid")
+    size, rng = (512, 2048)[not quick], np.random.default_rng(0)
+    for count in (size // 4, 2 * size):
+        sets = [rng.normal(size=(count, size)) @ rng.normal(size=(size, size)) / size ** 0.5 for _ in range(2)]
+        moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in sets]
+        mine = lambda: frechet_distance(*(torch.from_numpy(x) for pair in moments for x in pair))
+        yours = lambda: pytorch_fid.fid_score.calculate_frechet_distance(*moments[0], *moments[1])
+        assert abs(mine() / yours() - 1) < 1e-3
+        row(f"Fréchet distance, {size} features, {count} images", *interleaved({"ours": mine, "peer": yours}, 1).values(), "pytorch-fid (scipy)")
+
+
+class ConvStack(torch.nn.Sequential):
+    """FFDNet's shape: pixels unshuffled by 2, 3x3 convolutions with batch norm, and back; of the tiny preset's parameter count."""
+
+    def __init__(self, width=64, layers=9):
+        middle = [part for _ in range(layers) for part in (torch.nn.Conv2d(width, width, 3, padding=1, bias=False), torch.nn.BatchNorm2d(width), torch.nn.ReLU())]
+        super().__init__(torch.nn.PixelUnshuffle(2), torch.nn.Conv2d(12, width, 3, padding=1), torch.nn.ReLU(), *middle,
+                         torch.nn.Conv2d(width, 12, 3, padding=1), torch.nn.PixelShuffle(2))
+
+
+def bench_tiny(quick):
+    restorer, autoencoder, prompts = build_restorer(PRESETS["tiny"]), PixelAE(2), Prompts()
+    restorer.sana.initialize(torch.Generator().manual_seed(0))
+    stack = ConvStack().eval()
+    count = [sum(p.numel() for p in module.parameters()) for module in (restorer, stack)]
+    side = 128 if quick else 500
+    photo = torch.rand(1, 3, side, side) * 2 - 1
+    with torch.no_grad():
+        seconds = interleaved({"ours": lambda: restore(restorer, autoencoder, prompts, photo, [""]), "peer": lambda: stack(photo)}, 5)
+    row(f"tiny ({count[0] / 1e6:.2f} M), one step, {side}x{side}", *seconds.values(), f"plain convolutions ({count[1] / 1e6:.2f} M)")
+    x, noise, text = autoencoder.encode(torch.rand(4, 3, 48, 48) * 2 - 1), torch.randn(4, 12, 24, 24), prompts(["Remove JPEG artifacts."] * 4)
+    pixels, target = torch.rand(4, 3, 48, 48), torch.rand(4, 3, 48, 48)
+
+    def train_ours():
+        restorer.zero_grad()
+        flow_loss(restorer, x, x, *text, torch.full((4,), 0.7), noise).mean().backward()
+
+    def train_peer():
+        stack.zero_grad()
+        (stack(pixels) - target).square().mean().backward()
+    stack.train()
+    seconds = interleaved({"ours": train_ours, "peer": train_peer}, 10)
+    row(f"tiny, gradients of 4 crops of 48: {4 / seconds['ours']:.0f} img/s", *seconds.values(), "plain convolutions")
+
+
+def bench_startup(quick):
+    def start(code):
+        before = time.perf_counter()
+        subprocess.run([sys.executable, *code], check=True, stdout=subprocess.DEVNULL, cwd=conftest.ROOT)
+        return time.perf_counter() - before
+    commands = {"import torch": ["-c", "import torch"], "train.py -h": ["train.py", "-h"], "evaluate.py -h": ["evaluate.py", "-h"], "degrade.py -h": ["degrade.py", "-h"]}
+    seconds = interleaved({name: (lambda code=code: start(code)) for name, code in commands.items()}, 3)
+    print("start-up: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()) + " (asked: -h within 1 s of import torch)")
 
 
 def bench_optimizer(quick):
@@ -108,9 +349,13 @@ def bench_memory(quick):
 
 
 if __name__ == "__main__":
+    benches = {name.removeprefix("bench_"): function for name, function in globals().items() if name.startswith("bench_")}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["optimizer", "memory"], choices=["optimizer", "memory"])
-    parser.add_argument("--quick", action="store_true", help="smaller sizes")
+    parser.add_argument("what", nargs="*", choices=[[], *benches], help="default: all")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes: all of it within five minutes")
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    for what in args.what:
-        {"optimizer": bench_optimizer, "memory": bench_memory}[what](args.quick)
+    torch.set_num_threads(args.threads)
+    print(f"{'':52} {'ours':>9} {'peer':>9}     ratio")
+    for what in args.what or benches:
+        benches[what](args.quick)

@@ -3,10 +3,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+# torchvision, which peers import, has no build for CPUs of this torch: without the two operators it describes it cannot be imported
+OPERATORS = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +50,19 @@ def pipeline_folder(pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """Files in the layout of the published ones, of the peers' own classes with random weights; LPIPS' heads are the real ones.
+    -> {"alex", "alex heads", "vgg", "vgg heads", "inception": path}"""
+    import lpips
+    import torchvision
+    from pipeline import random_inception
+    folder, heads = tmp_path_factory.mktemp("published"), Path(lpips.__file__).parent / "weights/v0.1"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = {"alex": torchvision.models.alexnet(weights=None), "vgg": torchvision.models.vgg16(weights=None), "inception": random_inception()}
+    for name, model in models.items():
+        torch.save({key: t for key, t in model.state_dict().items() if "classifier" not in key}, folder / f"{name}.pth")
+    return {name: folder / f"{name}.pth" for name in models} | {f"{net} heads": heads / f"{net}.pth" for net in ("alex", "vgg")}

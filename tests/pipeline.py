@@ -1,6 +1,7 @@
 """A random SANA pipeline of toy size, made of the peers' own classes: what the tests load in place of the real weights."""
 import json
 
+import pytorch_fid.inception as fid
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 from tokenizers import Tokenizer, models, normalizers, trainers
@@ -30,6 +31,23 @@ def randomize(module, seed=0, scale=0.3):
             if name.endswith("running_var"):
                 p.abs_().add_(0.5)
     return module.eval()
+
+
+def random_inception():
+    """pytorch-fid's network, with random weights that keep the size of what passes through."""
+    net = fid._inception_v3(num_classes=1008, aux_logits=False, weights=None)
+    for name, width, pool in (("b", 192, 32), ("c", 256, 64), ("d", 288, 64)):
+        setattr(net, f"Mixed_5{name}", fid.FIDInceptionA(width, pool_features=pool))
+    for name, inner in (("b", 128), ("c", 160), ("d", 160), ("e", 192)):
+        setattr(net, f"Mixed_6{name}", fid.FIDInceptionC(768, channels_7x7=inner))
+    net.Mixed_7b, net.Mixed_7c = fid.FIDInceptionE_1(1280), fid.FIDInceptionE_2(2048)
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data.uniform_(0.8, 1.2), module.bias.data.normal_(0, 0.1)
+            module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.7, 1.3)
+    return net.eval()
 
 
 def vocabulary(size=600):

@@ -16,20 +16,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import ROOT
+from runner import run_script
 
 SMALL = ["--batch_size", "2", "--resolution", "32", "--val_every", "40", "--save_every", "20"]
 
 
 def run(*command, cwd, status=0):
-    """Run a script of the project from any folder; -> its output. One thread: tests share two cores."""
-    result = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], cwd=cwd, capture_output=True, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
-    assert result.returncode == status, result.stdout + result.stderr
+    """Run a script of the project from any folder; -> its output. One thread: tests share two cores. Nothing is fetched."""
+    code, output, errors = run_script(command, cwd, os.environ | {"OMP_NUM_THREADS": "1", "https_proxy": "http://127.0.0.1:9"})
+    assert code == status, output + errors
     if status == 2:
-        assert re.fullmatch(r"error: [^\n]+", result.stderr.splitlines()[-1]) and result.stderr.count("error:") == 1, result.stderr
-        assert "Traceback" not in result.stderr
-        return result.stderr.splitlines()[-1]
-    return result.stdout + result.stderr
+        assert re.fullmatch(r"error: [^\n]+", errors.splitlines()[-1]) and errors.count("error:") == 1, errors
+        assert "Traceback" not in errors
+        return errors.splitlines()[-1]
+    return output + errors
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,72 @@ def test_pairs_train_evaluate(photos, tmp_path):
     report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
     with open(tmp_path / "out/evaluation/scores.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(report["images"]) == 12 and report["steps"] == 2
+    assert len(rows) == len(report["images"]) == report["count"] == 12 and report["flags"]["steps"] == 2
     mean = np.mean([float(row["input_psnr"]) for row in rows])
-    assert report["mean"]["input_psnr"] == pytest.approx(mean) and f"{mean:.2f}" in output
+    assert report["methods"]["input"]["psnr"]["mean"] == pytest.approx(mean) and f"{mean:.2f}" in output
     clean, degraded = (np.asarray(Image.open(tmp_path / "pairs" / kind / os.path.basename(rows[4]["image"])), float) for kind in ("clean", "condition"))
     assert float(rows[4]["input_psnr"]) == pytest.approx(10 * np.log10(255**2 / np.mean((clean - degraded) ** 2)), abs=1e-4)
     assert (tmp_path / "out/evaluation/grid.png").is_file()
+    # the CSV's column tells what was done to each
+    with open(tmp_path / "pairs/pairs.csv") as file:
+        done = [[word.split(":")[0] for word in row["degradation"].split()] for row in csv.DictReader(file)]
+    assert [row["degradation"].split() for row in rows] == done
+    some = [float(row["restored_psnr"]) for row, words in zip(rows, done) if "jpeg" in words]
+    assert re.search(rf"with jpeg \({len(some)}\) .* -> {np.mean(some):.2f}", output)
+    # no network: said, and null
+    assert output.count("n/a (its weights could not be fetched") == 2 and report["methods"]["restored"]["fid"] is None
+    assert report["methods"]["restored"]["lpips"] == {"mean": None, "low": None, "high": None} and report["missing"].keys() == {"lpips", "fid"}
+
+
+def test_the_context_of_a_score(demo, photos, published, tmp_path):
+    """Sweep, ceiling, comparison, all metrics from local files, intervals."""
+    run("data.py", "pairs", photos, "--out", "pairs", "--degradations", "gaussian_noise:sigma=25", cwd=tmp_path)
+    weights = "--lpips_weights", published["alex"], published["alex heads"], "--fid_weights", published["inception"]
+    command = "evaluate.py", "--data", "pairs/pairs.csv", *weights, "--compare", tmp_path / "pairs/clean"
+    output = run(*command, "--checkpoint", demo[0] / "out/demo", "--sweep", "1,3", "--average", 2, "--guidance", 1.5, "--condition_guidance", 1.1,
+                 cwd=tmp_path)
+    report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
+    methods = report["methods"]
+    assert list(methods) == ["input", "ceiling", "steps_1", "steps_3", "compared"] and not report["missing"] and "below 2,048" in output
+    for perfect in ("ceiling", "compared"):  # the tiny preset's autoencoder loses nothing
+        assert methods[perfect]["psnr"]["mean"] is None and methods[perfect]["ssim"]["mean"] == 1 and methods[perfect]["lpips"]["mean"] == 0
+        assert methods[perfect]["fid"] < 1e-4 and "inf" in output
+    one, degraded = methods["steps_1"], methods["input"]
+    assert degraded["ssim"]["low"] < degraded["ssim"]["mean"] < degraded["ssim"]["high"] and degraded["fid"] > 1
+    assert report["share_of_the_way"]["compared"]["ssim"] == 1
+    expected = (one["ssim"]["mean"] - degraded["ssim"]["mean"]) / (1 - degraded["ssim"]["mean"])
+    assert report["share_of_the_way"]["steps_1"]["ssim"] == pytest.approx(expected)
+    assert Image.open(tmp_path / "out/evaluation/sweep.png").size == (640, 240)
+    output = run(*command, "--metrics", "psnr", "--y_channel", "--output", "alone", cwd=tmp_path)  # no checkpoint: only the other program
+    assert "PSNR (Y)" in output and list(json.loads((tmp_path / "alone/scores.json").read_text())["methods"]) == ["input", "compared"]
+    for name in ("00", "11"):
+        (tmp_path / f"pairs/clean/000{name}_{name}.png").rename(tmp_path / f"{name}.png")
+    assert "00000_00.png" in run("evaluate.py", "--data", "pairs/pairs.csv", "--compare", "pairs/clean", "--metrics", "psnr", cwd=tmp_path, status=2)
+
+
+def test_folders_of_pictures(demo, photos, tmp_path):
+    """Patterns, one damaged picture, a second run that has nothing left to do, quality, the grid."""
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        Image.open(photos / f"{i:02d}.png").save(tmp_path / f"in/{i}.png")
+    (tmp_path / "in/3.png").write_bytes((tmp_path / "in/2.png").read_bytes()[:900])
+    command = "evaluate.py", "--checkpoint", demo[0] / "out/demo", "--input", "in/*.png", "--output", "out"
+    output = run(*command, "--grid", "grid.png", cwd=tmp_path, status=1)
+    assert "left out: in/3.png" in output and "restored 3 image(s)" in output and "1 failed" in output
+    assert Image.open(tmp_path / "grid.png").size == (3 * 84, 3 * 98)
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert times.keys() == {"0.png", "1.png", "2.png"}
+    (tmp_path / "out/1.png").unlink(), (tmp_path / "in/3.png").unlink()
+    assert "2 were there already" in run(*command, cwd=tmp_path)
+    assert (tmp_path / "out/0.png").stat().st_mtime_ns == times["0.png"] and (tmp_path / "out/1.png").exists()
+    run(*command, "--overwrite", cwd=tmp_path)
+    assert (tmp_path / "out/0.png").stat().st_mtime_ns > times["0.png"]
+    for quality in (30, 95):
+        run(*command[:4], "in/0.png", "--output", f"{quality}.jpg", "--quality", quality, cwd=tmp_path)
+    assert (tmp_path / "30.jpg").stat().st_size < (tmp_path / "95.jpg").stat().st_size
+    (tmp_path / "more").mkdir()
+    Image.open(photos / "00.png").save(tmp_path / "more/0.png")
+    assert "same name" in run(*command[:4], "in/0.png", "more/0.png", "--output", "both", cwd=tmp_path, status=2)
 
 
 def test_what_lies_in_a_folder_that_holds_no_run_is_not_deleted(tmp_path):
@@ -154,13 +214,22 @@ def test_bad_input_gets_one_line_and_exit_status_2(demo, photos, tmp_path):
         (["train.py", "--resume", "--out", "nowhere"], ["nowhere", "no checkpoint"]),
         (["train.py", "--out", checkpoint], ["--resume", "--overwrite"]),
         (["train.py", "--resume", "--out", checkpoint], ["260", "--steps"]),
-        (["evaluate.py", "--checkpoint", "nowhere", "--input", "a", "--output", "b"], ["nowhere", "no checkpoint"]),
+        (["evaluate.py", "--checkpoint", "nowhere", "--input", "a", "--output", "b.png"], ["nowhere", "no checkpoint"]),
         (["evaluate.py", "--checkpoint", checkpoint], ["--input", "--data"]),
         (["evaluate.py", "--checkpoint", checkpoint, "--input", "empty.png", "--output", "o.png"], ["empty.png"]),
         (["evaluate.py", "--checkpoint", checkpoint, "--input", photos / "00.png"], ["--output"]),
         (["evaluate.py", "--checkpoint", checkpoint, "--input", photos / "00.png", "--output", "o.xyz"], ["o.xyz"]),
         (["evaluate.py", "--checkpoint", checkpoint, "--input", photos / "00.png", "--output", "file/o.png"], ["file/o.png"]),
         (["evaluate.py", "--checkpoint", checkpoint, "--data", "absent.csv"], ["absent.csv"]),
+        (["evaluate.py", "--data", "small.csv"], ["--checkpoint", "--compare"]),
+        (["evaluate.py", "--checkpoint", checkpoint, "--data", "small.csv", "--sweep", "1,x"], ["--sweep", "1,2,4,8,20"]),
+        (["evaluate.py", "--checkpoint", checkpoint, "--data", "small.csv", "--sweep", "0"], ["--sweep"]),
+        (["evaluate.py", "--checkpoint", checkpoint, "--data", "small.csv", "--average", "0"], ["--average 0"]),
+        (["evaluate.py", "--checkpoint", checkpoint, "--data", "small.csv", "--compare", "nowhere", "--metrics", "psnr"], ["nowhere"]),
+        (["evaluate.py", "--checkpoint", checkpoint, "--data", "small.csv", "--metrics", "fid", "--fid_weights", "bad.csv"], ["bad.csv", "inception"]),
+        (["evaluate.py", "--checkpoint", checkpoint, "--input", "none/*.png", "--output", "o"], ["none/*.png"]),
+        (["evaluate.py", "--checkpoint", checkpoint, "--input", photos / "00.png", "--output", "o.jpg", "--quality", "0"], ["--quality 0"]),
+        (["train.py", "--condition_dropout", "2"], ["--condition_dropout"]),
         (["data.py", "pairs", "nowhere", "--out", "p"], ["nowhere"]),
         (["data.py", "pairs", photos, "--out", "file/p"], ["file/p"]),
         (["degrade.py", "absent.png", "o.png"], ["absent.png"]),

@@ -61,6 +61,17 @@ def test_several_processes_are_one(processes, alone, tmp_path):
         assert (tmp_path / "run/latest").read_text() == "step_000024"
 
 
+def test_processes_in_bf16_with_a_projection_save_and_go_on(tmp_path):
+    """The projection stays fp32, without low bits, and with two processes it is the second one's."""
+    flags = [*EIGHT, "--optimizer", "adamw_bf16", "--conditioning", "projection", "--steps", 4, "--val_every", 4]
+    run("train.py", *flags, "--out", "alone", cwd=tmp_path)
+    torchrun(2, ROOT / "train.py", *flags, "--out", "two", cwd=tmp_path)
+    a, b = weights(tmp_path / "alone/step_000004", "optimizer"), weights(tmp_path / "two/step_000004", "optimizer")
+    assert {name: (t.shape, t.dtype) for name, t in a.items()} == {name: (t.shape, t.dtype) for name, t in b.items()}
+    assert "low.projection.weight" not in a and a["exp_avg.projection.weight"].dtype == torch.float32 and a["low.sana.proj_out.weight"].dtype == torch.int16
+    run("train.py", "--resume", "two", "--steps", 5, cwd=tmp_path)
+
+
 def test_a_killed_process_ends_the_job_and_torchrun_resumes_it(alone, tmp_path):
     """One of two processes is killed at its 15th step; the checkpoint of step 10 is whole, and the restarted job ends like one that was not."""
     (tmp_path / "killed.py").write_text(f"""

@@ -3,14 +3,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import evaluate
-from data import Prompts, to_tensor
-from evaluate import draw_grid, in_tiles, mean_of, psnr, restore, restore_image, ssim
+from data import CsvPairs, PairedDataset, Prompts, seed_for, to_tensor
+from degrade import draw_grid
+from evaluate import mean_of, name_degradations, psnr, restore, restore_files, restore_image, ssim
 from model import PRESETS, build_restorer
-from vae import PixelAE
+from vae import PixelAE, blend_tiles, tile_starts
 
 
 @pytest.mark.parametrize("size", [(512, 512), (11, 11), (37, 64)])
@@ -59,14 +60,9 @@ def test_tiles_of_a_local_function_give_what_it_gives_untiled():
     """A 5x5 convolution sees 2 positions around each: tiles that overlap by 16, blended, agree but near the tiles' own borders."""
     x, kernel = torch.randn(1, 1, 100, 60, generator=torch.Generator().manual_seed(0)), torch.randn(1, 1, 5, 5, generator=torch.Generator().manual_seed(1))
     whole = torch.nn.functional.conv2d(x, kernel, padding=2)
-    tiled = in_tiles(lambda at: torch.nn.functional.conv2d(x[at], kernel, padding=2), (100, 60), 48, 16)
+    tiled = blend_tiles(lambda at: torch.nn.functional.conv2d(x[at], kernel, padding=2), (100, 60), 48, 16)
     assert torch.allclose(tiled[..., 2:12, 2:12], whole[..., 2:12, 2:12], atol=1e-5) and tiled.shape == whole.shape
-    # without borders, exactly; at twice and at half the size too
-    assert torch.allclose(in_tiles(lambda at: x[at] * 3, (100, 60), 48, 16), x * 3, atol=1e-6)
-    up = in_tiles(lambda at: x[at].repeat_interleave(2, 2).repeat_interleave(2, 3), (100, 60), 48, 16, scale=2)
-    assert torch.allclose(up, x.repeat_interleave(2, 2).repeat_interleave(2, 3), atol=1e-6)
-    down = in_tiles(lambda at: x[at][..., ::4, ::4], (100, 60), 48, 16, scale=1 / 4)
-    assert torch.allclose(down, x[..., ::4, ::4], atol=1e-6)
+    assert torch.allclose(blend_tiles(lambda at: x[at] * 3, (100, 60), 48, 16), x * 3, atol=1e-6)  # without borders, exactly
 
 
 def test_tiles_cover_the_image_without_seams(tiny, monkeypatch):
@@ -74,7 +70,7 @@ def test_tiles_cover_the_image_without_seams(tiny, monkeypatch):
     pixels = torch.rand(1, 3, 210, 333, generator=torch.Generator().manual_seed(1)) * 2 - 1
     whole = restore(*tiny, pixels, [""])
     monkeypatch.setattr(evaluate, "TILE", 128), monkeypatch.setattr(evaluate, "OVERLAP", 32)
-    assert evaluate.tile_starts(334, 128, 32) == [0, 96, 192, 206] and evaluate.tile_starts(128, 128, 32) == [0]
+    assert tile_starts(334, 128, 32) == [0, 96, 192, 206] and tile_starts(128, 128, 32) == [0]
     tiled = restore(*tiny, pixels, [""])
     assert psnr(tiled, whole) > 30 and not torch.equal(tiled, whole)
     identity = build_restorer(PRESETS["tiny"])
@@ -98,6 +94,52 @@ def test_modes_and_sizes_are_kept(tiny, photo, mode, size):
 
 def test_means_leave_out_what_is_not_finite_and_grids_show_the_centre(photo):
     rows = [{"image": "a", "p": 20.0, "q": math.inf}, {"image": "b", "p": 30.0, "q": math.inf}, {"image": "c", "p": math.nan, "q": 5.0}]
-    assert mean_of(rows) == {"p": 25, "q": 5} and math.isnan(mean_of(rows[:2])["q"])
+    assert mean_of(rows) == {"p": 25, "q": 5} and mean_of(rows[:2])["q"] == math.inf
     grid = draw_grid([[("a", photo), ("b", photo), ("c", photo)]] * 2, tile=64)
     assert np.array_equal(np.asarray(grid.crop((68, 16, 132, 80))), np.asarray(photo.crop((224, 224, 288, 288))))
+
+
+def test_averaging_and_guidance(tiny):
+    """The mean over seeds; and both guidances by their formula, on one Euler step, which shows the velocity."""
+    pixels, how = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) - 0.5, dict(captions=["Remove JPEG artifacts."], seed=3)
+    singles = []
+    restorer, autoencoder, prompts = tiny
+    for k in range(3):
+        noise = torch.randn(12, 8, 8, generator=torch.Generator().manual_seed(seed_for(3, k, "restore")))[None]
+        condition = autoencoder.encode(pixels)
+
+        def x0(text, condition):
+            return noise - restorer(noise, condition, torch.full((1,), 1000.0), *prompts([text]))
+        with torch.no_grad():
+            full, plain, blind = x0(how["captions"][0], condition), x0("", condition), x0("", torch.zeros_like(condition))
+        singles.append(autoencoder.decode(full))
+        if k == 0:
+            assert torch.allclose(restore(*tiny, pixels, **how), singles[0].clamp(-1, 1), atol=1e-5)
+            guided = blind + 1.3 * (plain - blind) + 2.5 * (full - plain)
+            assert torch.allclose(restore(*tiny, pixels, **how, guidance=2.5, condition_guidance=1.3), autoencoder.decode(guided).clamp(-1, 1), atol=1e-4)
+            assert not torch.allclose(full, plain, atol=1e-3)
+    assert torch.allclose(restore(*tiny, pixels, **how, average=3), (sum(singles) / 3).clamp(-1, 1), atol=1e-5)
+
+
+def test_colour_profiles_stay_with_pictures_they_fit(tiny, photo, tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    how = dict(zip(("restorer", "autoencoder", "prompts"), tiny)) | {"caption": ""}
+    small = photo.resize((20, 14))
+    small.save(tmp_path / "rgb.png", icc_profile=profile), small.convert("CMYK").save(tmp_path / "cmyk.tif", icc_profile=profile[:16] + b"CMYK" + profile[20:])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    small.save(tmp_path / "turned.jpg", exif=turned, icc_profile=profile)
+    work = [(tmp_path / name, tmp_path / "out" / name) for name in ("rgb.png", "cmyk.tif", "turned.jpg")]
+    assert restore_files(work, **how) == 0
+    out = {path.name: Image.open(path) for _, path in work}
+    assert out["rgb.png"].info["icc_profile"] == out["turned.jpg"].info["icc_profile"] == profile and "icc_profile" not in out["cmyk.tif"].info
+    assert out["turned.jpg"].size == (14, 20) and 0x0112 not in out["turned.jpg"].getexif() and out["cmyk.tif"].mode == "RGB"
+
+
+def test_what_was_done_to_an_image_is_read_from_recipe_column_or_caption(photos, tmp_path):
+    (tmp_path / "a.csv").write_text("image_path,condition_image_path,caption,degradation\n" + "\n".join(
+        f"{photos}/00.png,{condition},{caption},{written}" for condition, caption, written in (
+            ("", "", ""), (photos / "01.png", "x", "rain:amount=3 jpeg:quality=20"), (photos / "01.png", "Undo soft focus and JPEG blocking.", ""),
+            (photos / "01.png", "Make it nice.", ""))))
+    dataset = PairedDataset(CsvPairs(tmp_path / "a.csv"), None, [("jpeg", {})], training=False)
+    assert [name_degradations(dataset, i) for i in range(4)] == ["jpeg", "rain jpeg", "jpeg gaussian_blur", ""]

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 import train
 from conftest import ROOT
-from model import Sana
+from model import Sana, flow_loss
 from pipeline import SANA, randomize
 from test_commands import SMALL, run
 from train import BF16AdamW, join_fp32, round_stochastically, split_fp32
@@ -178,4 +179,82 @@ def test_sigterm_saves_and_the_best_checkpoint_is_kept(tmp_path):
     best = f"step_{max(scores, key=scores.get):06d}"
     assert (tmp_path / "out/demo/best").read_text() == best and (tmp_path / "out/demo" / best).is_dir()
     kept = sorted(p.name for p in (tmp_path / "out/demo").glob("step_*"))
-    assert set(f"step_{step:06d}" for step in sorted(scores)[-2:]) | {best} == set(kept)
+    saved = set(scores) | {int(latest.read_text()[-6:])}  # the last one was not validated: there may be little time
+    assert set(f"step_{step:06d}" for step in sorted(saved)[-2:]) | {best} == set(kept)
+
+
+def test_condition_dropout_hides_that_share_of_the_conditions(tmp_path, monkeypatch):
+    hidden = []
+
+    def watch(restorer, x0, condition, *rest):
+        hidden.extend((condition == 0).flatten(1).all(1).tolist())
+        return flow_loss(restorer, x0, condition, *rest)
+    monkeypatch.setattr(train, "flow_loss", watch)
+    for share in (0.0, 0.3):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "60", "--batch_size", "4", "--resolution", "16", "--val_every", "60", "--condition_dropout",
+                                          str(share), "--device", "cpu", "--out", str(tmp_path / str(share))])
+        hidden.clear()
+        train.main()
+        assert abs(sum(hidden) / 240 - share) < 0.1 and (sum(hidden) > 0) == (share > 0)  # 3.4 standard deviations
+
+
+def test_a_run_resumes_with_its_own_optimizer_and_folder_only(tmp_path):
+    run("train.py", *SMALL, "--steps", 4, "--save_every", 2, "--keep", 2, "--out", "a", cwd=tmp_path)
+    run("train.py", *SMALL, "--curriculum", "32:2,48:2", "--out", "b", cwd=tmp_path)
+    before = (tmp_path / "a/step_000002/config.json").read_text()
+    for flags, word in ((["--resume", "a/step_000002", "--steps", 8], "run folder"), (["--resume", "a", "--steps", 8, "--optimizer", "adamw_bf16"], "adamw"),
+                        (["--resume", "b", "--steps", 9], "--curriculum")):
+        assert word in run("train.py", *flags, cwd=tmp_path, status=2)
+    assert (tmp_path / "a/step_000002/config.json").read_text() == before
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
+def test_skipped_steps_do_not_change_how_a_run_resumes(optimizer, tmp_path, monkeypatch):
+    """Steps 1 to 3 and 7 have no finite loss; a run that stopped after 3, before any update, or after 8, ends like the one that did not."""
+    loss = train.flow_loss
+
+    def spoilt(restorer, x0, *rest):
+        return loss(restorer, x0, *rest) * (math.nan if spoilt.state.step + 1 in (1, 2, 3, 7) else 1)
+    step = train.train_step
+
+    def watched(state, batch):
+        spoilt.state = state
+        return step(state, batch)
+    monkeypatch.setattr(train, "flow_loss", spoilt), monkeypatch.setattr(train, "train_step", watched), monkeypatch.chdir(tmp_path)
+    ends = {}
+    for stops in ([10], [3, 10], [8, 10]):
+        out = "run" + "_".join(map(str, stops))
+        for i, stop in enumerate(stops):  # the schedule is that of the last stop: cut the earlier ones off by hand
+            flags = ["--resume", out] if i else [*SMALL, "--workers", "0", "--optimizer", optimizer, "--steps", "10", "--out", out, "--save_every", "1", "--keep", "9"]
+            monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+            train.main()
+            if stop < 10:
+                (tmp_path / out / "latest").write_text(f"step_{stop:06d}")
+                for later in range(stop + 1, 11):
+                    shutil.rmtree(tmp_path / out / f"step_{later:06d}", ignore_errors=True)
+        ends[out] = load_file(f"{out}/step_000010/model.safetensors") | load_file(f"{out}/step_000010/optimizer.safetensors")
+    for other in ("run3_10", "run8_10"):
+        assert all(torch.equal(ends["run10"][name].float(), ends[other][name].float()) for name in ends["run10"])
+
+
+def test_the_best_checkpoint_is_one_that_was_validated(tmp_path, monkeypatch):
+    """9 dB at step 4, 1 dB at step 8, saved at every step."""
+    monkeypatch.setattr(train, "validate", lambda state, *_: {"step": state.step, "val_loss": 1.0, "input_psnr": 5.0, "input_ssim": 0.5, "restored_ssim": 0.5,
+                                                              "restored_psnr": {4: 9.0}.get(state.step, 1.0)})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--steps", "8", "--val_every", "4", "--save_every", "1", "--out", "run"])
+    train.main()
+    assert (tmp_path / "run/best").read_text() == "step_000004" and (tmp_path / "run/step_000004").is_dir()
+
+
+def test_sigterm_to_all_processes_of_a_run_saves(tmp_path):
+    """torchrun and batch systems signal the whole group, the workers that prepare images too."""
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *SMALL, "--steps", "5000", "--workers", "2", "--out", "run"], cwd=tmp_path,
+                               start_new_session=True, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "run/log.jsonl").exists():
+        time.sleep(0.2)
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143 and "Traceback" not in errors and (tmp_path / "run/latest").is_file(), errors
