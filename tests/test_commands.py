@@ -214,7 +214,7 @@ def test_bad_input_gets_one_line_and_exit_status_2(demo, photos, tmp_path):
         (["train.py", "--resume", "--out", "nowhere"], ["nowhere", "no checkpoint"]),
         (["train.py", "--out", checkpoint], ["--resume", "--overwrite"]),
         (["train.py", "--resume", "--out", checkpoint], ["260", "--steps"]),
-        (["evaluate.py", "--checkpoint", "nowhere", "--input", "a", "--output", "b.png"], ["nowhere", "no checkpoint"]),
+        (["evaluate.py", "--checkpoint", "nowhere", "--input", photos / "00.png", "--output", "b.png"], ["nowhere", "no checkpoint"]),
         (["evaluate.py", "--checkpoint", checkpoint], ["--input", "--data"]),
         (["evaluate.py", "--checkpoint", checkpoint, "--input", "empty.png", "--output", "o.png"], ["empty.png"]),
         (["evaluate.py", "--checkpoint", checkpoint, "--input", photos / "00.png"], ["--output"]),
