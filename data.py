@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, describe, draw_recipe, list_images, make_folder,
+from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, dead_leaves, describe, draw_recipe, left_out, list_images, make_folder,
                      make_prompt, open_image, parse_degradations, run_script, save_image, write_csv, write_text)
 from model import PRESETS, SHIFT, Gemma2, GemmaTokenizer, Sana, build_restorer, encode_prompts, pad_text
 from vae import DCAE, HUB, PixelAE, find_checkpoint, find_model, is_run, read_json, save_weights
@@ -56,7 +56,7 @@ def to_image(tensor):
 class CsvPairs:
     """The rows of a pairs.csv. Raises UserError, naming the row, for anything missing or unreadable."""
 
-    def __init__(self, path):
+    def __init__(self, path, skip_bad=False):
         self.path, self.cache, self.cached = Path(path), {}, 0
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:
@@ -74,7 +74,14 @@ class CsvPairs:
             raise UserError(f"{path}: a header and no rows")
         if "condition_image_path" not in header and len(header) > 1:  # a misspelt column should not pass unseen
             print(f"{path}: no column condition_image_path among {', '.join(header)}: the conditions are made on the fly")
-        self.rows = [self._check(line, row) for line, row in lines]
+        self.rows = []
+        for line, row in lines:
+            try:
+                self.rows.append(self._check(line, row))
+            except UserError as error:
+                left_out(error, skip_bad)
+        if not self.rows:
+            raise UserError(f"{path}: no row can be read")
 
     def _check(self, line, row):
         """(line number, clean path, condition path or None, caption, degradation) of one row, both files present."""
@@ -142,59 +149,6 @@ def _size(image):
     return f"{image.width}x{image.height}"
 
 
-def dead_leaves(size, rng):
-    """A size x size picture of opaque shapes that hide each other: discs, boxes and triangles whose radii follow
-    r^-3, which gives the edges, flat areas and 1/f spectrum of photographs (Lee, Mumford & Huang 2001; as training
-    images: Achddou et al. 2021). Each has a colour near one of a small palette, a shading and perhaps a texture."""
-    grid_y, grid_x = np.mgrid[:size, :size].astype(np.float32)
-    grey = rng.uniform(0.02, 0.98, (rng.integers(3, 8), 1))  # natural palettes vary in brightness more than in hue
-    palette = grey + rng.normal(0, rng.uniform(0.03, 0.25), (len(grey), 3))
-    noise = _pink_noise(size, rng)
-    image = np.ones((size, size, 3), np.float32) * palette[0]
-    smallest, largest, count = 1.5, size * 0.6, size * size // 24
-    radii = (rng.uniform(size=count) * (smallest**-2 - largest**-2) + largest**-2) ** -0.5
-    for radius in radii:
-        cx, cy = rng.uniform(-0.1 * size, 1.1 * size, 2)
-        reach = int(1.5 * radius) + 2
-        x0, x1, y0, y1 = (int(np.clip(v, 0, size)) for v in (cx - reach, cx + reach, cy - reach, cy + reach))
-        if x0 >= x1 or y0 >= y1:
-            continue
-        box = slice(y0, y1), slice(x0, x1)
-        angle, aspect, kind = rng.uniform(0, np.pi), rng.uniform(0.3, 1), rng.integers(3)
-        dx, dy = (grid_x[box] - cx) / radius, (grid_y[box] - cy) / radius
-        u, v = dx * np.cos(angle) + dy * np.sin(angle), (dy * np.cos(angle) - dx * np.sin(angle)) / aspect
-        if kind == 0:
-            edge = np.sqrt(u * u + v * v)
-        elif kind == 1:
-            edge = np.maximum(abs(u), abs(v))
-        else:
-            edge = np.maximum(np.maximum(-2 * v, v + 1.7 * u), v - 1.7 * u)
-        softness = radius * aspect / rng.choice([0.7, 1, 1, 2, 4])  # most edges are one pixel wide, some out of focus
-        alpha = np.clip((1 - edge) * softness + 0.5, 0, 1)[..., None]
-        color = palette[rng.integers(len(palette))] + rng.normal(0, 0.06, 3)
-        below = image[min(max(int(cy), 0), size - 1), min(max(int(cx), 0), size - 1)]
-        color = below + rng.uniform(0.1, 1) * (color - below)  # much detail in photographs is of low contrast
-        light = (rng.normal(0, 0.1) * u)[..., None]
-        texture = rng.random()
-        if texture < 0.3:
-            oy, ox = rng.integers(0, size, 2)
-            light = light + rng.uniform(0.02, 0.15) * noise[oy:oy + y1 - y0, ox:ox + x1 - x0]
-        elif texture < 0.45:
-            fx, fy = rng.normal(0, 0.8, 2)
-            wave = np.sin(fx * grid_x[box] + fy * grid_y[box] + rng.uniform(0, 6.3))
-            light = light + (rng.uniform(0.02, 0.12) * wave)[..., None]
-        image[box] += alpha * (color.astype(np.float32) + light - image[box])
-    return Image.fromarray(np.clip(np.rint(image * 255), 0, 255).astype(np.uint8))
-
-
-def _pink_noise(size, rng):
-    """[2 * size, 2 * size, 1], zero mean, unit variance, amplitude spectrum 1/f: bark, grass, cloth."""
-    frequency = np.hypot(np.fft.fftfreq(2 * size)[:, None], np.fft.rfftfreq(2 * size)[None])
-    frequency[0, 0] = np.inf
-    noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((2 * size, 2 * size))) / frequency, s=(2 * size, 2 * size))
-    return (noise / noise.std()).astype(np.float32)[..., None]
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # What training draws.
 
@@ -208,15 +162,16 @@ class PairedDataset(torch.utils.data.Dataset):
     training: True: item n is the n-th draw of an endless stream that visits every row once per epoch in a new order,
     with random crop, flip and caption dropout, all from (seed, n): a run can stop and go on at any n.
     False: item n is row n, centre crop, the same degradation always.
+    skip_bad: in the place of a row that cannot be read, the next draw's; "bad" counts them.
     """
 
     def __init__(self, source, crop, degradations=None, rows=None, degradation="auto", max_degradations=3,
-                 caption_dropout=0.1, training=True, seed=0):
+                 caption_dropout=0.1, training=True, seed=0, skip_bad=False):
         self.source, self.crop, self.seed, self.training = source, crop, seed, training
         self.degradations = parse_degradations(DEFAULT_DEGRADATIONS) if degradations is None else degradations
         self.rows = list(range(len(source))) if rows is None else rows
         self.degradation, self.max_degradations, self.caption_dropout = degradation, max_degradations, caption_dropout
-        self.epoch, self.order = -1, None
+        self.skip_bad, self.told, self.epoch, self.order = skip_bad, set(), -1, None
 
     def __len__(self):
         return len(self.rows)
@@ -224,10 +179,16 @@ class PairedDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         """The item, or the UserError that kept it from being made (an exception raised in a worker process would
         arrive as a page of traceback)."""
-        try:
-            return self.draw(index)
-        except UserError as error:
-            return error
+        problem = None
+        for bad in range(len(self) if self.skip_bad else 1):
+            try:
+                return self.draw(index, bad) | {"bad": bad}
+            except UserError as error:
+                problem = problem or error
+                if self.skip_bad and str(error) not in self.told:
+                    left_out(error)
+                    self.told.add(str(error))
+        return problem
 
     def plan(self, index):
         """What draw(index) is about to do -> (row, recipe or None, caption). It opens no image, so that all captions of
@@ -241,8 +202,9 @@ class PairedDataset(torch.utils.data.Dataset):
         dropped = self.training and rng.random() < self.caption_dropout
         return row, recipe, "" if dropped else caption
 
-    def draw(self, index):
-        row, recipe, caption = self.plan(index)
+    def draw(self, index, later=0):
+        """Item index, of the row that comes so many draws later."""
+        row, recipe, caption = self.plan(index + later)
         clean, condition, where = self.source.load(row)
         if self.degradation == "paired" and condition is None:
             raise UserError(f"{where}: no condition image, and --degradation paired makes none")
@@ -280,12 +242,12 @@ def epoch_order(seed, epoch, rows):
 
 
 def collate(items):
-    """[item] -> {"clean", "condition": [B, 3, H, W], "caption": [str]}, or the first UserError among them."""
+    """[item] -> {"clean", "condition": [B, 3, H, W], "caption": [str], "bad": count}, or the first UserError among them."""
     for item in items:
         if isinstance(item, UserError):
             return item
     batch = {key: torch.stack([item[key] for item in items]) for key in ("clean", "condition")}
-    return batch | {"caption": [item["caption"] for item in items]}
+    return batch | {"caption": [item["caption"] for item in items], "bad": sum(item.get("bad", 0) for item in items)}
 
 
 def add_data_flags(parser):
@@ -296,6 +258,7 @@ def add_data_flags(parser):
     parser.add_argument("--degradations", nargs="+", default=list(DEFAULT_DEGRADATIONS), metavar="NAME",
                         help="the set to draw from, e.g. jpeg gaussian_noise:sigma=25 (default: all but color_jitter)")
     parser.add_argument("--max_degradations", type=int, default=3, help="1 to this many per image (default 3)")
+    parser.add_argument("--skip_bad", action="store_true", help="leave out rows that cannot be read, and count them, instead of ending there")
     parser.add_argument("--resolution", type=int, help="side of the training crops, in pixels (default 48 for tiny, else 512)")
     parser.add_argument("--caption_dropout", type=float, default=0.1, help="share of captions replaced by the empty one (default 0.1)")
     parser.add_argument("--model", help=f"tiny, trained from scratch; or one to start from: {', '.join(HUB)}, a hub id, a folder in "
@@ -335,25 +298,30 @@ def make_datasets(args, stages=None):
     """args: of add_data_flags. stages: crop sizes over the draws, instead of args.resolution.
     -> training draws, and validation pairs that are never trained on."""
     options = dict(degradations=parse_degradations(args.degradations), degradation=args.degradation, seed=args.seed,
-                   max_degradations=args.max_degradations, caption_dropout=args.caption_dropout)
+                   max_degradations=args.max_degradations, caption_dropout=args.caption_dropout, skip_bad=args.skip_bad)
     crop, largest = stages or args.resolution, max([args.resolution] + [side for _, side in stages or ()])
     if args.data is None:
         train = PairedDataset(DeadLeaves(256, max(128, largest), args.seed), crop, **options)
         held_out = DeadLeaves(8, VALIDATION_CROP, seed_for(args.seed, 0, "held out"))
         return train, PairedDataset(held_out, None, training=False, **options)
-    source = CsvPairs(args.data)
+    source = CsvPairs(args.data, args.skip_bad)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed_for(args.seed, 0, "held out"))).tolist()
-    count = min(8, len(source) // 10)
+    count, held_out, sides = min(8, len(source) // 10), [], []
     if not count:
         print(f"{args.data} has {len(source)} rows, too few to hold any out: validation is on training images")
-    held_out = order[:count] or order
-    kept_out = {source.rows[i][1] for i in order[:count]}  # a clean photo may stand in several rows
+    for i in order:
+        if len(held_out) < (count or len(order)):
+            try:
+                sides += source.load(i)[0].size
+                held_out.append(i)
+            except UserError as error:
+                left_out(error, args.skip_bad)
+    kept_out = {source.rows[i][1] for i in held_out if count}  # a clean photo may stand in several rows
     rows = [i for i in order if source.rows[i][1] not in kept_out]
-    if not rows:
-        raise UserError(f"{args.data}: all rows have the same clean image; training needs more")
-    smallest = min(min(source.load(i)[0].size) for i in held_out)
+    if not rows or not held_out:
+        raise UserError(f"{args.data}: " + ("all rows have the same clean image; training needs more" if held_out else "no row can be read"))
     return (PairedDataset(source, crop, rows=rows, **options),
-            PairedDataset(source, min(max(VALIDATION_CROP, largest), smallest), rows=held_out, training=False, **options))
+            PairedDataset(source, min(max(VALIDATION_CROP, largest), *sides), rows=held_out, training=False, **options))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -438,7 +406,7 @@ SHARD, ENCODE = 1024, 8  # draws in a file, and at a time
 
 def fingerprint(args, config):
     """What a cache depends on, by the names of the flags: {name: value}."""
-    source = CsvPairs(args.data)
+    source = CsvPairs(args.data, args.skip_bad)
     files = [(path.name, path.stat().st_size) if path else None for row in source.rows for path in row[1:3]]
     weights = []
     if not config["autoencoder"]:
@@ -538,24 +506,37 @@ def make_cache(args):
 # ----------------------------------------------------------------------------------------------------------------
 # Pre-generation.
 
-def make_pairs(photos, out, choices, counts, seed):
-    """Degrade every photo of a folder once -> out/clean/, out/condition/ (PNG) and, last, out/pairs.csv."""
-    out = Path(out)
+def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
+    """Degrade every photo of a folder once -> out/clean/, out/condition/ (PNG) and, last, out/pairs.csv. The same command goes on
+    after an interruption."""
+    out, paths, rows = Path(out), list_images(photos), []
     if (out / "pairs.csv").exists():
         raise UserError(f"{out / 'pairs.csv'} exists already; choose another --out")
-    paths, rows = list_images(photos), []
     if out.resolve().is_relative_to(Path(photos).resolve()):
         raise UserError(f"--out {out} lies inside {photos}: its pictures would be taken for photos; choose a folder elsewhere")
+    begun = make_folder(out) / "begun.json"
+    made_of = json.dumps([str(Path(photos).resolve()), list(map(str, paths)), choices, counts, seed])
+    if begun.exists() and begun.read_text(encoding="utf-8") != made_of:
+        raise UserError(f"{out} holds the beginning of other pairs; choose another --out")
+    write_text(begun, made_of)
     for i, path in enumerate(tqdm(paths, unit="img", desc="pairs")):
         rng = np.random.default_rng(seed_for(seed, i, "pairs"))
-        clean = open_image(path).convert("RGB")
         recipe = draw_recipe(choices, rng.integers(counts[0], counts[-1] + 1), rng)
-        name = f"{i:05d}_{path.stem}.png"
-        save_image(clean, out / "clean" / name)
-        save_image(apply_recipe(clean, recipe, rng), out / "condition" / name)
-        rows.append((f"clean/{name}", f"condition/{name}", make_prompt([n for n, _ in recipe], rng), describe(recipe)))
+        caption, name = make_prompt([n for n, _ in recipe], rng), f"{i:05d}_{path.stem}.png"
+        if not (out / "condition" / name).exists():
+            try:
+                clean = open_image(path).convert("RGB")
+            except UserError as error:
+                left_out(error, skip_bad)
+                continue
+            save_image(clean, out / "clean" / name)
+            save_image(apply_recipe(clean, recipe, rng), out / "condition" / name)
+        rows.append((f"clean/{name}", f"condition/{name}", caption, describe(recipe)))
+    if not rows:
+        raise UserError(f"{photos}: no picture can be read")
     write_csv(out / "pairs.csv", [("image_path", "condition_image_path", "caption", "degradation")] + rows)
-    print(f"{len(rows)} pairs in {out / 'pairs.csv'}")
+    begun.unlink()
+    print(f"{len(rows)} pairs in {out / 'pairs.csv'}" + f"; {len(paths) - len(rows)} pictures left out" * (len(rows) < len(paths)))
 
 
 def main():
@@ -568,6 +549,7 @@ def main():
                        help="the set to draw from, e.g. jpeg gaussian_noise:sigma=25 (default: all but color_jitter)")
     pairs.add_argument("--num_degradations", nargs="+", type=int, default=[1, 3], metavar="N",
                        help="how many per image: one number, or the lowest and highest (default 1 3)")
+    pairs.add_argument("--skip_bad", action="store_true", help="leave out pictures that cannot be read, and count them, instead of ending there")
     pairs.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     cache = commands.add_parser("cache", doc="Encode what python train.py with the same flags will draw.")
     add_data_flags(cache)
@@ -582,7 +564,7 @@ def main():
         return make_cache(args)
     if min(args.num_degradations) < 1 or len(args.num_degradations) > 2 or args.num_degradations[0] > args.num_degradations[-1]:
         raise UserError(f"--num_degradations {' '.join(map(str, args.num_degradations))}: give one number, or low and high")
-    make_pairs(args.photos, args.out, parse_degradations(args.degradations), args.num_degradations, args.seed)
+    make_pairs(args.photos, args.out, parse_degradations(args.degradations), args.num_degradations, args.seed, args.skip_bad)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ Each degradation takes a PIL image and a numpy Generator and gives a PIL image o
 import argparse
 import contextlib
 import csv
+import errno
+import fcntl
 import functools
 import glob
 import io
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from tqdm import tqdm
 
 # name -> keyword -> range it is drawn from: (low, high) floats, (low, high) integers, or a tuple of choices (a set)
 RANGES = {
@@ -218,6 +221,62 @@ def make_prompt(names, rng):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Procedural pictures, which the demo learns from.
+
+def dead_leaves(size, rng):
+    """A size x size picture of opaque shapes that hide each other: discs, boxes and triangles whose radii follow
+    r^-3, which gives the edges, flat areas and 1/f spectrum of photographs (Lee, Mumford & Huang 2001; as training
+    images: Achddou et al. 2021). Each has a colour near one of a small palette, a shading and perhaps a texture."""
+    grid_y, grid_x = np.mgrid[:size, :size].astype(np.float32)
+    grey = rng.uniform(0.02, 0.98, (rng.integers(3, 8), 1))  # natural palettes vary in brightness more than in hue
+    palette = grey + rng.normal(0, rng.uniform(0.03, 0.25), (len(grey), 3))
+    noise = _pink_noise(size, rng)
+    image = np.ones((size, size, 3), np.float32) * palette[0]
+    smallest, largest, count = 1.5, size * 0.6, size * size // 24
+    radii = (rng.uniform(size=count) * (smallest**-2 - largest**-2) + largest**-2) ** -0.5
+    for radius in radii:
+        cx, cy = rng.uniform(-0.1 * size, 1.1 * size, 2)
+        reach = int(1.5 * radius) + 2
+        x0, x1, y0, y1 = (int(np.clip(v, 0, size)) for v in (cx - reach, cx + reach, cy - reach, cy + reach))
+        if x0 >= x1 or y0 >= y1:
+            continue
+        box = slice(y0, y1), slice(x0, x1)
+        angle, aspect, kind = rng.uniform(0, np.pi), rng.uniform(0.3, 1), rng.integers(3)
+        dx, dy = (grid_x[box] - cx) / radius, (grid_y[box] - cy) / radius
+        u, v = dx * np.cos(angle) + dy * np.sin(angle), (dy * np.cos(angle) - dx * np.sin(angle)) / aspect
+        if kind == 0:
+            edge = np.sqrt(u * u + v * v)
+        elif kind == 1:
+            edge = np.maximum(abs(u), abs(v))
+        else:
+            edge = np.maximum(np.maximum(-2 * v, v + 1.7 * u), v - 1.7 * u)
+        softness = radius * aspect / rng.choice([0.7, 1, 1, 2, 4])  # most edges are one pixel wide, some out of focus
+        alpha = np.clip((1 - edge) * softness + 0.5, 0, 1)[..., None]
+        color = palette[rng.integers(len(palette))] + rng.normal(0, 0.06, 3)
+        below = image[min(max(int(cy), 0), size - 1), min(max(int(cx), 0), size - 1)]
+        color = below + rng.uniform(0.1, 1) * (color - below)  # much detail in photographs is of low contrast
+        light = (rng.normal(0, 0.1) * u)[..., None]
+        texture = rng.random()
+        if texture < 0.3:
+            oy, ox = rng.integers(0, size, 2)
+            light = light + rng.uniform(0.02, 0.15) * noise[oy:oy + y1 - y0, ox:ox + x1 - x0]
+        elif texture < 0.45:
+            fx, fy = rng.normal(0, 0.8, 2)
+            wave = np.sin(fx * grid_x[box] + fy * grid_y[box] + rng.uniform(0, 6.3))
+            light = light + (rng.uniform(0.02, 0.12) * wave)[..., None]
+        image[box] += alpha * (color.astype(np.float32) + light - image[box])
+    return Image.fromarray(np.clip(np.rint(image * 255), 0, 255).astype(np.uint8))
+
+
+def _pink_noise(size, rng):
+    """[2 * size, 2 * size, 1], zero mean, unit variance, amplitude spectrum 1/f: bark, grass, cloth."""
+    frequency = np.hypot(np.fft.fftfreq(2 * size)[:, None], np.fft.rfftfreq(2 * size)[None])
+    frequency[0, 0] = np.inf
+    noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((2 * size, 2 * size))) / frequency, s=(2 * size, 2 * size))
+    return (noise / noise.std()).astype(np.float32)[..., None]
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Opening and saving pictures, and what every script of this project shares.
 
 def open_image(path, notice=True):
@@ -282,11 +341,30 @@ def whole_file(path):
             partial.unlink()  # after a failure or Ctrl-C; else it was renamed
 
 
+LOCKS = []  # open files: the system drops a lock when its program ends, however it ends
+
+
 def make_folder(path):
-    """Make a folder and see that it can be written to, before long work begins. Raises UserError."""
-    write_text(Path(path) / ".probe", "")
-    (Path(path) / ".probe").unlink()
-    return Path(path)
+    """Make a folder, see that it can be written to before long work begins, and keep other programs that call this out of it
+    until this one ends. Raises UserError."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        LOCKS.append(open(path / ".lock", "a"))
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
+    except BlockingIOError:
+        raise UserError(f"{path}: another program is writing here; wait for its end, or choose another folder") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS):  # some network file systems have no locks
+            raise UserError(f"cannot write {path}: {error}") from None
+    return path
+
+
+def left_out(error, skip=True):
+    """What becomes of a UserError about one of many pictures: a line on stderr if it is to be skipped, else it is raised."""
+    if not skip:
+        raise error
+    tqdm.write(f"left out: {error}", file=sys.stderr)
 
 
 def list_images(folder):
@@ -331,12 +409,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} -h)")
 
 
+def out_of_memory(error):
+    """The line to say, if that is what an exception means, on a GPU or not; else None."""
+    if isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "allocate memory")):
+        reason = " ".join(str(error).split())[:120]
+        return f"out of memory ({reason}): smaller batches, crops or pictures take less; the README's Memory says what else does"
+
+
 def run_script(main):
-    """Call main(); a UserError becomes one line and exit status 2."""
+    """Call main(); a UserError becomes one line and exit status 2, and so do a full disk and a full memory, which can show anywhere."""
     try:
         main()
-    except (UserError, OSError) as error:  # a full disk can show anywhere
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: {out_of_memory(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import CsvPairs, PairedDataset, build_surroundings, check_device, seed_for, to_image, to_tensor
-from degrade import (DEFAULT_DEGRADATIONS, PHRASES, Parser, UserError, draw_grid, draw_panels, list_images, list_work, make_folder,
-                     open_image, parse_degradations, run_script, save_image, write_csv, write_text)
+from degrade import (DEFAULT_DEGRADATIONS, PHRASES, Parser, UserError, draw_grid, draw_panels, left_out, list_images, list_work,
+                     make_folder, open_image, out_of_memory, parse_degradations, run_script, save_image, write_csv, write_text)
 from model import build_restorer, draw_sigma, flow_loss, guided, load_restorer, sample
 from vae import PixelAE, blend_tiles, pad_to_multiple, read_published
 
@@ -282,7 +282,7 @@ def restore_image(image, caption, **how):
 
 def restore_files(work, overwrite=False, quality=95, grid=None, **how):
     """Restore [(picture, where to)]; one that cannot be read does not stop the others. -> how many failed."""
-    there = [] if overwrite else [out for _, out in work if out.exists()]
+    there = set() if overwrite else {out for _, out in work if out.exists()}
     failed, pictures = 0, []
     for path, out in tqdm([(path, out) for path, out in work if out not in there], unit="img", desc="restore", disable=len(work) == 1):
         try:
@@ -294,10 +294,8 @@ def restore_files(work, overwrite=False, quality=95, grid=None, **how):
                 restored = restored.convert(restored.mode.rstrip("A"))
             save_image(restored, out, **options | ({"quality": quality} if suffix in (".jpg", ".jpeg", ".webp") else {}))
         except UserError as error:
-            if len(work) == 1:
-                raise
+            left_out(error, len(work) > 1)
             failed += 1
-            tqdm.write(f"left out: {error}", file=sys.stderr)
         else:
             if grid and len(pictures) < 8:
                 before, after = image.convert("RGB"), restored.convert("RGB")
@@ -319,7 +317,11 @@ def evaluate_pairs(dataset, methods, metrics=Metrics(), quiet=False):
     pictures [[("degraded ...", PIL), ("NAME ...", PIL), ..., ("clean", PIL)]]."""
     rows, pictures = [], []
     for i in (bar := tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)):
-        item = dataset.draw(i)
+        try:
+            item = dataset.draw(i)
+        except UserError as error:
+            left_out(error, dataset.skip_bad)
+            continue
         outputs = {"input": item["condition"]} | {name: method(i, item) for name, method in methods.items()}
         scores = {name: metrics(item["clean"], output, name) for name, output in outputs.items()}
         if metrics.fid:
@@ -331,6 +333,8 @@ def evaluate_pairs(dataset, methods, metrics=Metrics(), quiet=False):
             pictures.append([(f"{label} {scores[name].get('psnr', math.nan):.2f} dB", to_image(outputs[name])) for label, name in shown.items()]
                             + [("clean", to_image(item["clean"]))])
         bar.set_postfix_str("PSNR " + " -> ".join(f"{score['psnr']:.2f}" for name, score in scores.items() if name != "ceiling" and "psnr" in score))
+    if not rows:
+        raise UserError("no pair can be read")
     return rows, pictures
 
 
@@ -430,7 +434,7 @@ class Meter:
     """What a line of the log says of the steps since the line before."""
 
     def __init__(self, state, processes):
-        self.state, self.processes, self.skipped = state, processes, 0
+        self.state, self.processes, self.skipped, self.bad = state, processes, 0, 0
         self.reset()
 
     def reset(self):
@@ -438,15 +442,21 @@ class Meter:
         self.sums = [0.0] * (2 * BINS)  # losses by bin of sigma, and how many there were
 
     def wait_for(self, loader):
-        """The next batch, and how long that took (None after the last)."""
+        """The next batch, None after the last, or a UserError; and how long that took."""
         before = time.monotonic()
-        batch = next(loader, None)
+        try:
+            batch = next(loader, None)
+        except (MemoryError, RuntimeError) as error:  # so torch says that a worker was killed
+            reason = out_of_memory(error) or str(error).splitlines()[0]
+            batch = UserError(f"--workers {self.state.args.workers}: one of them could not go on: {reason}")
         self.waited += time.monotonic() - before
         return batch
 
-    def count(self, sums, finite):
+    def count(self, sums, finite, bad):
+        """The losses of a step by bin of sigma, whether they were finite, how many unreadable images were passed over."""
         self.steps += 1
         self.skipped += not finite
+        self.bad += bad
         if finite:
             self.sums = [a + b for a, b in zip(self.sums, sums)]
 
@@ -455,7 +465,7 @@ class Meter:
         losses, counts, speed = self.sums[:BINS], self.sums[BINS:], self.steps * state.args.batch_size / seconds
         line = {"step": state.step, "loss": sum(losses) / max(1, sum(counts)), "norm": norm, "condition_norm": state.condition_norm(),
                 "loss_by_sigma": [loss / n if n else None for loss, n in zip(losses, counts)], "images_per_second": speed,
-                "data_wait": self.waited / seconds, "memory_gb": peak_memory(state.args.device), "skipped": self.skipped}
+                "data_wait": self.waited / seconds, "memory_gb": peak_memory(state.args.device), "skipped": self.skipped, "bad_images": self.bad}
         name = torch.cuda.get_device_name() if state.args.device.startswith("cuda") else ""
         for peak in (flops for known, flops in PEAK.items() if known in name):  # model FLOPs utilization (arXiv 2204.02311)
             line["mfu"] = speed * training_flops(state.config, state.grid) / (self.processes * peak)
@@ -506,6 +516,7 @@ def parse_args():
     parser.add_argument("--quality", type=int, default=95, help="of JPEG and WebP, 1 to 100 (default 95)")
     parser.add_argument("--grid", help="with --input: also a picture of the first eight: input | restored | difference")
     # with --data
+    parser.add_argument("--skip_bad", action="store_true", help="leave out rows that cannot be read, instead of ending there")
     parser.add_argument("--degradations", nargs="+", default=DEFAULT_DEGRADATIONS, metavar="NAME",
                         help="for rows of --data without a condition image: what to degrade them with")
     parser.add_argument("--metrics", nargs="+", choices=[*METRICS, "fid"], default=[*METRICS, "fid"], help="default: all; LPIPS and FID fetch "
@@ -550,9 +561,9 @@ def compared(folder, source):
 
 def measure(args, how):
     """--data: tables, scores.csv, scores.json, grid.png, and sweep.png. how: the arguments of restore, None without a checkpoint."""
-    source, out = CsvPairs(args.data), make_folder(args.output or "out/evaluation")
+    source, out = CsvPairs(args.data, args.skip_bad), make_folder(args.output or "out/evaluation")
     metrics = Metrics(args.metrics, args.y_channel, args.lpips_net, args.lpips_weights, args.fid_weights, args.device)
-    dataset, methods = PairedDataset(source, None, parse_degradations(args.degradations), training=False, seed=args.seed), {}
+    dataset, methods = PairedDataset(source, None, parse_degradations(args.degradations), training=False, seed=args.seed, skip_bad=args.skip_bad), {}
     if how:
         captions = [dataset.plan(i)[2] if args.prompt is None else args.prompt for i in range(len(dataset))]
         how["prompts"].prepare([*captions, ""])
@@ -564,7 +575,7 @@ def measure(args, how):
     if args.compare:
         methods["compared"] = compared(args.compare, source)
     rows, pictures = evaluate_pairs(dataset, methods, metrics)
-    rows = [row | {"image": os.path.relpath(source.rows[i][1], source.path.parent)} for i, row in enumerate(rows)]
+    rows = [row | {"image": os.path.relpath(source.rows[row["image"]][1], source.path.parent)} for row in rows]
     summary, shares = summarize(rows, ["input", *methods], metrics)
     print_summary(rows, summary, shares, metrics)
     save_image(draw_grid(pictures), out / "grid.png")
@@ -582,7 +593,9 @@ def measure(args, how):
 def main():
     args = parse_args()
     check_device(args.device)
-    work = list_work(args.input, args.output) if args.input else None
+    work = list_work(args.input, args.output) if args.input else []
+    if len(work) > 1:
+        make_folder(args.output)
     if not args.checkpoint:
         return measure(args, None)
     restorer, config = load_restorer(args.checkpoint)

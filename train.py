@@ -9,6 +9,7 @@
 
 Writes to out/RUN: config.json, log.jsonl, loss.png, samples/ (degraded | restored | clean), checkpoints step_N/.
 """
+import hashlib
 import json
 import math
 import os
@@ -29,7 +30,8 @@ from tqdm import tqdm
 
 from data import (CachedDataset, add_data_flags, build_surroundings, check_device, collate, curriculum, describe_model, fingerprint, make_datasets,
                   seed_for)
-from degrade import Parser, UserError, draw_grid, draw_panels, make_folder, parse_degradations, run_script, save_image, write_text
+from degrade import (Parser, UserError, draw_grid, draw_panels, make_folder, out_of_memory, parse_degradations, run_script, save_image,
+                     write_text)
 from evaluate import BINS, DEFAULT_STEPS, Meter, evaluate_pairs, mean_loss, mean_of, restore
 from model import PRESETS, build_restorer, draw_sigma, flow_loss, starting_point
 from vae import find_checkpoint, is_run, load_weights, read_json, save_weights
@@ -88,6 +90,8 @@ def parse_args(argv=None):
             raise UserError(f"--resume {args.out}: give the run folder, which goes on from its newest checkpoint")
         if (given.optimizer or saved["optimizer"]) != saved["optimizer"]:
             raise UserError(f"--optimizer {given.optimizer}: this run was begun with {saved['optimizer']}, whose state does not fit")
+        if given.data:  # given again: as it is now
+            saved.pop("data_digest", None)
         args = parser.parse_args(argv, Namespace(**saved | {"out": args.out, "resume": True, "overwrite": False}))
         args.out = args.resume if isinstance(args.resume, str) else args.out
     if args.curriculum and given.steps:
@@ -493,8 +497,9 @@ def train_step(state, batch):
 
 
 def train(state, train_set, val_set, run, log):
-    """Steps until args.steps or a signal, with log, validation and checkpoints. -> (last validation, that signal or None)."""
-    args, start, stop = state.args, state.step, []
+    """Steps until args.steps or a signal, with log, validation and checkpoints. -> (last validation, that signal or None).
+    Raises UserError, with everything saved, where it cannot go on."""
+    args, start, stop, problem = state.args, state.step, [], None
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in handlers:  # the first asks for an end after this step, a second one ends it at once
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, handlers[number])))
@@ -504,18 +509,20 @@ def train(state, train_set, val_set, run, log):
     if RANK == 0:
         write_text(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     meter, loader, norm, bad = Meter(state, WORLD), iter(make_loader(train_set, args, start)), math.nan, 0
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the death of a worker shows where its batch is waited for, not amid an update
     with (tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, dynamic_ncols=True, disable=RANK > 0) as bar,
           open(run / "log.jsonl" if RANK == 0 else os.devnull, "a", buffering=1) as log_file):
         while True:
             batch = meter.wait_for(loader)
-            # all processes end together: after the last step, a signal to one of them, or a batch that one could not make
-            stopped, failed = sum_over_all([float(bool(stop)), float(isinstance(batch, UserError))], args.device)
-            last, entries = batch is None or bool(stopped or failed) or bad == 20, []
+            problem = batch if isinstance(batch, UserError) else problem
+            # all processes end together: after the last step, a signal to one of them, or what one could not do
+            stopped, failed = sum_over_all([float(bool(stop)), float(bool(problem))], args.device)
+            last, entries = batch is None or bool(stopped or failed), []
             pause = time.monotonic()
             if state.step > start and (state.step % 50 == 0 or last):
                 line = meter.entry(norm)
                 entries.append(line)
-            if state.step > start and (state.step % args.val_every == 0 or last and not stopped):  # after SIGTERM there is little time
+            if state.step > start and (state.step % args.val_every == 0 or last and not stopped + failed):  # after SIGTERM there is little time
                 validation = validate(state, val_set, run)
                 entries.append(validation)
             if entries:
@@ -531,19 +538,26 @@ def train(state, train_set, val_set, run, log):
             if last:
                 loader = None  # ends the workers
                 break
-            sums, norm, finite = train_step(state, batch)
-            meter.count(sums, finite)
+            before = state.step
+            try:
+                sums, norm, finite = train_step(state, batch)
+            except (MemoryError, RuntimeError) as error:
+                if WORLD > 1 or state.step > before or not out_of_memory(error):  # others wait; or the weights are half updated
+                    raise
+                problem = UserError(out_of_memory(error))
+                continue
+            meter.count(sums, finite, batch["bad"])
             bar.update()
             bad = 0 if finite else bad + 1
             if bad:
                 print(f"\nstep {state.step}: the loss is {sum(sums[:BINS])}, the gradient norm {norm}: skipped", file=sys.stderr)
+            if bad == 20:
+                problem = UserError(f"20 steps in a row without a finite loss; the weights are saved, lower --lr ({args.lr:g})")
     for number, handler in handlers.items():
         signal.signal(number, handler)
     sum_over_all([0.0], args.device)  # nobody leaves before the first one has saved
     if failed:
-        raise batch if isinstance(batch, UserError) else UserError("another process could not make its batch")
-    if bad == 20:
-        raise UserError(f"20 steps in a row without a finite loss; the weights are saved, lower --lr ({args.lr:g})")
+        raise problem or UserError("another process could not go on")
     return validation, (stop or [signal.SIGTERM])[0] if stopped and state.step < args.steps else None
 
 
@@ -552,6 +566,10 @@ def main():
     join_others(args)
     stages = curriculum(args) if args.curriculum else None
     train_set, val_set = make_datasets(args, stages)
+    digest = hashlib.sha256(Path(args.data).read_bytes()).hexdigest() if args.data else None
+    if getattr(args, "data_digest", digest) != digest:
+        raise UserError(f"{args.data} is not what it was when this run began; --data {args.data} goes on with it as it is now")
+    args.data_digest = digest
     run, log = prepare_run(args)
     if not args.resume:
         config, start = describe_model(args.model, args.conditioning), 0
