@@ -9,6 +9,7 @@
 
 Writes to out/RUN: config.json, log.jsonl, loss.png, samples/ (degraded | restored | clean), checkpoints step_N/.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -435,11 +436,8 @@ def prepare_run(args):
     if RANK == 0:
         make_folder(run)
     if args.resume:
-        for line in (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []:
-            try:
-                log.append(json.loads(line))
-            except ValueError:
-                break  # the line that was being written when the machine went down
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a line that was being written when the machine went down
+            log.extend(map(json.loads, open(run / "log.jsonl", encoding="utf-8")))
     elif RANK == 0 and (run / "latest").exists() and not args.overwrite:
         raise UserError(f"{run} holds a run already: --resume continues it, --overwrite deletes it, --out names another")
     return run, log
@@ -496,13 +494,21 @@ def train_step(state, batch):
     return sums, norm, finite
 
 
+@contextlib.contextmanager
+def noted_signals():
+    """Yields a list to which a first SIGINT or SIGTERM is added: it asks for an end after this step. A second one ends it at once."""
+    seen, handlers = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: (seen.append(number), signal.signal(number, handlers[number])))
+    yield seen
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def train(state, train_set, val_set, run, log):
     """Steps until args.steps or a signal, with log, validation and checkpoints. -> (last validation, that signal or None).
     Raises UserError, with everything saved, where it cannot go on."""
-    args, start, stop, problem = state.args, state.step, [], None
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:  # the first asks for an end after this step, a second one ends it at once
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, handlers[number])))
+    args, start, problem = state.args, state.step, None
     if not log:
         log.append(validate(state, val_set, run))
     validation, line = next(entry for entry in reversed(log) if "restored_psnr" in entry), {"loss": math.nan, "images_per_second": 0}
@@ -510,7 +516,7 @@ def train(state, train_set, val_set, run, log):
         write_text(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     meter, loader, norm, bad = Meter(state, WORLD), iter(make_loader(train_set, args, start)), math.nan, 0
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the death of a worker shows where its batch is waited for, not amid an update
-    with (tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, dynamic_ncols=True, disable=RANK > 0) as bar,
+    with (noted_signals() as stop, tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, dynamic_ncols=True, disable=RANK > 0) as bar,
           open(run / "log.jsonl" if RANK == 0 else os.devnull, "a", buffering=1) as log_file):
         while True:
             batch = meter.wait_for(loader)
@@ -536,7 +542,6 @@ def train(state, train_set, val_set, run, log):
                                  for key, title in CURVES.items()], run / "loss.png")
             meter.since += time.monotonic() - pause
             if last:
-                loader = None  # ends the workers
                 break
             before = state.step
             try:
@@ -553,8 +558,7 @@ def train(state, train_set, val_set, run, log):
                 print(f"\nstep {state.step}: the loss is {sum(sums[:BINS])}, the gradient norm {norm}: skipped", file=sys.stderr)
             if bad == 20:
                 problem = UserError(f"20 steps in a row without a finite loss; the weights are saved, lower --lr ({args.lr:g})")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    loader = None  # ends the workers
     sum_over_all([0.0], args.device)  # nobody leaves before the first one has saved
     if failed:
         raise problem or UserError("another process could not go on")
