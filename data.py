@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, describe, draw_recipe, list_images, make_folder,
+from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, check_numbers, describe, draw_recipe, list_images, make_folder,
                      make_prompt, open_image, parse_degradations, run_script, save_image, write_csv, write_text)
 from model import PRESETS, SHIFT, Gemma2, GemmaTokenizer, Sana, build_restorer, encode_prompts, pad_text
 from vae import DCAE, HUB, PixelAE, find_checkpoint, find_model, is_run, read_json, save_weights
@@ -305,12 +305,15 @@ def add_data_flags(parser):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
 
 
-def check_device(name):
+DATA_RANGES = {"max_degradations": (1, 10**9), "resolution": (1, 2**14), "workers": (0, 1000), "caption_dropout": (0, 1)}
+
+
+def check_device(name, flag="device"):
     """name, if this machine has that torch device. Raises UserError if not."""
     try:
         return torch.zeros(1, device=name).cpu() is not None and name
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--{flag} {name}: not on this machine ({str(error).splitlines()[0]})") from None
 
 
 def curriculum(args):
@@ -321,7 +324,7 @@ def curriculum(args):
             side, steps = map(int, part.split(":"))
             end += steps * args.batch_size
             stages.append((end, side))
-            if min(side, steps) < 1:
+            if not (1 <= side <= DATA_RANGES["resolution"][1] and 1 <= steps <= 10**9):
                 raise ValueError
     except ValueError:
         raise UserError(f"--curriculum {args.curriculum}: write side:steps,side:steps, such as 512:8000,1024:2000") from None
@@ -546,6 +549,7 @@ def make_pairs(photos, out, choices, counts, seed):
     paths, rows = list_images(photos), []
     if out.resolve().is_relative_to(Path(photos).resolve()):
         raise UserError(f"--out {out} lies inside {photos}: its pictures would be taken for photos; choose a folder elsewhere")
+    make_folder(out)
     for i, path in enumerate(tqdm(paths, unit="img", desc="pairs")):
         rng = np.random.default_rng(seed_for(seed, i, "pairs"))
         clean = open_image(path).convert("RGB")
@@ -577,10 +581,9 @@ def main():
     if args.command == "cache":
         if not args.data:
             raise UserError("cache needs --data: the CSV of what to encode")
-        if args.epochs < 1:
-            raise UserError(f"--epochs {args.epochs}: at least 1")
+        check_numbers(args, DATA_RANGES | {"epochs": (1, 10**9)}), check_device(args.device)
         return make_cache(args)
-    if min(args.num_degradations) < 1 or len(args.num_degradations) > 2 or args.num_degradations[0] > args.num_degradations[-1]:
+    if len(args.num_degradations) > 2 or not 1 <= args.num_degradations[0] <= args.num_degradations[-1] <= 10**9:
         raise UserError(f"--num_degradations {' '.join(map(str, args.num_degradations))}: give one number, or low and high")
     make_pairs(args.photos, args.out, parse_degradations(args.degradations), args.num_degradations, args.seed)
 
