@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, dead_leaves, describe, draw_recipe, left_out, list_images, make_folder,
+from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, check_numbers, dead_leaves, describe, draw_recipe, left_out,
+                     list_images, make_folder,
                      make_prompt, open_image, parse_degradations, run_script, save_image, write_csv, write_text)
 from model import PRESETS, SHIFT, Gemma2, GemmaTokenizer, Sana, build_restorer, encode_prompts, pad_text
 from vae import DCAE, HUB, PixelAE, find_checkpoint, find_model, is_run, read_json, save_weights
@@ -268,12 +269,15 @@ def add_data_flags(parser):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
 
 
-def check_device(name):
+DATA_RANGES = {"max_degradations": (1, 10**9), "resolution": (1, 2**14), "workers": (0, 1000), "caption_dropout": (0, 1)}
+
+
+def check_device(name, flag="device"):
     """name, if this machine has that torch device. Raises UserError if not."""
     try:
         return torch.zeros(1, device=name).cpu() is not None and name
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: not on this machine ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--{flag} {name}: not on this machine ({str(error).splitlines()[0]})") from None
 
 
 def curriculum(args):
@@ -284,7 +288,7 @@ def curriculum(args):
             side, steps = map(int, part.split(":"))
             end += steps * args.batch_size
             stages.append((end, side))
-            if min(side, steps) < 1:
+            if not (1 <= side <= DATA_RANGES["resolution"][1] and 1 <= steps <= 10**9):
                 raise ValueError
     except ValueError:
         raise UserError(f"--curriculum {args.curriculum}: write side:steps,side:steps, such as 512:8000,1024:2000") from None
@@ -559,10 +563,9 @@ def main():
     if args.command == "cache":
         if not args.data:
             raise UserError("cache needs --data: the CSV of what to encode")
-        if args.epochs < 1:
-            raise UserError(f"--epochs {args.epochs}: at least 1")
+        check_numbers(args, DATA_RANGES | {"epochs": (1, 10**9)}), check_device(args.device)
         return make_cache(args)
-    if min(args.num_degradations) < 1 or len(args.num_degradations) > 2 or args.num_degradations[0] > args.num_degradations[-1]:
+    if len(args.num_degradations) > 2 or not 1 <= args.num_degradations[0] <= args.num_degradations[-1] <= 10**9:
         raise UserError(f"--num_degradations {' '.join(map(str, args.num_degradations))}: give one number, or low and high")
     make_pairs(args.photos, args.out, parse_degradations(args.degradations), args.num_degradations, args.seed, args.skip_bad)
 

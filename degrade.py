@@ -142,7 +142,7 @@ def _strength(name, keyword, value, rng):
         low, high = allowed
         return int(rng.integers(low, high + 1)) if isinstance(low, int) else float(rng.uniform(low, high))
     legal = {"sigma": value >= 0, "scale": value >= 0.01, "quality": 1 <= value <= 100 and value == int(value),
-             "kernel": value >= 1 and value % 2 == 1, "factor": value >= 1, "brightness": value >= 0, "contrast": value >= 0}
+             "kernel": 1 <= value < 1000 and value % 2 == 1, "factor": value >= 1, "brightness": value >= 0, "contrast": value >= 0}
     if not (legal[keyword] and np.isfinite(value)):
         raise UserError(f"{name}: {keyword} {value:g} makes no sense; it is drawn from {allowed}")
     return int(value) if isinstance(allowed, set) or isinstance(allowed[0], int) else value
@@ -416,6 +416,13 @@ def out_of_memory(error):
         return f"out of memory ({reason}): smaller batches, crops or pictures take less; the README's Memory says what else does"
 
 
+def check_numbers(args, ranges):
+    """ranges: {flag: (lowest, highest)}. Raises UserError for a number outside, which nan is of any; None is a default still to come."""
+    for name, (low, high) in ranges.items():
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name} {getattr(args, name)}: from {low} to {high}")
+
+
 def run_script(main):
     """Call main(); a UserError becomes one line and exit status 2, and so do a full disk and a full memory, which can show anywhere."""
     try:
@@ -500,8 +507,7 @@ def main():
     parser.add_argument("--preview", action="store_true", help="write a labelled contact sheet of all six instead")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     args = parser.parse_args()
-    if args.num_degradations < 1:
-        raise UserError(f"--num_degradations {args.num_degradations}: at least 1")
+    check_numbers(args, {"num_degradations": (1, 10**9)})
     rng = np.random.default_rng(abs(args.seed))
     image = open_image(args.image).convert("RGB")
     if args.preview:

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import CsvPairs, PairedDataset, build_surroundings, check_device, seed_for, to_image, to_tensor
-from degrade import (DEFAULT_DEGRADATIONS, PHRASES, Parser, UserError, draw_grid, draw_panels, left_out, list_images, list_work,
-                     make_folder, open_image, out_of_memory, parse_degradations, run_script, save_image, write_csv, write_text)
+from degrade import (DEFAULT_DEGRADATIONS, PHRASES, PICTURES, Parser, UserError, check_numbers, draw_grid, draw_panels, left_out, list_images,
+                     list_work, make_folder, open_image, out_of_memory, parse_degradations, run_script, save_image, write_csv, write_text)
 from model import build_restorer, draw_sigma, flow_loss, guided, load_restorer, sample
 from vae import PixelAE, blend_tiles, pad_to_multiple, read_published
 
@@ -534,9 +534,9 @@ def parse_args():
         raise UserError("--input needs --output: where to write the restored picture")
     if not args.checkpoint and not args.compare:
         raise UserError("give the --checkpoint to restore with (only --compare does without)")
-    for name, low, high in (("steps", 1, 1000), ("average", 1, 1000), ("quality", 1, 100)):
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name} {getattr(args, name)}: from {low} to {high}")
+    check_numbers(args, {"steps": (1, 1000), "average": (1, 1000), "quality": (1, 100), "guidance": (0, 100), "condition_guidance": (0, 100)})
+    if args.grid and not args.grid.lower().endswith(tuple(PICTURES)):
+        raise UserError(f"--grid {args.grid}: give a file name with a picture's extension, such as .png")
     if args.sweep and not re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", args.sweep):
         raise UserError(f"--sweep {args.sweep}: write numbers of steps, such as 1,2,4,8,20")
     args.sweep = [int(steps) for steps in args.sweep.split(",")] if args.sweep else []

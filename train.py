@@ -29,10 +29,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (CachedDataset, add_data_flags, build_surroundings, check_device, collate, curriculum, describe_model, fingerprint, make_datasets,
-                  seed_for)
-from degrade import (Parser, UserError, draw_grid, draw_panels, make_folder, out_of_memory, parse_degradations, run_script, save_image,
-                     write_text)
+from data import (DATA_RANGES, CachedDataset, add_data_flags, build_surroundings, check_device, collate, curriculum, describe_model,
+                  fingerprint, make_datasets, seed_for)
+from degrade import (Parser, UserError, check_numbers, draw_grid, draw_panels, make_folder, out_of_memory, parse_degradations, run_script,
+                     save_image, write_text)
 from evaluate import BINS, DEFAULT_STEPS, Meter, evaluate_pairs, mean_loss, mean_of, restore
 from model import PRESETS, build_restorer, draw_sigma, flow_loss, starting_point
 from vae import find_checkpoint, is_run, load_weights, read_json, save_weights
@@ -115,19 +115,17 @@ def fill_args(args):
     if args.optimizer is None:
         args.optimizer = "adamw_bf16" if not pixels and cuda else "adamw"
     args.compile = cuda if args.compile is None else args.compile
-    counts = ("steps", "batch_size", "resolution", "max_degradations", "save_every", "val_every", "accumulate", "keep", "ema_every")
-    numbers = {"weight_decay": 100, "clip": math.inf, "workers": 1000, "sigma_std": 10} | dict.fromkeys(
-        ("lr", "proj_lr", "ema_decay", "caption_dropout", "condition_dropout", "share_at_one"), 1)
-    for name, low, high in [(name, 1, 10**9) for name in counts] + [(name, 0, high) for name, high in numbers.items()]:
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name} {getattr(args, name)}: from {low} to {high}")
+    counts = "steps", "batch_size", "save_every", "val_every", "accumulate", "keep", "ema_every"
+    shares = "lr", "proj_lr", "ema_decay", "condition_dropout", "share_at_one"
+    check_numbers(args, DATA_RANGES | dict.fromkeys(counts, (1, 10**9)) | dict.fromkeys(shares, (0, 1))
+                  | {"weight_decay": (0, 100), "clip": (0, math.inf), "sigma_mean": (-10, 10), "sigma_std": (0, 10)})
     if args.batch_size % (args.accumulate * WORLD):
         raise UserError(f"--accumulate {args.accumulate} times {WORLD} processes: has to be a divisor of --batch_size {args.batch_size}")
     if args.cache and (args.curriculum or not args.data):
         raise UserError("--cache needs --data, and has one resolution: it cannot be combined with --curriculum")
     if cuda and WORLD > 1:  # before anything is put on the first GPU by all of them
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    check_device(args.device), check_device(args.ema_device or args.device)
+    check_device(args.device), check_device(args.ema_device or args.device, "ema_device")
     return args
 
 

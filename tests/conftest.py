@@ -38,6 +38,14 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def photos_csv(photos, tmp_path_factory):
+    """They as --data: eleven to train on and one to validate with, where the demo would draw hundreds and validate with eight large ones."""
+    path = tmp_path_factory.mktemp("csv") / "photos.csv"
+    path.write_text("image_path\n" + "".join(f"{photo}\n" for photo in sorted(photos.glob("*.png"))))
+    return path
+
+
+@pytest.fixture(scope="session")
 def pipeline():
     """A toy SANA pipeline with random weights, of diffusers' and transformers' classes."""
     from pipeline import tiny_pipeline

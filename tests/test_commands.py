@@ -142,13 +142,13 @@ def test_folders_of_pictures(demo, photos, tmp_path):
     assert "same name" in run(*command[:4], "in/0.png", "more/0.png", "--output", "both", cwd=tmp_path, status=2)
 
 
-def test_what_lies_in_a_folder_that_holds_no_run_is_not_deleted(tmp_path):
+def test_what_lies_in_a_folder_that_holds_no_run_is_not_deleted(photos_csv, tmp_path):
     (tmp_path / "out/samples").mkdir(parents=True), (tmp_path / "out/step_by_step").mkdir()
     kept = [tmp_path / "out/samples/mine.png", tmp_path / "out/step_by_step/notes.txt", tmp_path / "out/loss.md"]
     for path in kept:
         path.write_text("mine")
     for flags in ([], ["--overwrite"]):
-        run("train.py", "--steps", 1, *SMALL, "--out", "out" if not flags else "out2", *flags, cwd=tmp_path)
+        run("train.py", "--data", photos_csv, "--steps", 1, *SMALL, "--out", "out" if not flags else "out2", *flags, cwd=tmp_path)
     assert all(path.read_text() == "mine" for path in kept)
 
 
@@ -161,9 +161,9 @@ def test_degrade_commands(photos, tmp_path):
     assert Image.open(tmp_path / "sheet.png").size == (400, 196)
 
 
-@pytest.mark.parametrize("conditioning, workers", [("widen", 0), ("projection", 2)])
-def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(tmp_path, conditioning, workers):
-    flags = ["--steps", 120, "--conditioning", conditioning, *SMALL]
+@pytest.mark.parametrize("conditioning, workers", [("widen", 0), ("projection", 2), ("widen", 4)])
+def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(photos_csv, tmp_path, conditioning, workers):
+    flags = ["--data", photos_csv, "--steps", 120, "--conditioning", conditioning, *SMALL]
     run("train.py", *flags, "--out", "whole", cwd=tmp_path)
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags), "--out", "halved", "--workers", str(workers)],
                                cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -45,17 +45,17 @@ EIGHT = ["--batch_size", 8, "--resolution", 32, "--val_every", 50, "--save_every
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(photos_csv, tmp_path_factory):
     """Twenty steps of eight images in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    run("train.py", *EIGHT, "--keep", 2, "--out", "run", cwd=folder)
+    run("train.py", "--data", photos_csv, *EIGHT, "--keep", 2, "--out", "run", cwd=folder)
     return folder / "run"
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_are_one(processes, alone, tmp_path):
+def test_several_processes_are_one(processes, alone, photos_csv, tmp_path):
     """The same steps, to rounding, and a checkpoint that one process can go on with."""
-    output = torchrun(processes, ROOT / "train.py", *EIGHT, "--out", "run", cwd=tmp_path)
+    output = torchrun(processes, ROOT / "train.py", "--data", photos_csv, *EIGHT, "--out", "run", cwd=tmp_path)
     assert output.count("model tiny") == 1 and f"{processes} x cpu" in output
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
     for name in ("model", "ema", "optimizer"):
@@ -66,9 +66,9 @@ def test_several_processes_are_one(processes, alone, tmp_path):
         assert (tmp_path / "run/latest").read_text() == "step_000024"
 
 
-def test_processes_in_bf16_with_a_projection_save_and_go_on(tmp_path):
+def test_processes_in_bf16_with_a_projection_save_and_go_on(photos_csv, tmp_path):
     """The projection stays fp32, without low bits, and with two processes it is the second one's."""
-    flags = [*EIGHT, "--optimizer", "adamw_bf16", "--conditioning", "projection", "--steps", 4, "--val_every", 4]
+    flags = ["--data", photos_csv, *EIGHT, "--optimizer", "adamw_bf16", "--conditioning", "projection", "--steps", 4, "--val_every", 4]
     run("train.py", *flags, "--out", "alone", cwd=tmp_path)
     torchrun(2, ROOT / "train.py", *flags, "--out", "two", cwd=tmp_path)
     a, b = weights(tmp_path / "alone/step_000004", "optimizer"), weights(tmp_path / "two/step_000004", "optimizer")
@@ -77,7 +77,7 @@ def test_processes_in_bf16_with_a_projection_save_and_go_on(tmp_path):
     run("train.py", "--resume", "two", "--steps", 5, cwd=tmp_path)
 
 
-def test_a_killed_process_ends_the_job_and_torchrun_resumes_it(alone, tmp_path):
+def test_a_killed_process_ends_the_job_and_torchrun_resumes_it(alone, photos_csv, tmp_path):
     """One of two processes is killed at its 15th step; the checkpoint of step 10 is whole, and the restarted job ends like one that was not."""
     (tmp_path / "killed.py").write_text(f"""
 import os, signal, sys
@@ -91,9 +91,9 @@ def spoilt(state, batch):
 train.train_step = spoilt
 train.run_script(train.main)
 """)
-    torchrun(2, "--max_restarts=0", "killed.py", *EIGHT, "--out", "ended", cwd=tmp_path, status=1)
+    torchrun(2, "--max_restarts=0", "killed.py", "--data", photos_csv, *EIGHT, "--out", "ended", cwd=tmp_path, status=1)
     assert (tmp_path / "ended/latest").read_text() == "step_000010"
-    torchrun(2, "--max_restarts=1", "killed.py", *EIGHT, "--out", "restarted", cwd=tmp_path)
+    torchrun(2, "--max_restarts=1", "killed.py", "--data", photos_csv, *EIGHT, "--out", "restarted", cwd=tmp_path)
     a, b = weights(alone / "step_000020"), weights(tmp_path / "restarted/step_000020")
     assert all((a[k] - b[k]).abs().max() <= 2e-3 * a[k].abs().max() + 1e-9 for k in a)
 
@@ -108,13 +108,6 @@ def test_an_unreadable_image_of_one_process_ends_all_and_saves(photos, tmp_path)
 
 # ----------------------------------------------------------------------------------------------------------------
 # The cache.
-
-@pytest.fixture(scope="module")
-def photos_csv(photos, tmp_path_factory):
-    path = tmp_path_factory.mktemp("csv") / "photos.csv"
-    path.write_text("image_path\n" + "".join(f"{photo}\n" for photo in sorted(photos.glob("*.png"))))
-    return path
-
 
 @pytest.mark.parametrize("kind", ["tiny", "pretrained"])
 def test_training_from_a_cache_is_the_same_training(kind, photos_csv, pipeline_folder, tmp_path):
@@ -174,8 +167,8 @@ def test_an_interrupted_cache_is_completed(photos_csv, tmp_path, monkeypatch, ca
 # ----------------------------------------------------------------------------------------------------------------
 # Stages, kills, full disks.
 
-def test_a_curriculum_changes_the_crop_and_resumes_across_the_change(tmp_path):
-    flags = ["--curriculum", "32:7,48:5", "--batch_size", 2, "--val_every", 50, "--save_every", 4, "--keep", 9, "--ema_every", 2]
+def test_a_curriculum_changes_the_crop_and_resumes_across_the_change(photos_csv, tmp_path):
+    flags = ["--data", photos_csv, "--curriculum", "32:7,48:5", "--batch_size", 2, "--val_every", 50, "--save_every", 4, "--keep", 9, "--ema_every", 2]
     run("train.py", *flags, "--out", "whole", cwd=tmp_path)
     assert "step_000012" == (tmp_path / "whole/latest").read_text()
     for at, workers in ((4, 2), (8, 0)):
@@ -188,7 +181,7 @@ def test_a_curriculum_changes_the_crop_and_resumes_across_the_change(tmp_path):
         for name in ("model", "ema", "optimizer"):
             a, b = weights(tmp_path / "whole/step_000012", name), weights(again / "step_000012", name)
             assert all(torch.equal(a[k], b[k]) for k in a), name
-    args = train.parse_args(["--curriculum", "32:7,48:5", "--batch_size", "2"])
+    args = train.parse_args([str(word) for word in flags])
     train_set, _ = train.make_datasets(args, train.curriculum(args))
     assert (train_set[13]["clean"].shape[1], train_set[14]["clean"].shape[1]) == (32, 48) and args.steps == 12
     assert "512:8000" in run("train.py", "--curriculum", "32:7,x", cwd=tmp_path, status=2)
@@ -347,8 +340,8 @@ def test_a_restorer_starts_from_a_text_to_image_run_unchanged(conditioning, phot
     run("model.py", "export", "tuned", "exported", cwd=tmp_path)
 
 
-def test_compiled_training_is_the_same(tmp_path):
-    flags = ["--steps", 3, *SMALL, "--workers", 0, "--lr", 1e-3]
+def test_compiled_training_is_the_same(photos_csv, tmp_path):
+    flags = ["--data", photos_csv, "--steps", 3, *SMALL, "--workers", 0, "--lr", 1e-3]
     for name, more in (("eager", []), ("compiled", ["--compile"])):
         run("train.py", *flags, *more, "--out", name, cwd=tmp_path)
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)

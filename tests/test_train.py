@@ -107,22 +107,22 @@ def test_checkpointing_changes_no_gradient():
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+def plain(photos_csv, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    run("train.py", "--steps", 20, *SMALL, "--batch_size", 4, "--out", "run", cwd=folder)
+    run("train.py", "--data", photos_csv, "--steps", 20, *SMALL, "--batch_size", 4, "--out", "run", cwd=folder)
     return folder / "run/step_000020"
 
 
-def test_a_batch_in_parts_gives_the_same_weights(plain, tmp_path):
-    run("train.py", "--steps", 20, *SMALL, "--batch_size", 4, "--accumulate", 2, "--checkpointing", "--out", "run", cwd=tmp_path)
+def test_a_batch_in_parts_gives_the_same_weights(plain, photos_csv, tmp_path):
+    run("train.py", "--data", photos_csv, "--steps", 20, *SMALL, "--batch_size", 4, "--accumulate", 2, "--checkpointing", "--out", "run", cwd=tmp_path)
     a, b = (load_file(folder / "model.safetensors") for folder in (plain, tmp_path / "run/step_000020"))
     assert all((a[k] - b[k]).abs().max() < 2e-3 * a[k].abs().max() for k in a) and any(not torch.equal(a[k], b[k]) for k in a)
     assert "divisor" in run("train.py", "--accumulate", 3, "--batch_size", 4, cwd=tmp_path, status=2)
 
 
 @pytest.mark.parametrize("optimizer, bytes_each", [("adamw_bf16", 8), ("adamw_sr", 6)])
-def test_training_in_bf16_resumes_bit_for_bit(optimizer, bytes_each, tmp_path):
-    flags = ["--optimizer", optimizer, "--conditioning", "projection", *SMALL, "--steps", 12, "--save_every", 6, "--keep", 2]
+def test_training_in_bf16_resumes_bit_for_bit(optimizer, bytes_each, photos_csv, tmp_path):
+    flags = ["--data", photos_csv, "--optimizer", optimizer, "--conditioning", "projection", *SMALL, "--steps", 12, "--save_every", 6, "--keep", 2]
     run("train.py", *flags, "--out", "whole", cwd=tmp_path)
     whole = tmp_path / "whole"
     assert (whole / "step_000006").is_dir() and (whole / "step_000012").is_dir()
@@ -141,7 +141,7 @@ def test_training_in_bf16_resumes_bit_for_bit(optimizer, bytes_each, tmp_path):
     assert size == bytes_each * sum(model[k].numel() for k in half)
 
 
-def test_a_step_without_a_finite_loss_is_skipped_and_twenty_end_the_run(tmp_path, monkeypatch, capsys):
+def test_a_step_without_a_finite_loss_is_skipped_and_twenty_end_the_run(photos_csv, tmp_path, monkeypatch, capsys):
     loss = train.flow_loss
 
     def spoilt(restorer, x0, *rest):
@@ -150,7 +150,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_twenty_end_the_run(tmp_path
         return value * math.nan if spoilt.count in spoilt.bad else value
     monkeypatch.setattr(train, "flow_loss", spoilt)
     monkeypatch.chdir(tmp_path)
-    flags = ["train.py", *SMALL, "--workers", "0", "--save_every", "100"]
+    flags = ["train.py", "--data", str(photos_csv), *SMALL, "--workers", "0", "--save_every", "100"]
     spoilt.count, spoilt.bad = 0, {3, 4}
     monkeypatch.setattr(sys, "argv", [*flags, "--steps", "6", "--out", "few"])
     train.main()
@@ -164,26 +164,28 @@ def test_a_step_without_a_finite_loss_is_skipped_and_twenty_end_the_run(tmp_path
     assert all(t.isfinite().all() for t in load_file("many/step_000024/model.safetensors").values())
 
 
-def test_sigterm_saves_and_the_best_checkpoint_is_kept(tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *SMALL, "--val_every", "5", "--save_every", "5", "--keep", "2"], cwd=tmp_path,
+def test_sigterm_saves_and_the_best_checkpoint_is_kept(photos_csv, tmp_path):
+    flags = ["--data", photos_csv, *SMALL, "--val_every", "5", "--save_every", "5", "--keep", "2"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], cwd=tmp_path,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    latest, deadline = tmp_path / "out/demo/latest", time.monotonic() + 120
+    folder, deadline = tmp_path / "out/photos", time.monotonic() + 120
+    latest = folder / "latest"
     while not latest.exists() or latest.read_text() < "step_000020":
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "interrupted" in output
-    log = [json.loads(line) for line in (tmp_path / "out/demo/log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     scores = {entry["step"]: entry["restored_psnr"] for entry in log if "restored_psnr" in entry and entry["step"]}
     best = f"step_{max(scores, key=scores.get):06d}"
-    assert (tmp_path / "out/demo/best").read_text() == best and (tmp_path / "out/demo" / best).is_dir()
-    kept = sorted(p.name for p in (tmp_path / "out/demo").glob("step_*"))
+    assert (folder / "best").read_text() == best and (folder / best).is_dir()
+    kept = sorted(p.name for p in folder.glob("step_*"))
     saved = set(scores) | {int(latest.read_text()[-6:])}  # the last one was not validated: there may be little time
     assert set(f"step_{step:06d}" for step in sorted(saved)[-2:]) | {best} == set(kept)
 
 
-def test_condition_dropout_hides_that_share_of_the_conditions(tmp_path, monkeypatch):
+def test_condition_dropout_hides_that_share_of_the_conditions(photos_csv, tmp_path, monkeypatch):
     hidden = []
 
     def watch(restorer, x0, condition, *rest):
@@ -191,16 +193,16 @@ def test_condition_dropout_hides_that_share_of_the_conditions(tmp_path, monkeypa
         return flow_loss(restorer, x0, condition, *rest)
     monkeypatch.setattr(train, "flow_loss", watch)
     for share in (0.0, 0.3):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "60", "--batch_size", "4", "--resolution", "16", "--val_every", "60", "--condition_dropout",
-                                          str(share), "--device", "cpu", "--out", str(tmp_path / str(share))])
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(photos_csv), "--steps", "60", "--batch_size", "4", "--resolution", "16", "--val_every", "60",
+                                          "--condition_dropout", str(share), "--device", "cpu", "--out", str(tmp_path / str(share))])
         hidden.clear()
         train.main()
         assert abs(sum(hidden) / 240 - share) < 0.1 and (sum(hidden) > 0) == (share > 0)  # 3.4 standard deviations
 
 
-def test_a_run_resumes_with_its_own_optimizer_and_folder_only(tmp_path):
-    run("train.py", *SMALL, "--steps", 4, "--save_every", 2, "--keep", 2, "--out", "a", cwd=tmp_path)
-    run("train.py", *SMALL, "--curriculum", "32:2,48:2", "--out", "b", cwd=tmp_path)
+def test_a_run_resumes_with_its_own_optimizer_and_folder_only(photos_csv, tmp_path):
+    run("train.py", "--data", photos_csv, *SMALL, "--steps", 4, "--save_every", 2, "--keep", 2, "--out", "a", cwd=tmp_path)
+    run("train.py", "--data", photos_csv, *SMALL, "--curriculum", "32:2,48:2", "--out", "b", cwd=tmp_path)
     before = (tmp_path / "a/step_000002/config.json").read_text()
     for flags, word in ((["--resume", "a/step_000002", "--steps", 8], "run folder"), (["--resume", "a", "--steps", 8, "--optimizer", "adamw_bf16"], "adamw"),
                         (["--resume", "b", "--steps", 9], "--curriculum")):
@@ -209,7 +211,7 @@ def test_a_run_resumes_with_its_own_optimizer_and_folder_only(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
-def test_skipped_steps_do_not_change_how_a_run_resumes(optimizer, tmp_path, monkeypatch):
+def test_skipped_steps_do_not_change_how_a_run_resumes(optimizer, photos_csv, tmp_path, monkeypatch):
     """Steps 1 to 3 and 7 have no finite loss; a run that stopped after 3, before any update, or after 8, ends like the one that did not."""
     loss = train.flow_loss
 
@@ -225,8 +227,8 @@ def test_skipped_steps_do_not_change_how_a_run_resumes(optimizer, tmp_path, monk
     for stops in ([10], [3, 10], [8, 10]):
         out = "run" + "_".join(map(str, stops))
         for i, stop in enumerate(stops):  # the schedule is that of the last stop: cut the earlier ones off by hand
-            flags = ["--resume", out] if i else [*SMALL, "--workers", "0", "--optimizer", optimizer, "--steps", "10", "--out", out, "--save_every", "1", "--keep", "9"]
-            monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+            begin = ["--data", str(photos_csv), *SMALL, "--workers", "0", "--optimizer", optimizer, "--steps", "10", "--save_every", "1", "--keep", "9"]
+            monkeypatch.setattr(sys, "argv", ["train.py", *(["--resume", out] if i else [*begin, "--out", out])])
             train.main()
             if stop < 10:
                 (tmp_path / out / "latest").write_text(f"step_{stop:06d}")
@@ -237,19 +239,20 @@ def test_skipped_steps_do_not_change_how_a_run_resumes(optimizer, tmp_path, monk
         assert all(torch.equal(ends["run10"][name].float(), ends[other][name].float()) for name in ends["run10"])
 
 
-def test_the_best_checkpoint_is_one_that_was_validated(tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_one_that_was_validated(photos_csv, tmp_path, monkeypatch):
     """9 dB at step 4, 1 dB at step 8, saved at every step."""
     monkeypatch.setattr(train, "validate", lambda state, *_: {"step": state.step, "val_loss": 1.0, "input_psnr": 5.0, "input_ssim": 0.5, "restored_ssim": 0.5,
                                                               "restored_psnr": {4: 9.0}.get(state.step, 1.0)})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--steps", "8", "--val_every", "4", "--save_every", "1", "--out", "run"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(photos_csv), *SMALL, "--steps", "8", "--val_every", "4", "--save_every", "1", "--out", "run"])
     train.main()
     assert (tmp_path / "run/best").read_text() == "step_000004" and (tmp_path / "run/step_000004").is_dir()
 
 
-def test_sigterm_to_all_processes_of_a_run_saves(tmp_path):
+def test_sigterm_to_all_processes_of_a_run_saves(photos_csv, tmp_path):
     """torchrun and batch systems signal the whole group, the workers that prepare images too."""
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *SMALL, "--steps", "5000", "--workers", "2", "--out", "run"], cwd=tmp_path,
+    flags = ["--data", photos_csv, *SMALL, "--steps", "5000", "--workers", "2", "--out", "run"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], cwd=tmp_path,
                                start_new_session=True, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (tmp_path / "run/log.jsonl").exists():
