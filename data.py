@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, check_numbers, dead_leaves, describe, draw_recipe, left_out,
-                     list_images, make_folder,
-                     make_prompt, open_image, parse_degradations, run_script, save_image, write_csv, write_text)
+                     list_images, make_folder, make_prompt, open_image, parse_degradations, run_script, save_image, write_csv, write_text)
 from model import PRESETS, SHIFT, Gemma2, GemmaTokenizer, Sana, build_restorer, encode_prompts, pad_text
 from vae import DCAE, HUB, PixelAE, find_checkpoint, find_model, is_run, read_json, save_weights
 
@@ -249,6 +249,18 @@ def collate(items):
             return item
     batch = {key: torch.stack([item[key] for item in items]) for key in ("clean", "condition")}
     return batch | {"caption": [item["caption"] for item in items], "bad": sum(item.get("bad", 0) for item in items)}
+
+
+def make_loader(dataset, args, draws):
+    """Batches of the draws with these numbers, every draws.step-th of which this process computes."""
+    return DataLoader(dataset, args.batch_size // draws.step, sampler=draws, num_workers=args.workers, collate_fn=collate, worker_init_fn=ignore_signals,
+                      pin_memory=args.device.startswith("cuda"))
+
+
+def ignore_signals(_):
+    """Workers leave Ctrl-C and a first SIGTERM, which may go to all processes, to the main one: it finishes its step and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def add_data_flags(parser):

@@ -26,11 +26,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (DATA_RANGES, CachedDataset, add_data_flags, build_surroundings, check_device, collate, curriculum, describe_model,
-                  fingerprint, make_datasets, seed_for)
+from data import (DATA_RANGES, CachedDataset, add_data_flags, build_surroundings, check_device, curriculum, describe_model, fingerprint,
+                  make_datasets, make_loader, seed_for)
 from degrade import (Parser, UserError, check_numbers, draw_grid, draw_panels, make_folder, out_of_memory, parse_degradations, run_script,
                      save_image, write_text)
 from evaluate import BINS, DEFAULT_STEPS, Meter, evaluate_pairs, mean_loss, mean_of, restore
@@ -160,19 +159,6 @@ def sum_over_all(numbers, device):
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
-
-
-def make_loader(dataset, args, start):
-    """Batches of draws start * batch_size, ... : what a step sees depends on its number alone."""
-    draws = range(start * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
-    return DataLoader(dataset, args.batch_size // WORLD, sampler=draws, num_workers=args.workers, collate_fn=collate,
-                      worker_init_fn=ignore_signals, pin_memory=args.device.startswith("cuda"))
-
-
-def ignore_signals(_):
-    """Workers leave Ctrl-C and a first SIGTERM, which may go to all processes, to the main one: it finishes its step and saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -503,8 +489,8 @@ def noted_signals():
         signal.signal(number, handler)
 
 
-def train(state, train_set, val_set, run, log):
-    """Steps until args.steps or a signal, with log, validation and checkpoints. -> (last validation, that signal or None).
+def train(state, loader, val_set, run, log):
+    """Steps on the batches of loader until args.steps or a signal, with log, validation and checkpoints. -> (last validation, that signal or None).
     Raises UserError, with everything saved, where it cannot go on."""
     args, start, problem = state.args, state.step, None
     if not log:
@@ -512,7 +498,7 @@ def train(state, train_set, val_set, run, log):
     validation, line = next(entry for entry in reversed(log) if "restored_psnr" in entry), {"loss": math.nan, "images_per_second": 0}
     if RANK == 0:
         write_text(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
-    meter, loader, norm, bad = Meter(state, WORLD), iter(make_loader(train_set, args, start)), math.nan, 0
+    meter, loader, norm, bad = Meter(state, WORLD), iter(loader), math.nan, 0
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the death of a worker shows where its batch is waited for, not amid an update
     with (noted_signals() as stop, tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, dynamic_ncols=True, disable=RANK > 0) as bar,
           open(run / "log.jsonl" if RANK == 0 else os.devnull, "a", buffering=1) as log_file):
@@ -582,14 +568,13 @@ def main():
             raise UserError(f"{run} is at step {start} of {args.steps} already; --steps sets a later end")
     autoencoder, prompts = build_surroundings(config, args.device)
     unit = autoencoder.factor * config["sana"].get("patch_size", 1)
-    for side in [side for _, side in stages or [(0, args.resolution)]]:
-        if side % unit:
-            raise UserError(f"--resolution {side}: a multiple of {unit}, the model's unit")
+    for side in [side for _, side in stages or [(0, args.resolution)] if side % unit]:
+        raise UserError(f"--resolution {side}: a multiple of {unit}, the model's unit")
+    draws = range(start * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
     if args.cache:
         train_set, autoencoder = CachedDataset(args.cache, fingerprint(args, config), len(train_set)), None
         prompts.known = train_set.prompts
     elif prompts.folder:  # all captions of the run, before the transformer takes the memory
-        draws = range(start * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
         prompts.prepare(["", *(train_set.plan(i)[2] for i in draws), *(val_set.plan(i)[2] for i in range(len(val_set)))])
     state = State(config, autoencoder, prompts, args)
     if args.resume:
@@ -605,7 +590,7 @@ def main():
     where = f"on {WORLD} x {args.device}" if WORLD > 1 else f"on {args.device}" + ("" if torch.cuda.is_available() else " (no GPU here)")
     print(f"model {args.model}, {count / 1e6:.2f} M parameters, {where}: {args.steps - state.step} steps of "
           f"{args.batch_size} crops of {args.curriculum or args.resolution} pixels from {len(train_set)} images -> {run}")
-    validation, interrupted = train(state, train_set, val_set, run, log)
+    validation, interrupted = train(state, make_loader(train_set, args, draws), val_set, run, log)
     print(f"{'interrupted at ' if interrupted else ''}step {state.step}, {len(val_set)} held-out images: "
           f"PSNR {validation['input_psnr']:.2f} -> {validation['restored_psnr']:.2f} dB, "
           f"SSIM {validation['input_ssim']:.3f} -> {validation['restored_ssim']:.3f}")
