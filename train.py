@@ -568,8 +568,9 @@ def main():
             raise UserError(f"{run} is at step {start} of {args.steps} already; --steps sets a later end")
     autoencoder, prompts = build_surroundings(config, args.device)
     unit = autoencoder.factor * config["sana"].get("patch_size", 1)
-    for side in [side for _, side in stages or [(0, args.resolution)] if side % unit]:
-        raise UserError(f"--resolution {side}: a multiple of {unit}, the model's unit")
+    wrong = [side for _, side in stages or [(0, args.resolution)] if side % unit]
+    if wrong:
+        raise UserError(f"--resolution {wrong[0]}: a multiple of {unit}, the model's unit")
     draws = range(start * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
     if args.cache:
         train_set, autoencoder = CachedDataset(args.cache, fingerprint(args, config), len(train_set)), None

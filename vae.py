@@ -130,10 +130,13 @@ def load_weights(module, *paths, dtype=None):
 def save_weights(tensors, path, **about):
     """Write {name: tensor}, and texts about them, to a safetensors file. Raises UserError."""
     with whole_file(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # as other files of this user; the library makes one that nobody else can read
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"} | about)
         except SafetensorError as error:  # a full disk, for one
             raise OSError(error) from None
+        partial.chmod(mode)
 
 
 def find_checkpoint(path):

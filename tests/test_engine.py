@@ -368,6 +368,7 @@ def test_the_compiled_optimizer_is_the_same_and_is_compiled_once():
 def test_the_log_counts_what_it_says(alone):
     lines = [json.loads(line) for line in (alone / "log.jsonl").read_text().splitlines()]
     line = next(line for line in lines if "loss" in line)
+    assert (alone / "step_000020/ema.safetensors").stat().st_mode == (alone / "step_000020/config.json").stat().st_mode
     assert line["step"] == 20 and len(line["loss_by_sigma"]) == evaluate.BINS and 0 <= line["data_wait"] <= 1 and line["skipped"] == 0
     assert 0.1 < line["memory_gb"] < 8 and line["condition_norm"] > 0
     # matrix products and convolutions of a forward pass: two operations a weight and position
