@@ -526,11 +526,12 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
     """Degrade every photo of a folder once -> out/clean/, out/condition/ (PNG) and, last, out/pairs.csv. The same command goes on
     after an interruption."""
     out, paths, rows = Path(out), list_images(photos), []
-    if (out / "pairs.csv").exists():
+    begun = out / "begun.json"
+    if (out / "pairs.csv").exists() and not begun.exists():
         raise UserError(f"{out / 'pairs.csv'} exists already; choose another --out")
     if out.resolve().is_relative_to(Path(photos).resolve()):
         raise UserError(f"--out {out} lies inside {photos}: its pictures would be taken for photos; choose a folder elsewhere")
-    begun = make_folder(out) / "begun.json"
+    make_folder(out)
     made_of = json.dumps([str(Path(photos).resolve()), list(map(str, paths)), choices, counts, seed])
     if begun.exists() and begun.read_text(encoding="utf-8") != made_of:
         raise UserError(f"{out} holds the beginning of other pairs; choose another --out")

@@ -109,7 +109,7 @@ def kill_caching(csv, folder, kills):
         for path in (folder / "cache").glob("draws_*"):
             assert load_file(path)["clean"].dtype == torch.float16
     try:
-        done = kill_often([*command, "cache"], folder, kills, 0.4, check, lambda: shutil.rmtree(folder / "cache"))
+        done = kill_often([*command, "cache"], folder, kills, 0.8, check, lambda: shutil.rmtree(folder / "cache"))
         finish([*command, "cache"], folder), finish([*command, "whole"], folder)
     finally:
         data.SHARD = shard
@@ -125,7 +125,7 @@ def kill_pairs(photos, folder, kills):
             Image.open(path).load()
         if (folder / "pairs/pairs.csv").exists():
             assert len(data.CsvPairs(folder / "pairs/pairs.csv")) == len(list(photos.glob("*.png")))
-    done = kill_often([*command, "pairs"], folder, kills, 0.3, check, lambda: shutil.rmtree(folder / "pairs"))
+    done = kill_often([*command, "pairs"], folder, kills, 0.6, check, lambda: shutil.rmtree(folder / "pairs"))
     if not (folder / "pairs/pairs.csv").exists():
         finish([*command, "pairs"], folder)
     finish([*command, "whole"], folder)
@@ -137,7 +137,7 @@ def kill_export(run, folder, kills):
     def check():
         if (folder / "out/config.json").exists():
             model.Sana.from_pretrained(folder / "out")
-    return kill_often(["model.py", "export", run, "out"], folder, kills, 0.08, check, lambda: shutil.rmtree(folder / "out"))
+    return kill_often(["model.py", "export", run, "out"], folder, kills, 0.4, check, lambda: shutil.rmtree(folder / "out"))
 
 
 def kill_evaluation(run, photos, folder, kills):
@@ -152,7 +152,7 @@ def kill_evaluation(run, photos, folder, kills):
     clear = lambda: [shutil.rmtree(folder / name, ignore_errors=True) for name in ("restored", "scores")]
     restoring = ["evaluate.py", "--checkpoint", run, "--input", photos, "--output", "restored"]
     measuring = ["evaluate.py", "--checkpoint", run, "--data", "photos.csv", "--metrics", "psnr", "--output", "scores"]
-    done = [kill_often(command, folder, kills // 2, 0.8, check, clear) for command in (restoring, measuring)]
+    done = [kill_often(command, folder, kills // 2, 1.6, check, clear) for command in (restoring, measuring)]
     finish(restoring, folder)
     assert len(list((folder / "restored").glob("[!.]*.png"))) == len(list(photos.glob("*.png")))
     return tuple(map(sum, zip(*done)))
