@@ -377,8 +377,8 @@ class State:
         write_text(run / "best", self.best[1] or folder.name)
         write_text(latest, folder.name)
         for old in sorted(run.glob(STEPS))[:-self.args.keep]:
-            if old.name not in (folder.name, self.best[1]):
-                shutil.rmtree(old, ignore_errors=True)
+            if old.name not in (folder.name, self.best[1]):  # renamed first: half a checkpoint must not look like one
+                shutil.rmtree(old.rename(run / f".{old.name}.partial"), ignore_errors=True)
 
     def load(self, folder):
         """The inverse of save. Raises UserError for a damaged checkpoint."""

@@ -143,7 +143,7 @@ def test_an_interrupted_cache_is_completed(photos_csv, tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", [*flags, str(tmp_path / "halved")])
     with pytest.raises(KeyboardInterrupt):
         data.main()
-    made = sorted(path.name for path in (tmp_path / "halved").iterdir())
+    made = sorted(path.name for path in (tmp_path / "halved").glob("[!.]*"))
     assert made == ["draws_00000.safetensors", "draws_00001.safetensors", "index.json"]
     args = train.parse_args(["--data", str(photos_csv), "--resolution", "32", "--cache", str(tmp_path / "halved")])
     expected = data.fingerprint(args, PRESETS["tiny"])
