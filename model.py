@@ -247,7 +247,7 @@ class Restorer(nn.Module):
                 old = sana.patch_embed.proj
                 if old.in_channels == channels:  # an exported restorer is widened already
                     new = nn.Conv2d(2 * channels, old.out_channels, old.kernel_size, old.stride, device=old.weight.device)
-                    new.weight.copy_(torch.cat([old.weight, torch.zeros_like(old.weight)], 1))
+                    new.weight.zero_()[:, :channels].copy_(old.weight)
                     new.bias.copy_(old.bias)
                     sana.patch_embed.proj = new.to(old.weight.dtype)
         if conditioning not in ("projection", "widen", "none") or prediction not in ("velocity", "residual"):

@@ -125,10 +125,10 @@ def kill_pairs(photos, folder, kills):
             Image.open(path).load()
         if (folder / "pairs/pairs.csv").exists():
             assert len(data.CsvPairs(folder / "pairs/pairs.csv")) == len(list(photos.glob("*.png")))
-    done = kill_often([*command, "pairs"], folder, kills, 0.6, check, lambda: shutil.rmtree(folder / "pairs"))
-    if not (folder / "pairs/pairs.csv").exists():
-        finish([*command, "pairs"], folder)
-    finish([*command, "whole"], folder)
+            if not (folder / "pairs/begun.json").exists():  # killed when all was done
+                shutil.rmtree(folder / "pairs")
+    done = kill_often([*command, "pairs"], folder, kills, 0.6, check)
+    finish([*command, "pairs"], folder), finish([*command, "whole"], folder)
     assert same_files(folder / "pairs", folder / "whole")
     return done
 
