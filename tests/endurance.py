@@ -12,6 +12,7 @@ import traceback
 
 import numpy as np
 import torch
+import torch._dynamo  # noqa: F401, which an optimizer imports: not in each fork anew
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
