@@ -11,7 +11,6 @@ from pathlib import Path
 
 from PIL import Image
 
-import train
 from conftest import ROOT
 from test_commands import run
 
@@ -115,9 +114,3 @@ def test_the_install_and_test_command_is_the_one_that_ci_runs():
     for command in (command for command in commands() if command.startswith("pip install")):
         files = re.findall(r"-r (\S+)", command)
         assert command == "pip install " + " ".join(f"-r {file}" for file in files) and all((ROOT / file).is_file() for file in files)
-
-
-def test_the_defaults_of_the_commands_are_those_of_the_text():
-    """The numbers that the README gives for `python train.py` with and without --data on a CPU."""
-    demo, own = train.parse_args(["--device", "cpu"]), train.parse_args(["--data", "bsd432.csv", "--device", "cpu"])
-    assert f"`python train.py`: {demo.steps:,} steps" in README and f"{own.steps:,} steps (the default)" in README and f"the default is {own.clip:g} since" in README
