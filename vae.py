@@ -5,6 +5,7 @@ f, channels C, and accept any H, W: encode mirrors the picture to the next multi
 Between them: how the weights of all networks of this project are read, from a folder or from the hub.
 """
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 
 from degrade import UserError, whole_file
 
@@ -543,15 +545,15 @@ def blend_tiles(function, size, tile, overlap):
     if max(size) <= tile:
         return function((..., slice(0, size[0]), slice(0, size[1])))
     total = weights = None
-    for top in tile_starts(size[0], tile, overlap):
-        for left in tile_starts(size[1], tile, overlap):
-            at = ..., slice(top, top + tile), slice(left, left + tile)
-            part = function(at)
-            if total is None:
-                total, weights = part.new_zeros(*part.shape[:2], *size), part.new_zeros(size)
-            weight = ramp(part.shape[2], overlap).to(part)[:, None] * ramp(part.shape[3], overlap).to(part)
-            total[at] += weight * part
-            weights[at[1:]] += weight
+    starts = itertools.product(*(tile_starts(side, tile, overlap) for side in size))
+    for top, left in tqdm(list(starts), unit="tile", desc="tiles", leave=False, delay=3):
+        at = ..., slice(top, top + tile), slice(left, left + tile)
+        part = function(at)
+        if total is None:
+            total, weights = part.new_zeros(*part.shape[:2], *size), part.new_zeros(size)
+        weight = ramp(part.shape[2], overlap).to(part)[:, None] * ramp(part.shape[3], overlap).to(part)
+        total[at] += weight * part
+        weights[at[1:]] += weight
     return total.div_(weights)
 
 

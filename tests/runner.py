@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.utils.data", "torch.utils.flop_counter", "torch.distributed", "safetensors.torch", "PIL.Image", "tqdm"])
+CONTEXT.set_forkserver_preload(["torch", "torch.utils.data", "torch.utils.flop_counter", "torch.distributed", "torch._dynamo", "safetensors.torch", "PIL.Image", "tqdm"])
 
 
 def _child(command, cwd, env, output):
