@@ -558,10 +558,9 @@ def main():
     if getattr(args, "data_digest", digest) != digest:
         raise UserError(f"{args.data} is not what it was when this run began; --data {args.data} goes on with it as it is now")
     args.data_digest = digest
+    config, start = None if args.resume else describe_model(args.model, args.conditioning), 0
     run, log = prepare_run(args)
-    if not args.resume:
-        config, start = describe_model(args.model, args.conditioning), 0
-    else:
+    if args.resume:
         saved = read_json(find_checkpoint(run) / "config.json")
         config, start = saved["model"], saved["step"]
         if start >= args.steps:

@@ -64,7 +64,7 @@ def test_restore_a_file_and_a_folder(demo, photos, tmp_path):
     Image.open(noisy).convert("L").save(tmp_path / "in/grey.png"), Image.open(noisy).save(tmp_path / "in/deep/a.jpg")
     run("evaluate.py", "--checkpoint", checkpoint / "step_000260", "--input", "in", "--output", "out", "--steps", 3, cwd=tmp_path)
     assert Image.open(tmp_path / "out/grey.png").mode == "L" and (tmp_path / "out/deep/a.jpg").is_file()
-    assert len(list((tmp_path / "out").rglob("*.*"))) == 2
+    assert len(list((tmp_path / "out").rglob("[!.]*.*"))) == 2
 
 
 def test_pairs_train_evaluate(photos, tmp_path):
@@ -130,7 +130,7 @@ def test_folders_of_pictures(demo, photos, tmp_path):
     output = run(*command, "--grid", "grid.png", cwd=tmp_path, status=1)
     assert "left out: in/3.png" in output and "restored 3 image(s)" in output and "1 failed" in output
     assert Image.open(tmp_path / "grid.png").size == (3 * 84, 3 * 98)
-    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("[!.]*")}
     assert times.keys() == {"0.png", "1.png", "2.png"}
     (tmp_path / "out/1.png").unlink(), (tmp_path / "in/3.png").unlink()
     assert "2 were there already" in run(*command, cwd=tmp_path)

@@ -280,7 +280,7 @@ def test_flags_of_what_is_drawn(place, monkeypatch):
     drawn = train.make_datasets(train.parse_args(["--data", "pairs.csv", "--resolution", "32", "--degradation", "paired"]))[0]
     assert sum(isinstance(drawn[i], degrade.UserError) for i in range(3)) == 1  # the row without a condition
     args = train.parse_args(["--data", "pairs.csv", "--resolution", "32", "--workers", "2"])
-    assert train.make_loader(drawn, args, 0).num_workers == 2 and drawn[int(isinstance(drawn[0], degrade.UserError))]["clean"].shape == (3, 32, 32)
+    assert train.make_loader(drawn, args, range(0, 8, 1)).num_workers == 2 and drawn[int(isinstance(drawn[0], degrade.UserError))]["clean"].shape == (3, 32, 32)
 
 
 def test_val_every_save_every_keep_overwrite_and_weights(photos_csv, tmp_path, monkeypatch, capsys):
