@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, check_numbers, dead_leaves, describe, draw_recipe, left_out,
-                     list_images, make_folder, make_prompt, open_image, parse_degradations, run_script, save_image, write_csv, write_text)
+from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, check_file, check_numbers, dead_leaves, describe, draw_recipe,
+                     left_out, list_images, make_folder, make_prompt, one_line, open_image, parse_degradations, run_script, save_image,
+                     write_csv, write_text)
 from model import PRESETS, SHIFT, Gemma2, GemmaTokenizer, Sana, build_restorer, encode_prompts, pad_text
 from vae import DCAE, HUB, PixelAE, find_checkpoint, find_model, is_run, read_json, save_weights
 
@@ -59,6 +60,7 @@ class CsvPairs:
 
     def __init__(self, path, skip_bad=False):
         self.path, self.cache, self.cached = Path(path), {}, 0
+        check_file(path)
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file, strict=True)
@@ -74,7 +76,7 @@ class CsvPairs:
         if not lines:
             raise UserError(f"{path}: a header and no rows")
         if "condition_image_path" not in header and len(header) > 1:  # a misspelt column should not pass unseen
-            print(f"{path}: no column condition_image_path among {', '.join(header)}: the conditions are made on the fly")
+            print(one_line(f"{path}: no column condition_image_path among {', '.join(header)}: the conditions are made on the fly"))
         self.rows = []
         for line, row in lines:
             try:

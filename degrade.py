@@ -18,7 +18,9 @@ import functools
 import glob
 import io
 import math
+import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,21 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 class UserError(ValueError):
     """What is wrong, where, and what to do about it, in one line. Scripts print it and exit with status 2."""
+
+    def __init__(self, message):
+        super().__init__(one_line(message))
+
+
+def one_line(text):
+    """text as a terminal may show it: line ends and control codes escaped (names of files have them), the middle of a long one cut out."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    return line if len(line) <= 900 else f"{line[:600]} ... {line[-280:]}"
+
+
+def check_file(path):
+    """Raises UserError unless path is a file, or links to one: opening a pipe would wait for ever, reading a device never ends."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -283,28 +300,32 @@ def _pink_noise(size, rng):
 def open_image(path, notice=True):
     """Read a picture upright (EXIF orientation applied) as one of the modes L, LA, RGB, RGBA, 8 bits a channel.
     16-bit grey is scaled to 8 bits, with a notice on stderr. Raises UserError with the path for anything unreadable."""
+    check_file(path)
     try:
-        with Image.open(path) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about large pictures and odd metadata, which are no reason to refuse one
+            with Image.open(path) as image:
+                if image.format == "EPS":
+                    raise ValueError("PostScript is a program, not a picture")  # which Pillow would have Ghostscript run
+                image.load()
+                with contextlib.suppress(Exception):  # damaged EXIF: then as it is stored
+                    ImageOps.exif_transpose(image, in_place=True)
+                if not image.width * image.height:
+                    raise ValueError("a picture without pixels")
+                if image.mode == "F":
+                    raise ValueError("floating-point pixels have no fixed range; save the picture with 8 or 16 bits")
+                if image.mode[0] == "I":  # I;16 and its like
+                    levels = np.asarray(image)
+                    if levels.min() < 0 or levels.max() > 65535:
+                        raise ValueError("its values go beyond 16 bits; save the picture with 8 or 16 bits")
+                    if notice:
+                        print(f"{path}: 16-bit grey is converted to 8 bits", file=sys.stderr)
+                    return _to_uint8(levels.astype(np.float32) / 257, Image.new("L", (1, 1)))
+                grey = image.mode in ("1", "L", "LA", "La")
+                return image.convert(("L" if grey else "RGB") + "A" * image.has_transparency_data)
     except Exception as error:  # Pillow's decoders raise a dozen types for damaged files
         reason = "not a picture that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else error
         raise UserError(f"{path}: {reason}") from None
-    if image.mode == "F":
-        raise UserError(f"{path}: floating-point pixels have no fixed range; save the picture with 8 or 16 bits")
-    if image.mode[0] == "I":  # I;16 and its like
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise UserError(f"{path}: its values go beyond 16 bits; save the picture with 8 or 16 bits")
-        if notice:
-            print(f"{path}: 16-bit grey is converted to 8 bits", file=sys.stderr)
-        return _to_uint8(levels / 257, Image.new("L", (1, 1)))
-    transparent = image.has_transparency_data
-    if image.mode in ("1", "L", "LA", "La"):
-        return image.convert("LA" if transparent else "L")
-    return image.convert("RGBA" if transparent else "RGB")
 
 
 def save_image(image, path, **options):

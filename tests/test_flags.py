@@ -145,7 +145,7 @@ def test_a_wrong_value_gets_one_line_that_names_it(command, place, monkeypatch, 
         raise Accepted
     monkeypatch.chdir(place), monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(train, "State", accept), monkeypatch.setattr(evaluate, "evaluate_pairs", accept)
-    before = sorted(path for path in place.rglob("*") if path.is_file())
+    before = sorted(path for path in place.rglob("[!.]*") if path.is_file())
     cases, wrong = [(action.dest, value) for c, action in ACTIONS if c == command for value in wrong_values(command, action)], []
     for name, value in cases:
         try:
@@ -161,7 +161,7 @@ def test_a_wrong_value_gets_one_line_that_names_it(command, place, monkeypatch, 
         named = [f"--{name}"] + [word for word in value.split() if name in (*WORDS, "out") and len(word) > 2]  # a path or word says where by itself
         if ended != 2 or len(lines) != 1 or not lines[0].startswith("error: ") or not any(word in lines[0] for word in named):
             wrong.append((name, value, ended, lines))
-        written = sorted(path for path in place.rglob("*") if path.is_file())
+        written = sorted(path for path in place.rglob("[!.]*") if path.is_file())
         if written != before:
             wrong.append((name, value, "wrote", set(written) - set(before)))
             before = written
