@@ -47,18 +47,25 @@ def ssim(a, b):
     use_sample_covariance=False. Raises ValueError for images below 11 pixels."""
     if min(a.shape[2:]) < 11:
         raise ValueError(f"SSIM needs 11x11 pixels, not {a.shape[3]}x{a.shape[2]}")
-    channels, a, b = a.shape[1], a.double() + 1, b.double() + 1             # black must be 0: SSIM compares means
-    window = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64, device=a.device) / 1.5) ** 2)
-    window = (window / window.sum()).expand(channels, 1, 1, 11)
+    window = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
+    window = (window / window.sum()).tolist()
 
     def blur(x):                                                            # [B, C, H, W] -> [B, C, H-10, W-10]
-        return F.conv2d(F.conv2d(x, window, groups=channels), window.transpose(2, 3), groups=channels)
+        for axis in (2, 3):  # eleven shifted sums in place: a tenth of the time of conv2d in float64, which has no fast kernel
+            parts = [x.narrow(axis, k, x.shape[axis] - 10) for k in range(11)]
+            x = parts[0] * window[0]
+            for part, weight in zip(parts[1:], window[1:]):
+                x.add_(part, alpha=weight)
+        return x
+    level_a, level_b = (x.mean((2, 3), keepdim=True) for x in (a, b))       # variances of what has no mean lose no digits in float32
+    a, b = a - level_a, b - level_b
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
+    mean_a, mean_b = mean_a + (level_a + 1), mean_b + (level_b + 1)         # black must be 0: SSIM compares means
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                               # 2 = range of [-1, 1]
     score = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return score.flatten(1).mean(1)
+    return score.double().flatten(1).mean(1)
 
 
 def luma(x):
