@@ -445,9 +445,11 @@ class CachedDataset(torch.utils.data.Dataset):
     def __init__(self, folder, expected, rows):
         self.folder, self.rows, self.seed = Path(folder), rows, expected["seed"]
         index = read_json(self.folder / "index.json")
+        if type(index.get("epochs")) is not int or index["epochs"] not in range(1, 10**6) or not isinstance(index.get("made_of"), dict):
+            raise UserError(f"{self.folder / 'index.json'}: not the index of a cache")
         for name, value in expected.items():
-            if index.get("made_of", {}).get(name) != value:
-                what = "" if name in ("data", "model") else f" {index.get('made_of', {}).get(name)}, this run has {value}"
+            if index["made_of"].get(name) != value:
+                what = "" if name in ("data", "model") else f" {index['made_of'].get(name)}, this run has {value}"
                 raise UserError(f"--cache {folder}: was made with another --{name}{what}; make a new one with python data.py cache")
         self.epochs, self.files, self.captions = index["epochs"], {}, []
         self.paths = [self.folder / f"draws_{i:05d}.safetensors" for i in range(-(-self.epochs * rows // SHARD))]
@@ -455,8 +457,15 @@ class CachedDataset(torch.utils.data.Dataset):
         if missing:
             raise UserError(f"--cache {folder}: not complete, {len(missing)} of {len(self.paths)} files are missing; the same "
                             "python data.py cache command makes the rest")
-        for i in range(len(self.paths)):
-            self.captions += json.loads(self._file(i).metadata()["captions"])
+        for i, path in enumerate(self.paths):
+            try:
+                captions = json.loads(self._file(i).metadata()["captions"])
+                counts = {len(captions), *(self._file(i).get_slice(key).get_shape()[0] for key in ("clean", "condition"))}
+            except (SafetensorError, ValueError, TypeError, LookupError) as error:
+                raise UserError(f"{path}: not a part of a cache: {error!r}") from None
+            if counts != {min(SHARD, self.epochs * rows - i * SHARD)} or not all(isinstance(caption, str) for caption in captions):
+                raise UserError(f"{path}: holds other draws than index.json says")
+            self.captions += captions
         self.files = {}  # each worker opens its own
         self.prompts = {}
         if (self.folder / "prompts.safetensors").is_file():

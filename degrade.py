@@ -17,6 +17,7 @@ import fcntl
 import functools
 import glob
 import io
+import logging
 import math
 import os
 import sys
@@ -38,6 +39,7 @@ RANGES = {
 }
 # A changed brightness leaves no trace in the image to invert, so its error only drowns the others': opt in.
 DEFAULT_DEGRADATIONS = ("gaussian_noise", "poisson_noise", "jpeg", "gaussian_blur", "downscale")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of a damaged file, our error says
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from degrade import Parser, UserError, make_folder, run_script, write_text
-from vae import GLUMBConv, Pretrained, find_checkpoint, find_model, is_run, load_weights, read_config, read_json, save_weights
+from vae import BAD_CONFIG, GLUMBConv, PixelAE, Pretrained, find_checkpoint, find_model, is_run, load_weights, read_config, read_json, save_weights
 
 # ----------------------------------------------------------------------------------------------------------------
 # The transformer. Module and parameter names are those of the diffusers checkpoints, so weights load by name.
@@ -250,8 +250,8 @@ class Restorer(nn.Module):
                     new.weight.zero_()[:, :channels].copy_(old.weight)
                     new.bias.copy_(old.bias)
                     sana.patch_embed.proj = new.to(old.weight.dtype)
-        if conditioning not in ("projection", "widen", "none") or prediction not in ("velocity", "residual"):
-            raise ValueError(f"conditioning {conditioning!r}, prediction {prediction!r}: not built here")
+        if conditioning not in ("projection", "widen", "none") or prediction not in ("velocity", "residual") or not 0 < shift < 100:
+            raise ValueError(f"conditioning {conditioning!r}, prediction {prediction!r}, shift {shift!r}: not built here")
 
     def forward(self, latents, condition, timestep, text, text_mask=None):
         """latents, condition [B, C, H, W], timestep [B] = 1000 * sigma, text [B, L, D_text], text_mask [B, L] -> velocity [B, C, H, W]."""
@@ -268,19 +268,19 @@ class Restorer(nn.Module):
 
 
 # The tiny preset: small enough to train from scratch on a laptop, on pixels instead of latents (vae.PixelAE).
-PRESETS = {
-    "tiny": {
-        "autoencoder": {"factor": 2}, "conditioning": "widen", "prediction": "residual",
-        "sana": {"in_channels": 12, "out_channels": 12, "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 32,
-                 "num_cross_attention_heads": 2, "cross_attention_head_dim": 32, "cross_attention_dim": 64,
-                 "caption_channels": 256, "mlp_ratio": 2.5, "qk_norm": "rms_norm_across_heads"},
-    },
-}
+PRESETS = {"tiny": {
+    "autoencoder": {"factor": 2}, "conditioning": "widen", "prediction": "residual",
+    "sana": {"in_channels": 12, "out_channels": 12, "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 32,
+             "num_cross_attention_heads": 2, "cross_attention_head_dim": 32, "cross_attention_dim": 64,
+             "caption_channels": 256, "mlp_ratio": 2.5, "qk_norm": "rms_norm_across_heads"}}}
 
 
 def build_restorer(config):
     """A preset, or "model" of a checkpoint's config.json -> Restorer with unset weights."""
-    return Restorer(Sana(config["sana"]), config["conditioning"], config["prediction"], config.get("shift", SHIFT))
+    restorer = Restorer(Sana(config["sana"]), config["conditioning"], config["prediction"], config.get("shift", SHIFT))
+    if config["autoencoder"] and PixelAE(**config["autoencoder"]).channels != restorer.sana.config["out_channels"]:
+        raise ValueError("the autoencoder and the transformer differ in their channels")
+    return restorer
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -551,8 +551,8 @@ def load_restorer(path, weights="ema"):
     try:
         with torch.device("meta"):
             restorer = build_restorer(config["model"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
+    except BAD_CONFIG as error:
+        raise UserError(f"{folder / 'config.json'}: not that of a usable checkpoint: {error!r}") from None
     return load_weights(restorer, folder / f"{weights}.safetensors").eval(), config["model"]
 
 

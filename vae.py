@@ -7,6 +7,7 @@ Between them: how the weights of all networks of this project are read, from a f
 import contextlib
 import itertools
 import json
+import operator
 import os
 import re
 import socket
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from degrade import UserError, whole_file
+from degrade import UserError, check_file, whole_file
 
 
 class PixelAE:
@@ -28,7 +29,7 @@ class PixelAE:
     (photographs have a standard deviation of about 0.5)."""
 
     def __init__(self, factor):
-        self.factor, self.channels = factor, 3 * factor**2
+        self.factor, self.channels = operator.index(factor), 3 * factor**2  # no 2.0
 
     def encode(self, pixels):
         """[B, 3, H, W] -> [B, 3f^2, H/f, W/f]."""
@@ -45,24 +46,39 @@ class PixelAE:
 
 def read_config(what, config, defaults, ignored=(), built={}):
     """config with defaults for what it leaves out. Raises UserError for keys that are neither in defaults nor ignored,
-    and for values of the keys of built that are not among those it lists."""
+    for values of the keys of built that are not among those it lists, and for absurd numbers."""
     known = {*defaults, *built, *ignored}
-    wrong = [k for k in config if k not in known and k[0] != "_"]
+    wrong = [k for k in config if k not in known and k[:1] != "_"]
     wrong += [k for k, values in built.items() if config.get(k, values[0]) not in values]
+    wrong += [k for k in defaults.keys() - built.keys() if k in config and not is_sane(config[k], defaults[k], 256 if "layers" in k else 2**20)]
     if wrong:
         raise UserError(f"{what} config: {', '.join(f'{k}={config[k]!r}' for k in wrong)} is not supported")
     return defaults | {k: v for k, v in config.items() if k in defaults}
 
 
+def is_sane(value, default, most):
+    """Whether a value of a config is of its default's kind (or a list of it, for a text) and its numbers above 0 (in lists: or 0), up to most."""
+    if isinstance(value, (list, tuple)) and isinstance(default, (str, tuple)):
+        part = default if isinstance(default, str) else default[0] if default else 1
+        return len(value) < 100 and all(v == 0 or is_sane(v, part, most) for v in value)
+    if isinstance(value, (int, float)):
+        return (default is None or isinstance(default, float) or type(default) is type(value)) and (value is False or 0 < value <= most)
+    return value is None or isinstance(value, str) and isinstance(default, str)
+
+
 def read_json(path):
     """The object that a JSON file holds. Raises UserError."""
+    check_file(path)
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object")
     return content
+
+
+BAD_CONFIG = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError  # what one that makes no sense can end in
 
 
 class Pretrained(nn.Module):
@@ -79,8 +95,8 @@ class Pretrained(nn.Module):
         try:
             with torch.device("meta"):
                 return cls(config)
-        except (TypeError, KeyError, IndexError, RuntimeError, ZeroDivisionError) as error:
-            raise UserError(f"{folder}/config.json does not describe a {cls.CLASS}: {error!r}") from None
+        except BAD_CONFIG as error:
+            raise UserError(f"{folder}/config.json does not describe a {cls.CLASS}: {error or repr(error)}") from None
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None):
@@ -107,10 +123,11 @@ def weight_files(folder):
 
 
 def load_weights(module, *paths, dtype=None):
-    """Fill module from safetensors files. Raises UserError that names the first tensor which is missing, left over or
-    of another shape; nothing is filled then."""
+    """Fill module from safetensors files. Raises UserError that names the first tensor which is missing, left over, of
+    another shape or kind, or not finite; nothing is filled then."""
     found = {}
     for path in paths:
+        check_file(path)
         try:
             found |= load_file(path)
         except (OSError, SafetensorError) as error:
@@ -122,6 +139,10 @@ def load_weights(module, *paths, dtype=None):
             raise UserError(f"{where}: {'missing' if name not in found else 'unexpected'} tensor {name}")
         if found[name].shape != expected[name].shape:
             raise UserError(f"{where}: {name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}")
+        if found[name].is_floating_point() != expected[name].is_floating_point() or found[name].element_size() < 2:  # int, fp8
+            raise UserError(f"{where}: {name} has {found[name].dtype} numbers; this takes float32, float16 or bfloat16")
+        if found[name].numel() and not torch.stack(found[name].aminmax()).isfinite().all():  # ten times as fast as isfinite of all
+            raise UserError(f"{where}: {name} has values that are not finite; the file is damaged, or its training had failed")
     if dtype:
         found = {name: t.to(dtype) if t.is_floating_point() else t for name, t in found.items()}
     # onto a module without memory the mapped tensors themselves are put; into any other they are copied
@@ -144,7 +165,10 @@ def save_weights(tensors, path, **about):
 def find_checkpoint(path):
     """A checkpoint folder, from its own path or from that of its run (whose file `latest` names it)."""
     path, latest = Path(path), Path(path) / "latest"
-    folder = path / latest.read_text(errors="replace").strip() if latest.is_file() else path
+    name = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+    if latest.is_file() and not re.fullmatch(r"step_\d+", name):
+        raise UserError(f"{latest}: names no checkpoint (step_N); give one of the step folders beside it instead")
+    folder = path / name
     if not (folder / "config.json").is_file() or not (folder / "ema.safetensors").is_file():
         raise UserError(f"{path}: no checkpoint here; give a run folder (with the file latest) or one of its step folders")
     return folder
@@ -158,8 +182,6 @@ def is_run(name):
 HUB = {name: f"Efficient-Large-Model/{repository}_diffusers" for name, repository in {
     "sana1.5-1.6b": "SANA1.5_1.6B_1024px", "sana1.5-4.8b": "SANA1.5_4.8B_1024px", "sana-0.6b-512": "Sana_600M_512px",
     "sana-1.6b-512": "Sana_1600M_512px", "sana-1.6b": "Sana_1600M_1024px_BF16"}.items()}
-
-
 PARTS = ("transformer", "vae", "text_encoder")
 
 
