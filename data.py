@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, check_file, check_numbers, dead_leaves, describe, draw_recipe,
-                     left_out, list_images, make_folder, make_prompt, one_line, open_image, parse_degradations, run_script, save_image,
+                     left_out, list_images, make_folder, make_prompt, one_line, open_image, parse_degradations, read_prompt, run_script, save_image,
                      write_csv, write_text)
 from model import PRESETS, SHIFT, Gemma2, GemmaTokenizer, Sana, build_restorer, encode_prompts, pad_text
 from vae import DCAE, HUB, PixelAE, find_checkpoint, find_model, is_run, read_json, save_weights
@@ -103,10 +103,6 @@ class CsvPairs:
     def peek(self, index):
         """(whether the row has a condition image, its caption), without opening a file."""
         return self.rows[index][2] is not None, self.rows[index][3]
-
-    def degradation(self, index):
-        """What the column of that name says, as describe writes it; "" if there is none."""
-        return self.rows[index][4]
 
     def load(self, index):
         line, clean_path, condition_path = self.rows[index][:3]
@@ -204,6 +200,12 @@ class PairedDataset(torch.utils.data.Dataset):
         caption = caption or make_prompt([name for name, _ in recipe or ()], rng)
         dropped = self.training and rng.random() < self.caption_dropout
         return row, recipe, "" if dropped else caption
+
+    def name_degradations(self, index):
+        """What draw(index) does to the condition, or was done: by its recipe, the CSV's column, or the caption's words. -> "jpeg downscale"."""
+        row, recipe, caption = self.plan(index)
+        written = self.source.rows[row][4].split() if not recipe else [name for name, _ in recipe]
+        return " ".join(word.split(":")[0] for word in written or read_prompt(caption))
 
     def draw(self, index, later=0):
         """Item index, of the row that comes so many draws later."""

@@ -240,6 +240,11 @@ def make_prompt(names, rng):
     return TEMPLATES[rng.integers(len(TEMPLATES))].format(listed)
 
 
+def read_prompt(prompt):
+    """The degradations that a prompt of make_prompt's words names."""
+    return [name for name, phrases in PHRASES.items() if any(phrase.lower() in prompt.lower() for phrase in phrases)]
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Procedural pictures, which the demo learns from.
 

@@ -111,8 +111,7 @@ def fill_args(args):
     for name, value in (SCRATCH | ({} if args.data else {"steps": 2500}) if pixels else PRETRAINED).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.optimizer is None:
-        args.optimizer = "adamw_bf16" if not pixels and cuda else "adamw"
+    args.optimizer = args.optimizer or ("adamw_bf16" if not pixels and cuda else "adamw")
     args.compile = cuda if args.compile is None else args.compile
     counts = "steps", "batch_size", "save_every", "val_every", "accumulate", "keep", "ema_every"
     shares = "lr", "proj_lr", "ema_decay", "condition_dropout", "share_at_one"

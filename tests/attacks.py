@@ -214,7 +214,7 @@ def tables(folder, numbers, seed=0):
         source = data.CsvPairs(path)
         dataset = data.PairedDataset(source, 12, training=False)
         for row in {0, len(source) // 2, len(source) - 1}:
-            source.degradation(row), dataset.draw(row)
+            dataset.name_degradations(row), dataset.draw(row)
 
     def case(n):
         path, works = folder / "attack.csv", None
