@@ -15,7 +15,9 @@ import functools
 import glob
 import io
 import math
+import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,28 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 class UserError(ValueError):
     """What is wrong, where, and what to do about it, in one line. Scripts print it and exit with status 2."""
+
+    def __init__(self, message):
+        super().__init__(one_line(message))
+
+
+def one_line(text):
+    """text as a terminal may show it: line ends and control codes escaped (names of files have them), the middle of a long one cut out."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    return line if len(line) <= 900 else f"{line[:600]} ... {line[-280:]}"
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """Whatever goes wrong while a file is read becomes a UserError that names it. Only a file, or a link to one, is read: opening a
+    pipe would wait for ever, and a device may never end."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
+    try:
+        yield
+    except Exception as error:  # of a dozen types, for damaged files
+        reason = repr(error) if isinstance(error, KeyError) or not str(error) else str(error)
+        raise UserError(reason if reason.startswith(str(path)) else f"{path}: cannot read {what}: {reason}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -223,28 +247,27 @@ def make_prompt(names, rng):
 def open_image(path, notice=True):
     """Read a picture upright (EXIF orientation applied) as one of the modes L, LA, RGB, RGBA, 8 bits a channel.
     16-bit grey is scaled to 8 bits, with a notice on stderr. Raises UserError with the path for anything unreadable."""
-    try:
+    with reading(path, "this picture"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about large pictures and odd metadata, which are no reason to refuse one
         with Image.open(path) as image:
+            if image.format == "EPS":
+                raise ValueError("PostScript is a program, not a picture")  # which Pillow would have Ghostscript run
             image.load()
-            image = ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # Pillow's decoders raise a dozen types for damaged files
-        reason = "not a picture that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UserError(f"{path}: {reason}") from None
-    if image.mode == "F":
-        raise UserError(f"{path}: floating-point pixels have no fixed range; save the picture with 8 or 16 bits")
-    if image.mode[0] == "I":  # I;16 and its like
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise UserError(f"{path}: its values go beyond 16 bits; save the picture with 8 or 16 bits")
-        if notice:
-            print(f"{path}: 16-bit grey is converted to 8 bits", file=sys.stderr)
-        return _to_uint8(levels / 257, Image.new("L", (1, 1)))
-    transparent = image.has_transparency_data
-    if image.mode in ("1", "L", "LA", "La"):
-        return image.convert("LA" if transparent else "L")
-    return image.convert("RGBA" if transparent else "RGB")
+            with contextlib.suppress(Exception):  # damaged EXIF: then as it is stored
+                ImageOps.exif_transpose(image, in_place=True)
+            if not image.width * image.height:
+                raise ValueError("a picture without pixels")
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no fixed range; save the picture with 8 or 16 bits")
+            if image.mode[0] == "I":  # I;16 and its like
+                image = image.convert("I")
+                if image.getextrema()[0] < 0 or image.getextrema()[1] > 65535:
+                    raise ValueError("its values go beyond 16 bits; save the picture with 8 or 16 bits")
+                if notice:
+                    print(one_line(f"{path}: 16-bit grey is converted to 8 bits"), file=sys.stderr)
+                return image.point([round(level / 257) for level in range(65536)], "L")
+            grey = image.mode in ("1", "L", "LA", "La")
+            return image.convert(("L" if grey else "RGB") + "A" * image.has_transparency_data)
 
 
 def save_image(image, path, **options):
