@@ -24,14 +24,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data import (DATA_RANGES, CachedDataset, add_data_flags, build_surroundings, check_device, curriculum, describe_model, fingerprint,
                   make_datasets, make_loader, seed_for)
-from degrade import (Parser, UserError, check_numbers, draw_grid, draw_panels, make_folder, out_of_memory, parse_degradations, run_script,
-                     save_image, write_text)
+from degrade import (Parser, UserError, check_numbers, draw_grid, draw_panels, make_folder, out_of_memory, parse_degradations, reading,
+                     run_script, save_image, write_text)
 from evaluate import BINS, DEFAULT_STEPS, Meter, evaluate_pairs, mean_loss, mean_of, restore
 from model import PRESETS, build_restorer, draw_sigma, flow_loss, starting_point
 from vae import find_checkpoint, is_run, load_weights, read_json, save_weights
@@ -381,7 +380,7 @@ class State:
 
     def load(self, folder):
         """The inverse of save. Raises UserError for a damaged checkpoint."""
-        try:
+        with reading(folder / "optimizer.safetensors", "this checkpoint"):
             load_weights(self.restorer, folder / "model.safetensors")
             ema, moments = load_file(folder / "ema.safetensors"), load_file(folder / "optimizer.safetensors")
             config = read_json(folder / "config.json")
@@ -390,8 +389,6 @@ class State:
                 self.ema[name].copy_(ema[name])
                 for key, value in self.optimizer.state[p].items():
                     value.copy_(moments[f"{key}.{name}"]) if key != "step" else value.fill_(self.step)
-        except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
 
 
 def validate(state, dataset, run):
