@@ -14,6 +14,7 @@ import csv
 import functools
 import glob
 import io
+import logging
 import math
 import os
 import sys
@@ -243,6 +244,8 @@ def make_prompt(names, rng):
 
 # ----------------------------------------------------------------------------------------------------------------
 # Opening and saving pictures, and what every script of this project shares.
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a file is said once, by UserError
 
 def open_image(path, notice=True):
     """Read a picture upright (EXIF orientation applied) as one of the modes L, LA, RGB, RGBA, 8 bits a channel.
