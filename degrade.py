@@ -39,7 +39,6 @@ RANGES = {
 }
 # A changed brightness leaves no trace in the image to invert, so its error only drowns the others': opt in.
 DEFAULT_DEGRADATIONS = ("gaussian_noise", "poisson_noise", "jpeg", "gaussian_blur", "downscale")
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of a damaged file, our error says
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -310,6 +309,9 @@ def _pink_noise(size, rng):
 
 # ----------------------------------------------------------------------------------------------------------------
 # Opening and saving pictures, and what every script of this project shares.
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a file is said once, by UserError
+
 
 def open_image(path, notice=True):
     """Read a picture upright (EXIF orientation applied) as one of the modes L, LA, RGB, RGBA, 8 bits a channel.

@@ -91,7 +91,7 @@ def attack(case, numbers):
         numbers = [n for n in numbers if n > last.value]
     errors.seek(0)
     # what libtiff itself says of a damaged picture is not Pillow's to hold back
-    wrong += [f"on stderr: {line}" for line in errors.read().decode(errors="replace").splitlines() if not re.match(r"\w+: ", line)]
+    wrong += [f"on stderr: {line}" for line in errors.read().decode(errors="replace").splitlines() if not re.match(r"[\w.]+: ", line)]
     return +counts, wrong
 
 
