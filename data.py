@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, check_file, check_numbers, dead_leaves, describe, draw_recipe,
-                     left_out, list_images, make_folder, make_prompt, one_line, open_image, parse_degradations, run_script, save_image,
-                     write_csv, write_text)
+from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, check_numbers, dead_leaves, describe, draw_recipe, left_out,
+                     list_images, make_folder, make_prompt, one_line, open_image, parse_degradations, read_prompt, reading, run_script,
+                     save_image, write_csv, write_text)
 from model import PRESETS, SHIFT, Gemma2, GemmaTokenizer, Sana, build_restorer, encode_prompts, pad_text
 from vae import DCAE, HUB, PixelAE, find_checkpoint, find_model, is_run, read_json, save_weights
 
@@ -60,16 +60,10 @@ class CsvPairs:
 
     def __init__(self, path, skip_bad=False):
         self.path, self.cache, self.cached = Path(path), {}, 0
-        check_file(path)
-        try:
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file, strict=True)
-                header = [name.strip() for name in reader.fieldnames or []]
-                reader.fieldnames = header
-                lines = [(reader.line_num, row) for row in reader]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"{path}: cannot read this CSV: {reason}") from None
+        with reading(path, "this CSV"), open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            reader.fieldnames = header = [name.strip() for name in reader.fieldnames or []]
+            lines = [(reader.line_num, row) for row in reader]
         if "image_path" not in header:
             found = f"its first line has {', '.join(header)}" if header else "the file is empty"
             raise UserError(f"{path}: no column image_path ({found}); the header is image_path,condition_image_path,caption")
@@ -103,10 +97,6 @@ class CsvPairs:
     def peek(self, index):
         """(whether the row has a condition image, its caption), without opening a file."""
         return self.rows[index][2] is not None, self.rows[index][3]
-
-    def degradation(self, index):
-        """What the column of that name says, as describe writes it; "" if there is none."""
-        return self.rows[index][4]
 
     def load(self, index):
         line, clean_path, condition_path = self.rows[index][:3]
@@ -204,6 +194,12 @@ class PairedDataset(torch.utils.data.Dataset):
         caption = caption or make_prompt([name for name, _ in recipe or ()], rng)
         dropped = self.training and rng.random() < self.caption_dropout
         return row, recipe, "" if dropped else caption
+
+    def name_degradations(self, index):
+        """What draw(index) does to the condition, or was done: by its recipe, the CSV's column, or the caption's words. -> "jpeg downscale"."""
+        row, recipe, caption = self.plan(index)
+        written = self.source.rows[row][4].split() if not recipe else [name for name, _ in recipe]
+        return " ".join(word.split(":")[0] for word in written or read_prompt(caption))
 
     def draw(self, index, later=0):
         """Item index, of the row that comes so many draws later."""
@@ -420,6 +416,7 @@ def build_surroundings(config, device):
 # The cache: what training draws in its first epochs, encoded once, so that it needs no autoencoder and no text encoder.
 
 SHARD, ENCODE = 1024, 8  # draws in a file, and at a time
+DAMAGED = "this part of the cache (delete it and run python data.py cache again)"
 
 
 def fingerprint(args, config):
@@ -445,46 +442,55 @@ class CachedDataset(torch.utils.data.Dataset):
     def __init__(self, folder, expected, rows):
         self.folder, self.rows, self.seed = Path(folder), rows, expected["seed"]
         index = read_json(self.folder / "index.json")
+        made_of, self.epochs = index.get("made_of"), index.get("epochs")
+        if not isinstance(made_of, dict) or type(self.epochs) is not int or self.epochs < 1:
+            raise UserError(f"{self.folder / 'index.json'}: not the index of a cache")
         for name, value in expected.items():
-            if index.get("made_of", {}).get(name) != value:
-                what = "" if name in ("data", "model") else f" {index.get('made_of', {}).get(name)}, this run has {value}"
+            if made_of.get(name) != value:
+                what = "" if name in ("data", "model") else f" {made_of.get(name)}, this run has {value}"
                 raise UserError(f"--cache {folder}: was made with another --{name}{what}; make a new one with python data.py cache")
-        self.epochs, self.files, self.captions = index["epochs"], {}, []
-        self.paths = [self.folder / f"draws_{i:05d}.safetensors" for i in range(-(-self.epochs * rows // SHARD))]
-        missing = [path.name for path in self.paths if not path.is_file()]
-        if missing:
-            raise UserError(f"--cache {folder}: not complete, {len(missing)} of {len(self.paths)} files are missing; the same "
-                            "python data.py cache command makes the rest")
-        for i in range(len(self.paths)):
-            self.captions += json.loads(self._file(i).metadata()["captions"])
+        count = -(-self.epochs * rows // SHARD)
+        missing = count - len(list(self.folder.glob("draws_*.safetensors")))
+        if missing > 0:
+            raise UserError(f"--cache {folder}: not complete, {missing} of {count} files are missing; the same python data.py cache command makes the rest")
+        self.paths = [self.folder / f"draws_{i:05d}.safetensors" for i in range(count)]
+        self.files, self.captions, self.prompts, shapes = {}, [], {}, set()
+        for i, path in enumerate(self.paths):
+            with reading(path, DAMAGED):
+                sizes, captions = [self._file(i).get_slice(key).get_shape() for key in ("clean", "condition")], json.loads(self._file(i).metadata()["captions"])
+                shapes |= {tuple(size[1:]) for size in sizes}
+                if len(shapes) > 1 or {len(captions), *(size[0] for size in sizes)} != {min(SHARD, self.epochs * rows - i * SHARD)}:
+                    raise ValueError("not the draws that belong here")
+                self.captions += map(str, captions)
         self.files = {}  # each worker opens its own
-        self.prompts = {}
-        if (self.folder / "prompts.safetensors").is_file():
-            with _open_weights(self.folder / "prompts.safetensors") as file:
+        if (path := self.folder / "prompts.safetensors").is_file():
+            with reading(path, DAMAGED), safe_open(path, "pt") as file:
                 self.prompts = {key.removeprefix("caption "): file.get_tensor(key) for key in file.keys()}
+                if len({(t.shape[1:], t.dtype) for t in self.prompts.values()}) > 1 or not all(t.isfinite().all() for t in self.prompts.values()):
+                    raise ValueError("not embeddings of one width, or not finite")
 
     def __len__(self):
         return self.rows
 
     def _file(self, shard):
         if shard not in self.files:
-            self.files[shard] = _open_weights(self.paths[shard])
+            self.files[shard] = safe_open(self.paths[shard], "pt")
         return self.files[shard]
 
     def __getitem__(self, index):
+        """The draw, or the UserError that kept it from being read."""
         epoch, position = divmod(index, self.rows)
         if epoch >= self.epochs:
             position = epoch_order(self.seed, epoch, self.rows)[position]
         shard, row = divmod(int(epoch % self.epochs * self.rows + position), SHARD)
-        latents = {key: self._file(shard).get_slice(key)[row].float() for key in ("clean", "condition")}
+        try:
+            with reading(self.paths[shard], DAMAGED):
+                latents = {key: self._file(shard).get_slice(key)[row].float() for key in ("clean", "condition")}
+                if not all(t.isfinite().all() for t in latents.values()):
+                    raise ValueError("latents that are not finite")
+        except UserError as error:
+            return error
         return latents | {"caption": self.captions[shard * SHARD + row]}
-
-
-def _open_weights(path):
-    try:
-        return safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot read this part of the cache: {error}; delete it and run python data.py cache again") from None
 
 
 def make_cache(args):

@@ -17,6 +17,7 @@ import fcntl
 import functools
 import glob
 import io
+import logging
 import math
 import os
 import sys
@@ -54,10 +55,17 @@ def one_line(text):
     return line if len(line) <= 900 else f"{line[:600]} ... {line[-280:]}"
 
 
-def check_file(path):
-    """Raises UserError unless path is a file, or links to one: opening a pipe would wait for ever, reading a device never ends."""
+@contextlib.contextmanager
+def reading(path, what):
+    """Whatever goes wrong while a file is read becomes a UserError that names it. Only a file, or a link to one, is read: opening a
+    pipe would wait for ever, and a device may never end."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
+    try:
+        yield
+    except Exception as error:  # of a dozen types, for damaged files
+        reason = repr(error) if isinstance(error, KeyError) or not str(error) else str(error)
+        raise UserError(reason if reason.startswith(str(path)) else f"{path}: cannot read {what}: {reason}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -238,6 +246,11 @@ def make_prompt(names, rng):
     return TEMPLATES[rng.integers(len(TEMPLATES))].format(listed)
 
 
+def read_prompt(prompt):
+    """The degradations that a prompt of make_prompt's words names."""
+    return [name for name, phrases in PHRASES.items() if any(phrase.lower() in prompt.lower() for phrase in phrases)]
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Procedural pictures, which the demo learns from.
 
@@ -297,35 +310,33 @@ def _pink_noise(size, rng):
 # ----------------------------------------------------------------------------------------------------------------
 # Opening and saving pictures, and what every script of this project shares.
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a file is said once, by UserError
+
+
 def open_image(path, notice=True):
     """Read a picture upright (EXIF orientation applied) as one of the modes L, LA, RGB, RGBA, 8 bits a channel.
     16-bit grey is scaled to 8 bits, with a notice on stderr. Raises UserError with the path for anything unreadable."""
-    check_file(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about large pictures and odd metadata, which are no reason to refuse one
-            with Image.open(path) as image:
-                if image.format == "EPS":
-                    raise ValueError("PostScript is a program, not a picture")  # which Pillow would have Ghostscript run
-                image.load()
-                with contextlib.suppress(Exception):  # damaged EXIF: then as it is stored
-                    ImageOps.exif_transpose(image, in_place=True)
-                if not image.width * image.height:
-                    raise ValueError("a picture without pixels")
-                if image.mode == "F":
-                    raise ValueError("floating-point pixels have no fixed range; save the picture with 8 or 16 bits")
-                if image.mode[0] == "I":  # I;16 and its like
-                    levels = np.asarray(image)
-                    if levels.min() < 0 or levels.max() > 65535:
-                        raise ValueError("its values go beyond 16 bits; save the picture with 8 or 16 bits")
-                    if notice:
-                        print(f"{path}: 16-bit grey is converted to 8 bits", file=sys.stderr)
-                    return _to_uint8(levels.astype(np.float32) / 257, Image.new("L", (1, 1)))
-                grey = image.mode in ("1", "L", "LA", "La")
-                return image.convert(("L" if grey else "RGB") + "A" * image.has_transparency_data)
-    except Exception as error:  # Pillow's decoders raise a dozen types for damaged files
-        reason = "not a picture that Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UserError(f"{path}: {reason}") from None
+    with reading(path, "this picture"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about large pictures and odd metadata, which are no reason to refuse one
+        with Image.open(path) as image:
+            if image.format == "EPS":
+                raise ValueError("PostScript is a program, not a picture")  # which Pillow would have Ghostscript run
+            image.load()
+            with contextlib.suppress(Exception):  # damaged EXIF: then as it is stored
+                ImageOps.exif_transpose(image, in_place=True)
+            if not image.width * image.height:
+                raise ValueError("a picture without pixels")
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no fixed range; save the picture with 8 or 16 bits")
+            if image.mode[0] == "I":  # I;16 and its like
+                image = image.convert("I")
+                if image.getextrema()[0] < 0 or image.getextrema()[1] > 65535:
+                    raise ValueError("its values go beyond 16 bits; save the picture with 8 or 16 bits")
+                if notice:
+                    print(one_line(f"{path}: 16-bit grey is converted to 8 bits"), file=sys.stderr)
+                return image.point([round(level / 257) for level in range(65536)], "L")
+            grey = image.mode in ("1", "L", "LA", "La")
+            return image.convert(("L" if grey else "RGB") + "A" * image.has_transparency_data)
 
 
 def save_image(image, path, **options):

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from degrade import Parser, UserError, make_folder, run_script, write_text
+from degrade import Parser, UserError, make_folder, reading, run_script, write_text
 from vae import GLUMBConv, Pretrained, find_checkpoint, find_model, is_run, load_weights, read_config, read_json, save_weights
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -268,19 +268,20 @@ class Restorer(nn.Module):
 
 
 # The tiny preset: small enough to train from scratch on a laptop, on pixels instead of latents (vae.PixelAE).
-PRESETS = {
-    "tiny": {
-        "autoencoder": {"factor": 2}, "conditioning": "widen", "prediction": "residual",
-        "sana": {"in_channels": 12, "out_channels": 12, "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 32,
-                 "num_cross_attention_heads": 2, "cross_attention_head_dim": 32, "cross_attention_dim": 64,
-                 "caption_channels": 256, "mlp_ratio": 2.5, "qk_norm": "rms_norm_across_heads"},
-    },
-}
+PRESETS = {"tiny": {
+    "autoencoder": {"factor": 2}, "conditioning": "widen", "prediction": "residual",
+    "sana": {"in_channels": 12, "out_channels": 12, "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 32,
+             "num_cross_attention_heads": 2, "cross_attention_head_dim": 32, "cross_attention_dim": 64,
+             "caption_channels": 256, "mlp_ratio": 2.5, "qk_norm": "rms_norm_across_heads"}}}
 
 
 def build_restorer(config):
-    """A preset, or "model" of a checkpoint's config.json -> Restorer with unset weights."""
-    return Restorer(Sana(config["sana"]), config["conditioning"], config["prediction"], config.get("shift", SHIFT))
+    """A preset, or "model" of a checkpoint's config.json -> Restorer with unset weights. Raises UserError."""
+    c = read_config("model", config, {"shift": SHIFT, "name": ""}, ("autoencoder", "conditioning", "prediction", "sana"))
+    sana, pixels = Sana(config["sana"]), config["autoencoder"] or config["name"] and None
+    if pixels and 3 * read_config("autoencoder", pixels, {"factor": 0})["factor"] ** 2 != sana.config["out_channels"]:
+        raise UserError(f"the autoencoder {pixels} does not give the {sana.config['out_channels']} channels of the transformer")
+    return Restorer(sana, config["conditioning"], config["prediction"], c["shift"])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -370,9 +371,8 @@ class GemmaTokenizer:
     merge, the pair that was learnt first before all others. Raises UserError for a file that asks for anything else."""
 
     def __init__(self, folder):
-        path = Path(folder) / "tokenizer.json"
-        spec = read_json(path)
-        try:
+        spec = read_json(path := Path(folder) / "tokenizer.json")
+        with reading(path, "this tokenizer"):
             model, added = spec["model"], spec.get("added_tokens") or []
             self.vocab = model["vocab"]
             merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
@@ -383,17 +383,15 @@ class GemmaTokenizer:
             self.bos, split = self.added["<bos>"], spec.get("pre_tokenizer") or {"type": None}
             checks = {"model": model["type"] == "BPE", "pre_tokenizer": split["type"] is None or (split["type"], split.get("pattern")) == (
                 "Split", {"String": " "}),  # splitting at spaces does nothing: the normalizer leaves none
-                "normalizer": spec["normalizer"] == {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}}
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not a tokenizer of Gemma's kind: {error!r}") from None
-        wrong = [key for key, fine in checks.items() if not fine]
-        wrong += [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges") if model.get(key)]
-        wrong += [f"added token {token['content']!r}" for token in added
-                  if any(map(token.get, ("lstrip", "rstrip", "single_word", "normalized")))]
-        if wrong:
-            raise UserError(f"{path}: not a tokenizer of Gemma's kind: {', '.join(wrong)}")
-        longest_first = map(re.escape, sorted(filter(None, self.added), key=len, reverse=True))
-        self.pattern = re.compile("(" + "|".join(longest_first) + ")")
+                "normalizer": spec["normalizer"] == {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+                "ids": all(type(i) is int and 0 <= i < 2**31 for i in [*self.vocab.values(), *self.added.values()])}
+            wrong = [key for key, fine in checks.items() if not fine]
+            wrong += [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges") if model.get(key)]
+            wrong += [f"added token {token['content']!r}" for token in added
+                      if not isinstance(token["content"], str) or any(map(token.get, ("lstrip", "rstrip", "single_word", "normalized")))]
+            if wrong:
+                raise ValueError(f"not of Gemma's kind: {', '.join(wrong)}")
+        self.pattern = re.compile(f"({'|'.join(map(re.escape, sorted(filter(None, self.added), key=len, reverse=True)))})")  # longest first
 
     def encode(self, text):
         """text -> [<bos>, ...] token ids."""
@@ -429,7 +427,7 @@ class GemmaTokenizer:
 
 
 GEMMA_DEFAULTS = dict(vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
-                      num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6, query_pre_attn_scalar=256,
+                      num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6, query_pre_attn_scalar=256.0,
                       attn_logit_softcapping=50.0, sliding_window=4096, rope_theta=10000.0)
 GEMMA_BUILT = {"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,), "rope_type": ("default",),
                "use_bidirectional_attention": (None, False)}
@@ -494,11 +492,11 @@ class Gemma2(Pretrained):
         self.norm = GemmaNorm(c["hidden_size"], c["rms_norm_eps"])
 
     def forward(self, ids, mask):
-        """ids, mask (True = a real token) [B, L], padded on the right -> [B, L, D]. Raises ValueError beyond the sliding
+        """ids, mask (True = a real token) [B, L], padded on the right -> [B, L, D]. Raises UserError beyond the sliding
         window, which every second layer would have."""
         length = ids.shape[1]
         if length > self.c["sliding_window"]:
-            raise ValueError(f"a prompt of {length} tokens; at most {self.c['sliding_window']}")
+            raise UserError(f"a prompt of {length} tokens; at most {self.c['sliding_window']}")
         x = self.embed_tokens(ids)
         x = x * torch.tensor(self.c["hidden_size"] ** 0.5, dtype=x.dtype)   # rounded to bf16 first, as it was trained
         half = self.c["head_dim"] // 2
@@ -532,6 +530,8 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
     for start in tqdm(range(0, len(prompts), batch_size), unit="batch", desc="prompts", disable=len(prompts) <= batch_size):
         batch = [prompt.lower().strip() for prompt in prompts[start:start + batch_size]]
         ids = [tokenizer.encode(INSTRUCTION + prompt if prompt else "") for prompt in batch]
+        if max(map(max, ids)) >= gemma.c["vocab_size"]:
+            raise UserError(f"tokenizer.json numbers tokens beyond the {gemma.c['vocab_size']} that the text encoder knows")
         for prompt, row in zip(batch, ids):
             if len(row) > head + length - 2:
                 print(f"the prompt {prompt[:40]!r}... is cut to {length - 2} tokens", file=sys.stderr)
@@ -548,11 +548,8 @@ def load_restorer(path, weights="ema"):
     """-> (Restorer, "model" of the checkpoint's config.json). Raises UserError for anything that does not fit."""
     folder = find_checkpoint(path)
     config = read_json(folder / "config.json")
-    try:
-        with torch.device("meta"):
-            restorer = build_restorer(config["model"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
+    with reading(folder / "config.json", "this restorer"), torch.device("meta"):
+        restorer = build_restorer(config["model"])
     return load_weights(restorer, folder / f"{weights}.safetensors").eval(), config["model"]
 
 

@@ -24,14 +24,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data import (DATA_RANGES, CachedDataset, add_data_flags, build_surroundings, check_device, curriculum, describe_model, fingerprint,
                   make_datasets, make_loader, seed_for)
-from degrade import (Parser, UserError, check_numbers, draw_grid, draw_panels, make_folder, out_of_memory, parse_degradations, run_script,
-                     save_image, write_text)
+from degrade import (Parser, UserError, check_numbers, draw_grid, draw_panels, make_folder, out_of_memory, parse_degradations, reading,
+                     run_script, save_image, write_text)
 from evaluate import BINS, DEFAULT_STEPS, Meter, evaluate_pairs, mean_loss, mean_of, restore
 from model import PRESETS, build_restorer, draw_sigma, flow_loss, starting_point
 from vae import find_checkpoint, is_run, load_weights, read_json, save_weights
@@ -111,8 +110,7 @@ def fill_args(args):
     for name, value in (SCRATCH | ({} if args.data else {"steps": 2500}) if pixels else PRETRAINED).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.optimizer is None:
-        args.optimizer = "adamw_bf16" if not pixels and cuda else "adamw"
+    args.optimizer = args.optimizer or ("adamw_bf16" if not pixels and cuda else "adamw")
     args.compile = cuda if args.compile is None else args.compile
     counts = "steps", "batch_size", "save_every", "val_every", "accumulate", "keep", "ema_every"
     shares = "lr", "proj_lr", "ema_decay", "condition_dropout", "share_at_one"
@@ -279,8 +277,7 @@ class State:
             self.optimizer = BF16AdamW(groups, **options, exact=args.optimizer == "adamw_bf16", compile=args.compile)
             for name, p in self.mine.items():  # weights from scratch have low bits as well
                 if "low" in self.optimizer.state[p]:
-                    for kept, value in zip((p.data, self.optimizer.state[p]["low"]), split_fp32(self.ema[name].to(p.device))):
-                        kept.copy_(value)
+                    torch._foreach_copy_([p.data, self.optimizer.state[p]["low"]], split_fp32(self.ema[name].to(p.device)))
         if args.compile:
             for block in self.restorer.sana.transformer_blocks:
                 block.compile(dynamic=False)
@@ -382,7 +379,7 @@ class State:
 
     def load(self, folder):
         """The inverse of save. Raises UserError for a damaged checkpoint."""
-        try:
+        with reading(folder / "optimizer.safetensors", "this checkpoint"):
             load_weights(self.restorer, folder / "model.safetensors")
             ema, moments = load_file(folder / "ema.safetensors"), load_file(folder / "optimizer.safetensors")
             config = read_json(folder / "config.json")
@@ -391,8 +388,6 @@ class State:
                 self.ema[name].copy_(ema[name])
                 for key, value in self.optimizer.state[p].items():
                     value.copy_(moments[f"{key}.{name}"]) if key != "step" else value.fill_(self.step)
-        except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: not a usable checkpoint: {error!r}") from None
 
 
 def validate(state, dataset, run):

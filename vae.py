@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from degrade import UserError, whole_file
+from degrade import UserError, reading, whole_file
 
 
 class PixelAE:
@@ -42,26 +42,39 @@ class PixelAE:
 # ----------------------------------------------------------------------------------------------------------------
 # Weight files. A checkpoint folder in the hub's layout is config.json beside safetensors, one file or several shards.
 
+MOST, LAYERS = 2**20, 256  # above any width or vocabulary, and any depth: a network of more would take minutes to build
+OPTIONAL = ("out_channels", "interpolation_scale", "attn_logit_softcapping")  # where None means something
+
 
 def read_config(what, config, defaults, ignored=(), built={}):
     """config with defaults for what it leaves out. Raises UserError for keys that are neither in defaults nor ignored,
-    and for values of the keys of built that are not among those it lists."""
+    for values of the keys of built that are not among those it lists, and for others that are unlike their defaults."""
     known = {*defaults, *built, *ignored}
-    wrong = [k for k in config if k not in known and k[0] != "_"]
+    wrong = [k for k in config if k not in known and k[:1] != "_"]
     wrong += [k for k, values in built.items() if config.get(k, values[0]) not in values]
+    wrong += [k for k, default in defaults.items() if k in config and k not in built and not (
+        is_like(default, config[k], LAYERS if "layers" in k else MOST) or config[k] is None and k in OPTIONAL)]
     if wrong:
         raise UserError(f"{what} config: {', '.join(f'{k}={config[k]!r}' for k in wrong)} is not supported")
     return defaults | {k: v for k, v in config.items() if k in defaults}
 
 
+def is_like(default, value, most, least=1):
+    """Whether value is of the type of default (or a list of texts, where that is one), and no number below least or above most."""
+    if isinstance(value, (list, tuple)):
+        inner = default[-1] if isinstance(default, tuple) else default
+        return isinstance(default, (tuple, str)) and len(value) <= LAYERS and all(is_like(inner, v, most, 0) for v in value)
+    if default is None or isinstance(default, float):
+        return type(value) in (int, float) and 0 < value <= most
+    return type(value) is type(default) and (isinstance(value, (str, bool)) or least <= value <= most)
+
+
 def read_json(path):
     """The object that a JSON file holds. Raises UserError."""
-    try:
+    with reading(path, "this JSON"):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object")
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
     return content
 
 
@@ -76,11 +89,8 @@ class Pretrained(nn.Module):
         found = str(config.get("_class_name") or config.get("architectures"))
         if cls.CLASS not in found:
             raise UserError(f"{folder}/config.json describes a {found}; a {cls.CLASS} is needed here")
-        try:
-            with torch.device("meta"):
-                return cls(config)
-        except (TypeError, KeyError, IndexError, RuntimeError, ZeroDivisionError) as error:
-            raise UserError(f"{folder}/config.json does not describe a {cls.CLASS}: {error!r}") from None
+        with reading(f"{folder}/config.json", f"this {cls.CLASS}"), torch.device("meta"):
+            return cls(config)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None):
@@ -107,23 +117,26 @@ def weight_files(folder):
 
 
 def load_weights(module, *paths, dtype=None):
-    """Fill module from safetensors files. Raises UserError that names the first tensor which is missing, left over or
-    of another shape; nothing is filled then."""
-    found = {}
+    """Fill module from safetensors files. Raises UserError that names the file and the first tensor which is left over, missing, of
+    another shape or type, or not finite; nothing is filled then."""
+    found, expected = {}, module.state_dict()
     for path in paths:
-        try:
-            found |= load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot read these weights: {error}") from None
-    where, expected = paths[0] if len(paths) == 1 else Path(paths[0]).parent, module.state_dict()
-    found = {name.removeprefix(getattr(module, "PREFIX", "")): tensor for name, tensor in found.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found or name not in expected:
-            raise UserError(f"{where}: {'missing' if name not in found else 'unexpected'} tensor {name}")
-        if found[name].shape != expected[name].shape:
-            raise UserError(f"{where}: {name} has shape {list(found[name].shape)}, expected {list(expected[name].shape)}")
-    if dtype:
-        found = {name: t.to(dtype) if t.is_floating_point() else t for name, t in found.items()}
+        with reading(path, "these weights"):
+            tensors = load_file(path)
+        for name, tensor in tensors.items():
+            name = name.removeprefix(getattr(module, "PREFIX", ""))
+            if name in found or name not in expected:
+                raise UserError(f"{path}: unexpected tensor {name}" + " (it is there twice)" * (name in found))
+            like, is_float = expected[name], expected[name].is_floating_point()
+            if tensor.shape != like.shape:
+                raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, expected {list(like.shape)}")
+            if tensor.dtype not in ((torch.float32, torch.bfloat16, torch.float16, torch.float64) if is_float else (like.dtype,)):
+                raise UserError(f"{path}: {name} is of type {tensor.dtype}, not {like.dtype}")
+            if is_float and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # 0.15 s a GB; isfinite takes 2 s
+                raise UserError(f"{path}: {name} holds values that are not finite")
+            found[name] = tensor.to(dtype) if dtype and is_float else tensor
+    if missing := expected.keys() - found.keys():
+        raise UserError(f"{paths[0] if len(paths) == 1 else Path(paths[0]).parent}: missing tensor {min(missing)}")
     # onto a module without memory the mapped tensors themselves are put; into any other they are copied
     module.load_state_dict(found, assign=next(module.parameters()).is_meta)
     return module
@@ -145,7 +158,7 @@ def find_checkpoint(path):
     """A checkpoint folder, from its own path or from that of its run (whose file `latest` names it)."""
     path, latest = Path(path), Path(path) / "latest"
     folder = path / latest.read_text(errors="replace").strip() if latest.is_file() else path
-    if not (folder / "config.json").is_file() or not (folder / "ema.safetensors").is_file():
+    if not all(os.path.isfile(folder / name) for name in ("config.json", "ema.safetensors")):
         raise UserError(f"{path}: no checkpoint here; give a run folder (with the file latest) or one of its step folders")
     return folder
 
@@ -158,8 +171,6 @@ def is_run(name):
 HUB = {name: f"Efficient-Large-Model/{repository}_diffusers" for name, repository in {
     "sana1.5-1.6b": "SANA1.5_1.6B_1024px", "sana1.5-4.8b": "SANA1.5_4.8B_1024px", "sana-0.6b-512": "Sana_600M_512px",
     "sana-1.6b-512": "Sana_1600M_512px", "sana-1.6b": "Sana_1600M_1024px_BF16"}.items()}
-
-
 PARTS = ("transformer", "vae", "text_encoder")
 
 
@@ -227,6 +238,8 @@ def read_published(what, path=None):
     before = socket.getdefaulttimeout()
     try:
         if path:
+            if not os.path.isfile(path):  # opening a pipe would wait for ever
+                raise FileNotFoundError("no such file")
             return dict(torch.load(path, map_location="cpu", weights_only=True))
         socket.setdefaulttimeout(20)
         url, name = PUBLISHED[what]

@@ -138,7 +138,8 @@ def kill_export(run, folder, kills):
     def check():
         if (folder / "out/config.json").exists():
             model.Sana.from_pretrained(folder / "out")
-    return kill_often(["model.py", "export", run, "out"], folder, kills, 0.4, check, lambda: shutil.rmtree(folder / "out"))
+            shutil.rmtree(folder / "out")
+    return kill_often(["model.py", "export", run, "out"], folder, kills, 0.4, check)
 
 
 def kill_evaluation(run, photos, folder, kills):

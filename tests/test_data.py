@@ -126,7 +126,7 @@ def test_bad_csvs_are_refused_with_the_place(tmp_path):
             dataset = PairedDataset(CsvPairs(rows if isinstance(rows, type(tmp_path)) else write_csv(tmp_path / "p.csv", rows, **options)), 32)
             dataset.draw(0)
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
-    refused(tmp_path / "absent.csv", ["absent.csv", "No such file"])
+    refused(tmp_path / "absent.csv", ["absent.csv", "no such file"])
     refused(tmp_path / "empty.csv", ["empty.csv", "file is empty"])
     refused(tmp_path / "binary.csv", ["binary.csv"])
     refused([], ["no rows"])

@@ -9,7 +9,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 import evaluate
 from data import CsvPairs, PairedDataset, Prompts, seed_for, to_tensor
 from degrade import draw_grid
-from evaluate import mean_of, name_degradations, psnr, restore, restore_files, restore_image, ssim
+from evaluate import mean_of, psnr, restore, restore_files, restore_image, ssim
 from model import PRESETS, build_restorer
 from vae import PixelAE, blend_tiles, tile_starts
 
@@ -142,4 +142,4 @@ def test_what_was_done_to_an_image_is_read_from_recipe_column_or_caption(photos,
             ("", "", ""), (photos / "01.png", "x", "rain:amount=3 jpeg:quality=20"), (photos / "01.png", "Undo soft focus and JPEG blocking.", ""),
             (photos / "01.png", "Make it nice.", ""))))
     dataset = PairedDataset(CsvPairs(tmp_path / "a.csv"), None, [("jpeg", {})], training=False)
-    assert [name_degradations(dataset, i) for i in range(4)] == ["jpeg", "rain jpeg", "jpeg gaussian_blur", ""]
+    assert [dataset.name_degradations(i) for i in range(4)] == ["jpeg", "rain jpeg", "jpeg gaussian_blur", ""]

@@ -57,7 +57,7 @@ def test_tokenizer_gives_the_ids_of_the_tokenizers_library(tmp_path, split, merg
 def test_tokenizers_of_another_kind_are_refused(tmp_path):
     spec = json.loads(peer_tokenizer(True).to_str())
     changes = [(spec | {"normalizer": None}, "normalizer"), (spec | {"pre_tokenizer": {"type": "ByteLevel"}}, "pre_tokenizer"),
-               (spec | {"model": spec["model"] | {"vocab": {"a": 0}}}, "kind"), (spec | {"model": spec["model"] | {"ignore_merges": True}}, "ignore_merges"),
+               (spec | {"model": spec["model"] | {"vocab": {"a": 0}}}, "tokenizer"), (spec | {"model": spec["model"] | {"ignore_merges": True}}, "ignore_merges"),
                (spec | {"added_tokens": spec["added_tokens"] + [{"id": 9, "content": "x", "lstrip": True}]}, "'x'"), ({}, "model")]
     for changed, word in changes:
         (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
