@@ -22,11 +22,11 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, check_numbers, dead_leaves, describe, draw_recipe, left_out,
+from degrade import (DEFAULT_DEGRADATIONS, Parser, UserError, apply_recipe, check_numbers, dead_leaves, describe, draw_recipe, skip_or_raise,
                      list_images, make_folder, make_prompt, one_line, open_image, parse_degradations, read_prompt, reading, run_script,
                      save_image, write_csv, write_text)
 from model import PRESETS, SHIFT, Gemma2, GemmaTokenizer, Sana, build_restorer, encode_prompts, pad_text
-from vae import DCAE, HUB, PixelAE, find_checkpoint, find_model, is_run, read_json, save_weights
+from vae import DCAE, HUB, PixelAE, find_model, is_run, read_json, read_run, save_weights
 
 CACHE_BYTES = 512 * 2**20  # decoded photos that a data set keeps in memory, per worker; the rest is read again
 
@@ -76,7 +76,7 @@ class CsvPairs:
             try:
                 self.rows.append(self._check(line, row))
             except UserError as error:
-                left_out(error, skip_bad)
+                skip_or_raise(error, skip_bad)
         if not self.rows:
             raise UserError(f"{path}: no row can be read")
 
@@ -173,13 +173,13 @@ class PairedDataset(torch.utils.data.Dataset):
         """The item, or the UserError that kept it from being made (an exception raised in a worker process would
         arrive as a page of traceback)."""
         problem = None
-        for bad in range(len(self) if self.skip_bad else 1):
+        for bad in range(2 * len(self) if self.skip_bad and self.training else 1):  # so many draws see every row
             try:
                 return self.draw(index, bad) | {"bad": bad}
             except UserError as error:
                 problem = problem or error
                 if self.skip_bad and str(error) not in self.told:
-                    left_out(error)
+                    skip_or_raise(error)
                     self.told.add(str(error))
         return problem
 
@@ -323,13 +323,15 @@ def make_datasets(args, stages=None):
     count, held_out, sides = min(8, len(source) // 10), [], []
     if not count:
         print(f"{args.data} has {len(source)} rows, too few to hold any out: validation is on training images")
+    trial = PairedDataset(source, args.resolution, training=False, **options)
     for i in order:
         if len(held_out) < (count or len(order)):
             try:
+                trial.draw(i)
                 sides += source.load(i)[0].size
                 held_out.append(i)
             except UserError as error:
-                left_out(error, args.skip_bad)
+                skip_or_raise(error, args.skip_bad)
     kept_out = {source.rows[i][1] for i in held_out if count}  # a clean photo may stand in several rows
     rows = [i for i in order if source.rows[i][1] not in kept_out]
     if not rows or not held_out:
@@ -346,7 +348,7 @@ def describe_model(name, conditioning=None):
     if name in PRESETS:
         config = PRESETS[name]
     elif is_run(name):
-        config = read_json(find_checkpoint(name) / "config.json")["model"]
+        config = read_run(name)["model"]
         if config["conditioning"] not in ("none", conditioning or config["conditioning"]):
             raise UserError(f"--model {name} has learnt --conditioning {config['conditioning']} already; leave the flag out")
     else:
@@ -507,7 +509,7 @@ def make_cache(args):
     write_text(out / "index.json", json.dumps(index, indent=1))
     autoencoder, prompts = build_surroundings(config, args.device)
     if prompts.folder and not (out / "prompts.safetensors").exists():
-        prompts.prepare(["", *(train_set.plan(i)[2] for i in range(count)), *(val_set.plan(i)[2] for i in range(len(val_set)))])
+        prompts.prepare(["", *(train_set.plan(i)[2] for i in range(count + 2 * len(train_set) * args.skip_bad)), *(val_set.plan(i)[2] for i in range(len(val_set)))])
         save_weights({f"caption {caption}": row for caption, row in prompts.known.items()}, out / "prompts.safetensors")
     done = next(i for i in range(-(-count // SHARD) + 1) if not (out / f"draws_{i:05d}.safetensors").exists()) * SHARD
     parts, captions = {"clean": [], "condition": []}, []
@@ -535,11 +537,11 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
     after an interruption."""
     out, paths, rows = Path(out), list_images(photos), []
     begun = out / "begun.json"
-    if (out / "pairs.csv").exists() and not begun.exists():
-        raise UserError(f"{out / 'pairs.csv'} exists already; choose another --out")
     if out.resolve().is_relative_to(Path(photos).resolve()):
         raise UserError(f"--out {out} lies inside {photos}: its pictures would be taken for photos; choose a folder elsewhere")
     make_folder(out)
+    if (out / "pairs.csv").exists() and not begun.exists():
+        raise UserError(f"{out / 'pairs.csv'} exists already; choose another --out")
     made_of = json.dumps([str(Path(photos).resolve()), list(map(str, paths)), choices, counts, seed])
     if begun.exists() and begun.read_text(encoding="utf-8") != made_of:
         raise UserError(f"{out} holds the beginning of other pairs; choose another --out")
@@ -547,12 +549,12 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
     for i, path in enumerate(tqdm(paths, unit="img", desc="pairs")):
         rng = np.random.default_rng(seed_for(seed, i, "pairs"))
         recipe = draw_recipe(choices, rng.integers(counts[0], counts[-1] + 1), rng)
-        caption, name = make_prompt([n for n, _ in recipe], rng), f"{i:05d}_{path.stem}.png"
+        caption, name = make_prompt([n for n, _ in recipe], rng), f"{i:05d}_{one_line(path.stem)}.png"
         if not (out / "condition" / name).exists():
             try:
                 clean = open_image(path).convert("RGB")
             except UserError as error:
-                left_out(error, skip_bad)
+                skip_or_raise(error, skip_bad)
                 continue
             save_image(clean, out / "clean" / name)
             save_image(apply_recipe(clean, recipe, rng), out / "condition" / name)

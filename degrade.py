@@ -20,6 +20,7 @@ import io
 import logging
 import math
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -64,6 +65,8 @@ def reading(path, what):
     try:
         yield
     except Exception as error:  # of a dozen types, for damaged files
+        if isinstance(error, NameError):  # but that is an error of ours
+            raise
         reason = repr(error) if isinstance(error, KeyError) or not str(error) else str(error)
         raise UserError(reason if reason.startswith(str(path)) else f"{path}: cannot read {what}: {reason}") from None
 
@@ -388,13 +391,13 @@ def make_folder(path):
     except BlockingIOError:
         raise UserError(f"{path}: another program is writing here; wait for its end, or choose another folder") from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS):  # some network file systems have no locks
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some network file systems have no locks
             raise UserError(f"cannot write {path}: {error}") from None
     return path
 
 
-def left_out(error, skip=True):
-    """What becomes of a UserError about one of many pictures: a line on stderr if it is to be skipped, else it is raised."""
+def skip_or_raise(error, skip=True):
+    """A UserError about one of many pictures becomes a line on stderr, or is raised."""
     if not skip:
         raise error
     tqdm.write(f"left out: {error}", file=sys.stderr)
@@ -442,6 +445,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} -h)")
 
 
+@contextlib.contextmanager
+def noted_signals():
+    """Yields a list to which a first SIGINT or SIGTERM is added: it asks for an end after this step. A second one ends it at once."""
+    seen, handlers = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: (seen.append(number), signal.signal(number, handlers[number])))
+    try:
+        yield seen
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def out_of_memory(error):
     """The line to say, if that is what an exception means, on a GPU or not; else None."""
     if isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "allocate memory")):
@@ -467,7 +483,6 @@ def keep_freed_memory():
 
 def run_script(main):
     """Call main(); a UserError becomes one line and exit status 2, and so do a full disk and a full memory, which can show anywhere."""
-    keep_freed_memory()
     try:
         main()
     except (UserError, OSError) as error:

@@ -278,8 +278,10 @@ PRESETS = {"tiny": {
 def build_restorer(config):
     """A preset, or "model" of a checkpoint's config.json -> Restorer with unset weights. Raises UserError."""
     c = read_config("model", config, {"shift": SHIFT, "name": ""}, ("autoencoder", "conditioning", "prediction", "sana"))
-    sana, pixels = Sana(config["sana"]), config["autoencoder"] or config["name"] and None
-    if pixels and 3 * read_config("autoencoder", pixels, {"factor": 0})["factor"] ** 2 != sana.config["out_channels"]:
+    sana, pixels = Sana(config["sana"]), config["autoencoder"]
+    if not pixels:
+        config["name"]  # says where the autoencoder is
+    elif 3 * read_config("autoencoder", pixels, {"factor": 0})["factor"] ** 2 != sana.config["out_channels"]:
         raise UserError(f"the autoencoder {pixels} does not give the {sana.config['out_channels']} channels of the transformer")
     return Restorer(sana, config["conditioning"], config["prediction"], c["shift"])
 

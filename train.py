@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from data import (DATA_RANGES, CachedDataset, add_data_flags, build_surroundings, check_device, curriculum, describe_model, fingerprint,
                   make_datasets, make_loader, seed_for)
-from degrade import (Parser, UserError, check_numbers, draw_grid, draw_panels, make_folder, out_of_memory, parse_degradations, reading,
-                     run_script, save_image, write_text)
+from degrade import (Parser, UserError, check_numbers, draw_grid, draw_panels, keep_freed_memory, make_folder, noted_signals, out_of_memory,
+                     parse_degradations, reading, run_script, save_image, write_text)
 from evaluate import BINS, DEFAULT_STEPS, Meter, evaluate_pairs, mean_loss, mean_of, restore
 from model import PRESETS, build_restorer, draw_sigma, flow_loss, starting_point
-from vae import find_checkpoint, is_run, load_weights, read_json, save_weights
+from vae import find_checkpoint, is_run, load_weights, read_run, save_weights
 
 # flags whose default depends on the model: pixels from scratch, or latents from pretrained weights
 SCRATCH = {"lr": 5e-3, "steps": 8000, "resolution": 48, "share_at_one": 0.3, "clip": 0.2}
@@ -84,11 +84,11 @@ def parse_args(argv=None):
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of them")
     if args.resume:  # the run's own settings become the defaults
-        saved = read_json(find_checkpoint(args.out) / "config.json").get("args", {})
+        saved = read_run(args.out)["args"]
         if not (Path(args.out) / "latest").is_file() or not saved:
             raise UserError(f"--resume {args.out}: give the run folder, which goes on from its newest checkpoint")
-        if (given.optimizer or saved["optimizer"]) != saved["optimizer"]:
-            raise UserError(f"--optimizer {given.optimizer}: this run was begun with {saved['optimizer']}, whose state does not fit")
+        if given.optimizer not in (None, saved.get("optimizer")):
+            raise UserError(f"--optimizer {given.optimizer}: this run was begun with {saved.get('optimizer')}, whose state does not fit")
         if given.data:  # given again: as it is now
             saved.pop("data_digest", None)
         args = parser.parse_args(argv, Namespace(**saved | {"out": args.out, "resume": True, "overwrite": False}))
@@ -103,7 +103,7 @@ def fill_args(args):
     """Defaults that depend on other flags. Raises UserError for a value that makes no sense."""
     cuda = args.device.startswith("cuda")
     args.model = args.model or ("sana1.5-1.6b" if args.data and cuda else "tiny")
-    pixels = args.model in PRESETS or is_run(args.model) and bool(read_json(find_checkpoint(args.model) / "config.json")["model"]["autoencoder"])
+    pixels = args.model in PRESETS or is_run(args.model) and bool(read_run(args.model)["model"].get("autoencoder"))
     if args.curriculum:
         stages = curriculum(args)
         args.steps, args.resolution = stages[-1][0] // args.batch_size, stages[0][1]
@@ -136,7 +136,7 @@ def was_restarted(run):
     """Whether torchrun has started the same command again, after a process or machine of the job died."""
     if WORLD == 1 or not (Path(run) / "latest").is_file():
         return False
-    same = JOB != "none" and read_json(find_checkpoint(run) / "config.json")["args"].get("job") == JOB
+    same = JOB != "none" and read_run(run)["args"].get("job") == JOB
     return same or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
 
 
@@ -375,14 +375,15 @@ class State:
         write_text(latest, folder.name)
         for old in sorted(run.glob(STEPS))[:-self.args.keep]:
             if old.name not in (folder.name, self.best[1]):  # renamed first: half a checkpoint must not look like one
-                shutil.rmtree(old.rename(run / f".{old.name}.partial"), ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(old.rename(run / f".{old.name}.partial"))
 
     def load(self, folder):
         """The inverse of save. Raises UserError for a damaged checkpoint."""
+        load_weights(self.restorer, folder / "model.safetensors")
+        config = read_run(folder)
         with reading(folder / "optimizer.safetensors", "this checkpoint"):
-            load_weights(self.restorer, folder / "model.safetensors")
             ema, moments = load_file(folder / "ema.safetensors"), load_file(folder / "optimizer.safetensors")
-            config = read_json(folder / "config.json")
             self.step, self.best = config["step"], config["best"]
             for name, p in self.mine.items():
                 self.ema[name].copy_(ema[name])
@@ -399,7 +400,7 @@ def validate(state, dataset, run):
         rows, pictures = evaluate_pairs(dataset, {"restored": lambda i, item: restore(
             pixels=item["condition"][None].to(args.device), captions=[item["caption"]], steps=DEFAULT_STEPS[restorer.prediction], **how)[0].cpu()}, quiet=True)
         save_image(draw_grid(pictures), run / "samples" / f"step_{state.step:06d}.png")
-        result = {"val_loss": mean_loss(dataset, **how)} | mean_of(rows)
+        result = {"val_loss": mean_loss(dataset, rows, **how)} | mean_of(rows)
     box = [{"step": state.step} | result]
     if WORLD > 1:
         dist.broadcast_object_list(box)
@@ -423,7 +424,8 @@ def prepare_run(args):
 
 
 def train_step(state, batch):
-    """One optimizer step -> (the losses of the batch by bin of sigma and how many there were, gradient norm, whether all was finite)."""
+    """One optimizer step -> (the losses of the batch by bin of sigma and how many there were, gradient norm, whether all was finite,
+    how many unreadable images were passed over)."""
     args, parts = state.args, state.args.accumulate
     generator = torch.Generator().manual_seed(seed_for(args.seed, state.step, "noise"))
     x0, condition = (batch[key].to(args.device, non_blocking=True) for key in ("clean", "condition"))
@@ -459,7 +461,7 @@ def train_step(state, batch):
         sums.index_add_(1, bins, torch.stack([loss.detach().float().cpu(), torch.ones(len(bins))]))
     state.share_gradients()
     square = sum(torch.linalg.vector_norm(p.grad, dtype=torch.float32).double().square() for p in state.mine.values())
-    *sums, square = sum_over_all([*sums.flatten().tolist(), square.item()], args.device)
+    *sums, square, bad = sum_over_all([*sums.flatten().tolist(), square.item(), float(batch["bad"])], args.device)
     norm = math.sqrt(square)
     finite = math.isfinite(sum(sums) + norm)
     if finite:
@@ -470,18 +472,7 @@ def train_step(state, batch):
             moments |= {"step": moments["step"] + 1} if "step" in moments else {}
     for p in state.parameters.values():
         p.grad = None
-    return sums, norm, finite
-
-
-@contextlib.contextmanager
-def noted_signals():
-    """Yields a list to which a first SIGINT or SIGTERM is added: it asks for an end after this step. A second one ends it at once."""
-    seen, handlers = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, lambda number, _: (seen.append(number), signal.signal(number, handlers[number])))
-    yield seen
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return sums, norm, finite, int(bad)
 
 
 def train(state, loader, val_set, run, log):
@@ -508,7 +499,12 @@ def train(state, loader, val_set, run, log):
                 line = meter.entry(norm)
                 entries.append(line)
             if state.step > start and (state.step % args.val_every == 0 or last and not stopped + failed):  # after SIGTERM there is little time
-                validation = validate(state, val_set, run)
+                try:
+                    validation = validate(state, val_set, run)
+                except (UserError, MemoryError, RuntimeError):
+                    if WORLD == 1:
+                        state.save(run, validation)
+                    raise
                 entries.append(validation)
             if entries:
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} img/s, val {validation['restored_psnr']:.2f} dB")
@@ -524,13 +520,13 @@ def train(state, loader, val_set, run, log):
                 break
             before = state.step
             try:
-                sums, norm, finite = train_step(state, batch)
+                sums, norm, finite, passed_over = train_step(state, batch)
             except (MemoryError, RuntimeError) as error:
                 if WORLD > 1 or state.step > before or not out_of_memory(error):  # others wait; or the weights are half updated
                     raise
                 problem = UserError(out_of_memory(error))
                 continue
-            meter.count(sums, finite, batch["bad"])
+            meter.count(sums, finite, passed_over)
             bar.update()
             bad = 0 if finite else bad + 1
             if bad:
@@ -546,17 +542,19 @@ def train(state, loader, val_set, run, log):
 
 def main():
     args = parse_args()
+    if args.device == "cpu":
+        keep_freed_memory()
     join_others(args)
     stages = curriculum(args) if args.curriculum else None
     train_set, val_set = make_datasets(args, stages)
-    digest = hashlib.sha256(Path(args.data).read_bytes()).hexdigest() if args.data else None
+    digest = hashlib.sha256(repr((train_set.source.rows, train_set.rows, val_set.rows)).encode()).hexdigest() if args.data else None
     if getattr(args, "data_digest", digest) != digest:
         raise UserError(f"{args.data} is not what it was when this run began; --data {args.data} goes on with it as it is now")
     args.data_digest = digest
     config, start = None if args.resume else describe_model(args.model, args.conditioning), 0
     run, log = prepare_run(args)
     if args.resume:
-        saved = read_json(find_checkpoint(run) / "config.json")
+        saved = read_run(run)
         config, start = saved["model"], saved["step"]
         if start >= args.steps:
             raise UserError(f"{run} is at step {start} of {args.steps} already; --steps sets a later end")
@@ -570,7 +568,8 @@ def main():
         train_set, autoencoder = CachedDataset(args.cache, fingerprint(args, config), len(train_set)), None
         prompts.known = train_set.prompts
     elif prompts.folder:  # all captions of the run, before the transformer takes the memory
-        prompts.prepare(["", *(train_set.plan(i)[2] for i in draws), *(val_set.plan(i)[2] for i in range(len(val_set)))])
+        ahead = range(draws.start, draws.stop + 2 * len(train_set)) if args.skip_bad else draws
+        prompts.prepare(["", *(train_set.plan(i)[2] for i in ahead), *(val_set.plan(i)[2] for i in range(len(val_set)))])
     state = State(config, autoencoder, prompts, args)
     if args.resume:
         state.load(find_checkpoint(run))

@@ -163,6 +163,14 @@ def find_checkpoint(path):
     return folder
 
 
+def read_run(path):
+    """config.json of the checkpoint that path names. Raises UserError."""
+    config = read_json(find_checkpoint(path) / "config.json")
+    if not all(isinstance(config.get(key), kind) for key, kind in {"model": dict, "args": dict, "step": int}.items()):
+        raise UserError(f"{path}: the config.json of its checkpoint is damaged; take another step folder")
+    return config
+
+
 def is_run(name):
     """Whether --model is a folder that train.py wrote: a run, or one of its checkpoints."""
     return (Path(name) / "latest").is_file() or (Path(name) / "ema.safetensors").is_file()
