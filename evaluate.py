@@ -571,8 +571,7 @@ def measure(args, how):
         draw_panels([(f"{METRICS[key]} over PSNR (dB), by sampling steps", points, False, list(map(str, args.sweep)))], out / "sweep.png")
     write_csv(out / "scores.csv", [list(rows[0])] + [list(row.values()) for row in rows])
     report = {"flags": vars(args), "count": len(rows), "methods": summary, "share_of_the_way": shares, "missing": metrics.missing, "images": rows}
-    finite = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has neither inf nor nan: null
-    write_text(out / "scores.json", json.dumps(finite, indent=1))
+    write_text(out / "scores.json", json.dumps(json.loads(json.dumps(report), parse_constant=lambda _: None), indent=1))  # inf, nan: null
     print(f"{out}/scores.csv, scores.json, grid.png" + ", sweep.png" * bool(args.sweep))
 
 

@@ -59,6 +59,8 @@ def attack(case, numbers):
     context = multiprocessing.get_context("fork")
     last, answers, errors, counts, wrong = context.Value("q", -1), context.SimpleQueue(), tempfile.TemporaryFile(), Counter(), []
 
+    torch.set_num_threads(1)  # before the fork: threads do not survive one
+
     def child():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + int((GIGABYTES + 1) * 2**30)
