@@ -174,9 +174,13 @@ def join_fp32(high, low):
     return ((high.view(torch.int16).int() << 16) + low).view(torch.float32)
 
 
-def round_stochastically(x, noise):
-    """fp32 -> bf16, up or down by chance so that the mean is x. noise: uniform int16."""
-    return ((x.view(torch.int32) + (noise.int() & 0xFFFF)) >> 16).to(torch.int16).view(torch.bfloat16)
+def round_stochastically(x, seed, start=0):
+    """fp32 -> bf16, up or down by chance so that the mean is x. seed: two int32. Chance is a hash (lowbias32) of each number's index, from start:
+    integers that are compiled into one parallel pass with the rest, where a Generator draws one number after the other."""
+    noise = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + start ^ seed[0]
+    noise = (noise ^ noise >> 16 & 0xFFFF) * 0x7FEB352D + seed[1]
+    noise = (noise ^ noise >> 15 & 0x1FFFF) * -0x7B935975  # its upper half is the better one
+    return ((x.view(torch.int32) + (noise >> 16 & 0xFFFF)) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 class BF16AdamW(torch.optim.Optimizer):
@@ -184,12 +188,12 @@ class BF16AdamW(torch.optim.Optimizer):
     the steps are fp32's, 2 + 2 bytes) or is rounded stochastically (exact=False: 2 bytes); moments are bf16, the second one
     rounded stochastically, because beta2 moves it by less than half an ulp. fp32 weights keep fp32 moments."""
 
-    CHUNK = {"cpu": 1 << 16}  # weights at a time: what a CPU's cache holds; else 2^24, for few launches on a GPU
+    CHUNK = {"cpu": 1 << 16}  # weights at a time, not compiled: what a CPU's cache holds; else 2^24, for few launches
 
     def __init__(self, groups, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, exact=True, moments=torch.bfloat16, compile=False):
         super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": weight_decay})
-        # compiled, one pass over memory instead of twenty; it may round otherwise in the last place of fp32
-        self.update = torch.compile(self._update, dynamic=True) if compile else self._update
+        # compiled, one pass over memory instead of forty; it may round otherwise in the last place of fp32
+        self.update, self.compiled = torch.compile(self._update, dynamic=True) if compile else self._update, compile
         for p in (p for group in self.param_groups for p in group["params"]):
             half = p.dtype == torch.bfloat16
             self.state[p] = {key: torch.zeros_like(p, dtype=moments if half else p.dtype) for key in ("exp_avg", "exp_avg_sq")}
@@ -203,18 +207,14 @@ class BF16AdamW(torch.optim.Optimizer):
             (beta1, beta2), lr = group["betas"], group["lr"]
             numbers = 1 - lr * group["weight_decay"], -lr / (1 - beta1**count), math.sqrt(1 - beta2**count), float(scale)
             for p in group["params"]:
-                generator = torch.Generator(p.device).manual_seed(seeds[p])
-                chunk = min(p.numel(), self.CHUNK.get(p.device.type, 1 << 24))
-                noise = torch.empty(-(-chunk // 4), dtype=torch.int64, device=p.device)  # 4 x 16 bits each
+                seed = torch.randint(-2**31, 2**31, (4,), dtype=torch.int32, generator=torch.Generator().manual_seed(seeds[p])).to(p.device)
                 now = torch.tensor(numbers, device=p.device)  # a tensor, because compiled code takes a number for a constant
-                flat = [t.view(-1).split(4 * len(noise)) for t in (p.data, p.grad.contiguous(), *self.state[p].values())]
-                for weight, grad, *rest in zip(*flat):
-                    if weight.dtype == torch.bfloat16:
-                        noise.random_(-2**63, None, generator=generator)
-                    self.update((beta1, beta2, group["eps"]), now, weight, grad, noise.view(torch.int16)[:len(weight)], *rest)
+                chunk = 1 << 24 if self.compiled else self.CHUNK.get(p.device.type, 1 << 24)
+                for i, parts in enumerate(zip(*(t.view(-1).split(chunk) for t in (p.data, p.grad.contiguous(), *self.state[p].values())))):
+                    self.update((beta1, beta2, group["eps"]), now, seed, torch.full((), i * chunk, dtype=torch.int32, device=p.device), *parts)
 
     @staticmethod
-    def _update(constants, now, weight, grad, noise, exp_avg, exp_avg_sq, low=None):
+    def _update(constants, now, seed, start, weight, grad, exp_avg, exp_avg_sq, low=None):
         (beta1, beta2, eps), (decay, rate, correction, scale) = constants, now
         grad = grad.float() * scale
         w = weight if weight.dtype == torch.float32 else weight.float() if low is None else join_fp32(weight, low)
@@ -222,12 +222,12 @@ class BF16AdamW(torch.optim.Optimizer):
         v = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         w.mul_(decay).add_(rate * m / (v.sqrt() / correction).add_(eps))
         exp_avg.copy_(m)
-        exp_avg_sq.copy_(v if exp_avg_sq.dtype == v.dtype else round_stochastically(v, noise))
+        exp_avg_sq.copy_(v if exp_avg_sq.dtype == v.dtype else round_stochastically(v, seed[:2], start))
         if low is not None:
             for kept, new in zip((weight, low), split_fp32(w)):
                 kept.copy_(new)
         elif w is not weight:
-            weight.copy_(round_stochastically(w, noise))
+            weight.copy_(round_stochastically(w, seed[2:], start))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -277,8 +277,7 @@ class State:
             self.optimizer = BF16AdamW(groups, **options, exact=args.optimizer == "adamw_bf16", compile=args.compile)
             for name, p in self.mine.items():  # weights from scratch have low bits as well
                 if "low" in self.optimizer.state[p]:
-                    for kept, value in zip((p.data, self.optimizer.state[p]["low"]), split_fp32(self.ema[name].to(p.device))):
-                        kept.copy_(value)
+                    torch._foreach_copy_([p.data, self.optimizer.state[p]["low"]], split_fp32(self.ema[name].to(p.device)))
         if args.compile:
             for block in self.restorer.sana.transformer_blocks:
                 block.compile(dynamic=False)

@@ -29,6 +29,7 @@ KNOWN = {
     "python tests/stress.py": ("rows tables", r"worked, \d+ refused in one line.*a CSV of"),
     "python tests/bench.py optimizer": ("--quick --threads 1", r"adamw_sr: ours +\d"),
     "python tests/bench.py memory": ("", "1,604,6"),
+    "python tests/bench.py degradations": ("--quick --threads 1", r"recipes of 1 to 3, .*: \d+ images/s"),
     "torchrun": ("--batch_size 4 --steps 4 --resolution 32 --val_every 4 --workers 0 --overwrite", r"on 2 x cpu: .*PSNR [\d.]+ -> [\d.]+ dB"),
 }
 NAMES = {"python data.py pairs", "python data.py cache", "python model.py export"}  # in the text these name what a whole command shows elsewhere

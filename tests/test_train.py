@@ -38,11 +38,20 @@ def test_split_weights_lose_nothing():
 
 def test_stochastic_rounding_has_the_mean_and_never_skips_a_neighbour():
     x = torch.tensor([1.0, 1.0 + 1 / 512, -1.0 - 3 / 512, 3e-5])[:, None].expand(4, 40_000).contiguous()
-    noise = torch.empty(x.numel() // 4, dtype=torch.int64).random_(-2**63, None, generator=seeded()).view(torch.int16).view(4, -1)
-    rounded = round_stochastically(x, noise).float()
+    rounded = round_stochastically(x, torch.tensor([1, 2], dtype=torch.int32)).float()
     assert (rounded[0] == 1).all() and all(len(row.unique()) <= 2 for row in rounded)
     error = (rounded - x).mean(1) / (x.abs().mean(1) / 128)  # in units of the gap between neighbours, at most; 1 / sqrt(40,000) = 0.005
     assert error.abs().max() < 0.015
+
+
+def test_rounding_is_fair_and_unrelated_between_neighbours_and_seeds():
+    """Half way between two neighbours: up or down, as often; 2^17 choices, all correlations below five standard deviations."""
+    x = torch.full((1 << 17,), 1 + 1 / 256)
+    seeds = [torch.randint(-2**31, 2**31, (2,), dtype=torch.int32, generator=seeded(i)) for i in range(8)]
+    ups = torch.stack([(round_stochastically(x, seed) > 1) * 2.0 - 1 for seed in seeds])
+    ups = torch.cat([ups, ups.roll(1, 1), ups.roll(2, 1), ups.roll(64, 1)])
+    correlation = ups @ ups.T / len(x) - torch.eye(len(ups))
+    assert correlation.abs().max() < 5 / len(x) ** 0.5 and ups.mean(1).abs().max() < 5 / len(x) ** 0.5
 
 
 @pytest.mark.parametrize("weight_decay, shape", [(0.0, (70_001,)), (0.1, (33, 9, 3, 3))])
