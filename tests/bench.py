@@ -7,6 +7,7 @@ tokens        what a token costs at growing sizes (linear attention: the same)
 autoencoder   DC-AE f32c32, time and memory
 optimizer     a step of AdamW in bf16: time, and bytes a parameter that stay between steps (weight, gradient, state)
 degradations  the six, and random recipes
+loader        training crops from photos
 metrics       PSNR, SSIM, LPIPS, FID
 tiny          the preset: training, and restoring a photo, beside plain convolutions
 startup       -h, and the import of torch
@@ -18,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -27,8 +29,10 @@ import optimi
 import torch
 import torchao.optim
 
+import data
+from PIL import Image
 from data import Prompts, dead_leaves, to_tensor
-from degrade import DEGRADATIONS, random_degradation
+from degrade import DEGRADATIONS, keep_freed_memory, random_degradation
 from evaluate import LPIPS, Inception, frechet_distance, psnr, restore, ssim
 from model import PRESETS, Restorer, Sana, build_restorer, flow_loss
 from train import BF16AdamW, join_fp32
@@ -179,6 +183,25 @@ def bench_degradations(quick):
     print(f"recipes of 1 to 3, {side} px: {count / (time.perf_counter() - start):.0f} images/s on one core (asked: 30)")
 
 
+def bench_loader(quick):
+    """Crops of 512 px from JPEGs of two megapixels, degraded, by two workers; none is kept decoded."""
+    data.CACHE_BYTES, count = 0, 40 if quick else 160
+    photo, leaves = Image.new("RGB", (1920, 1080)), dead_leaves(480, np.random.default_rng(0))
+    for x, y in ((x, y) for x in range(0, 1920, 480) for y in range(0, 1080, 480)):
+        photo.paste(leaves, (x, y))
+    with tempfile.TemporaryDirectory() as folder:
+        photo.save(f"{folder}/photo.jpg", quality=92)
+        with open(f"{folder}/photos.csv", "w") as file:
+            file.write("image_path\n" + "photo.jpg\n" * 20)
+        dataset = data.PairedDataset(data.CsvPairs(f"{folder}/photos.csv"), 512)
+        batches = iter(data.make_loader(dataset, argparse.Namespace(batch_size=4, workers=2, device="cpu"), range(0, count + 16, 1)))
+        for _ in range(4):  # until the workers run
+            next(batches)
+        start = time.perf_counter()
+        assert sum(len(batch["caption"]) for batch in batches) == count
+        print(f"data loader, 2 workers, 512 px of 2 megapixels: {count / (time.perf_counter() - start):.0f} images/s (asked: 20)")
+
+
 def bench_metrics(quick):
     import lpips
     import piq
@@ -297,6 +320,14 @@ def bench_optimizer(quick):
         steps[name] += 1
         optimizer.step(*([steps[name], dict.fromkeys(parameters, steps[name])] if isinstance(optimizer, BF16AdamW) else []))
     seconds = interleaved({name: (lambda name=name: step(name)) for name in contestants}, 3 if quick else 5)
+    parameters, optimizer = contestants["adamw_bf16: ours, exact"]
+    average = [w.clone() for w in start]
+
+    def update_average():
+        for mean, p in zip(average, parameters):
+            mean.lerp_(join_fp32(p.detach(), optimizer.state[p]["low"]), 1e-4)
+    ema = interleaved({"ours": update_average}, 3)["ours"]
+    print(f"the fp32 average's step beside adamw_bf16: {1000 * ema:.0f} ms")
     reference = torch.cat([p.detach().float() for p in contestants["adamw: torch, fp32, fused"][0]])
     print(f"{count / 1e6:.0f} M parameters, {torch.get_num_threads()} threads, {steps['adamw_sr: ours']} steps at lr {lr:g}")
     print(f"{'optimizer':36} ms/step  bytes  mean |weight - fp32 AdamW's|")
@@ -356,6 +387,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the scripts do; the peers gain by it too
     print(f"{'':52} {'ours':>9} {'peer':>9}     ratio")
     for what in args.what or benches:
         benches[what](args.quick)
