@@ -30,13 +30,10 @@ COMMANDS = {"train": train, "evaluate": evaluate, "data pairs": data, "data cach
 
 def parser_of(command):
     """The parser that the script makes, caught when it is asked to parse."""
-    class Caught(Exception):
-        pass
-
     def catch(self, *_):
-        raise Caught(self)
+        raise InterruptedError(self)
     script, *sub = command.split()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Caught) as caught:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError) as caught:
         patch.setattr(degrade.Parser, "parse_args", catch)
         (COMMANDS[command].parse_args if hasattr(COMMANDS[command], "parse_args") else COMMANDS[command].main)()
     parser = caught.value.args[0]
@@ -48,7 +45,7 @@ ACTIONS = [(command, action) for command in COMMANDS for action in parser_of(com
 
 
 def test_every_flag_is_used_by_a_test_and_the_readme_has_no_other():
-    used = "\n".join([path.read_text() for path in (ROOT / "tests").glob("*.py")] + commands())
+    used = "\n".join([path.read_text() for path in (ROOT / "tests").glob("test_*.py")] + commands())
     names = {option for _, action in ACTIONS for option in action.option_strings}
     assert len(names) > 50 and [name for name in sorted(names) if not re.search(rf"{name}\b(?![_-])", used)] == []
     others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max_restarts"}  # torchrun's
@@ -63,10 +60,9 @@ NO_NUMBERS = {int: ["x", "1.5", "nan", "inf", ""], float: ["x", "nan", "", "1,5"
 OUTSIDE = {int: ["-1", "0", str(10**20)], float: ["-1", "-inf", "1e30", "inf"]}
 FINE = {"seed": OUTSIDE[int], "workers": ["0"], "sigma_mean": ["-1"], "clip": ["1e30", "inf"]}  # of these, what makes sense for a flag
 WORDS = {  # by flag or positional: wrong values of it
-    "data": ["absent.csv", "file", "photos"], "cache": ["absent", "file"], "checkpoint": ["absent", "file", "photos"],
-    "input": ["absent.png", "absent/*.png", "file"],
-    "model": ["absent", "a/b/c", "file"], "compare": ["absent", "file"], "photos": ["absent", "file"], "image": ["absent.png", "file", "photos"],
-    "out": ["file/below"], "output": ["file/below.png", "o.xyz", "o"], "grid": ["g.xyz", "g"], "resume": ["absent", "file"],
+    "data": ["absent.csv", "file", "photos"], "cache": ["absent", "file"], "checkpoint": ["absent", "file", "photos"], "compare": ["absent", "file"],
+    "input": ["absent.png", "absent/*.png", "file"], "model": ["absent", "a/b/c", "file"], "photos": ["absent", "file"], "resume": ["absent", "file"],
+    "image": ["absent.png", "file", "photos"], "out": ["file/below"], "output": ["file/below.png", "o.xyz", "o"], "grid": ["g.xyz", "g"],
     "device": ["moon", "cuda:99", "", "cpu:x", "meta"], "ema_device": ["moon", "meta"],
     "lpips_weights": ["absent file"], "fid_weights": ["absent", "file"],
     "curriculum": ["x", "32", "32:", "32:x", "0:5", "32:0", "-32:5", "32:-5", "32:5,", "32:1e3", "nan:5", f"{10**9}:5", f"32:{10**20}",
@@ -138,38 +134,29 @@ def wrong_values(command, action):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_wrong_value_gets_one_line_that_names_it(command, place, monkeypatch, capsys):
-    class Accepted(Exception):
-        pass
-
     def accept(*_, **__):
-        raise Accepted
+        raise RuntimeError("it was accepted")
+
+    def files():
+        return {path for path in place.rglob("[!.]*") if path.is_file()}
     monkeypatch.chdir(place), monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(train, "State", accept), monkeypatch.setattr(evaluate, "evaluate_pairs", accept)
-    before = sorted(path for path in place.rglob("[!.]*") if path.is_file())
-    cases, wrong = [(action.dest, value) for c, action in ACTIONS if c == command for value in wrong_values(command, action)], []
+    cases, wrong, before = [(action.dest, value) for c, action in ACTIONS if c == command for value in wrong_values(command, action)], [], files()
     for name, value in cases:
         try:
-            in_process(COMMANDS[command], words_for(command, name, value), monkeypatch)
-            ended = "it was accepted"
-        except Accepted:
-            ended = "it was accepted"
-        except SystemExit as error:
-            ended = error.code
-        except Exception as error:
-            ended = repr(error)
-        lines = capsys.readouterr().err.splitlines()
+            ended = in_process(COMMANDS[command], words_for(command, name, value), monkeypatch)  # None: it was accepted
+        except (SystemExit, Exception) as error:
+            ended = error.code if isinstance(error, SystemExit) else repr(error)
+        lines, written = capsys.readouterr().err.splitlines(), files() ^ before
         named = [f"--{name}"] + [word for word in value.split() if name in (*WORDS, "out") and len(word) > 2]  # a path or word says where by itself
-        if ended != 2 or len(lines) != 1 or not lines[0].startswith("error: ") or not any(word in lines[0] for word in named):
-            wrong.append((name, value, ended, lines))
-        written = sorted(path for path in place.rglob("[!.]*") if path.is_file())
-        if written != before:
-            wrong.append((name, value, "wrote", set(written) - set(before)))
-            before = written
+        if ended != 2 or len(lines) != 1 or not lines[0].startswith("error: ") or not any(word in lines[0] for word in named) or written:
+            wrong.append((name, value, ended, lines, written))
+            before ^= written
     assert len(cases) > 3 and not wrong, "\n".join(map(str, wrong))
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# What the flags of training do, on its state and its draws.
+# What the flags do: of training, on its state and its draws; of the other scripts, on what they write.
 
 def state_of(*flags):
     args = train.parse_args(["--device", "cpu", *map(str, flags)])
@@ -180,10 +167,6 @@ def batch_of(count, side=8):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, count, 3, side, side, generator=generator) * 2 - 1
     return {"clean": pixels[0], "condition": pixels[1], "caption": ["Remove the noise."] * count}
-
-
-def copies(state):
-    return {name: p.detach().clone() for name, p in state.parameters.items()}
 
 
 @pytest.mark.parametrize("flags, peaks", [(["--lr", 1e-3], (1e-3, 0.05)), (["--lr", 1e-4], (1e-4, 1e-2)), (["--lr", 1e-4, "--proj_lr", 0.3], (1e-4, 0.3))])
@@ -209,7 +192,7 @@ def test_clip_bounds_the_norm_of_the_gradient(clip):
 
 def test_weight_decay_draws_every_weight_towards_zero():
     plain, decayed = state_of("--lr", 0.1), state_of("--lr", 0.1, "--weight_decay", 0.5)
-    start = copies(plain)
+    start = {name: p.detach().clone() for name, p in plain.parameters.items()}
     for state in (plain, decayed):
         train.train_step(state, batch_of(4))
     lr = plain.optimizer.param_groups[0]["lr"]
@@ -221,7 +204,7 @@ def test_weight_decay_draws_every_weight_towards_zero():
 @pytest.mark.parametrize("decay, every", [(0.9999, 1), (0.15, 1), (0.9999, 3)])
 def test_the_average_is_that_of_ema_decay_and_ema_every(decay, every):
     state = state_of("--lr", 0.1, "--steps", 50, "--ema_decay", decay, "--ema_every", every)
-    expected = copies(state)
+    expected = {name: p.detach().clone() for name, p in state.parameters.items()}
     for step in range(1, 8):
         train.train_step(state, batch_of(4))
         if step % every == 0:
@@ -299,9 +282,6 @@ def test_val_every_save_every_keep_overwrite_and_weights(photos_csv, tmp_path, m
     in_process(train, [*flags, "--steps", 1, "--overwrite"], monkeypatch)
     assert [path.name for path in tmp_path.glob("run/step_*")] == ["step_000001"] and len(list(open("run/log.jsonl"))) < len(log)
 
-
-# ----------------------------------------------------------------------------------------------------------------
-# And of the other scripts.
 
 def test_flags_of_restoring_reach_the_sampler(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
