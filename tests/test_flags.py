@@ -166,7 +166,7 @@ def state_of(*flags):
 def batch_of(count, side=8):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, count, 3, side, side, generator=generator) * 2 - 1
-    return {"clean": pixels[0], "condition": pixels[1], "caption": ["Remove the noise."] * count}
+    return {"clean": pixels[0], "condition": pixels[1], "caption": ["Remove the noise."] * count, "bad": 0}
 
 
 @pytest.mark.parametrize("flags, peaks", [(["--lr", 1e-3], (1e-3, 0.05)), (["--lr", 1e-4], (1e-4, 1e-2)), (["--lr", 1e-4, "--proj_lr", 0.3], (1e-4, 0.3))])
