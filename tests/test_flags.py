@@ -48,7 +48,7 @@ def test_every_flag_is_used_by_a_test_and_the_readme_has_no_other():
     used = "\n".join([path.read_text() for path in (ROOT / "tests").glob("test_*.py")] + commands())
     names = {option for _, action in ACTIONS for option in action.option_strings}
     assert len(names) > 50 and [name for name in sorted(names) if not re.search(rf"{name}\b(?![_-])", used)] == []
-    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max_restarts"}  # torchrun's
+    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max_restarts", "--quick"}  # torchrun's, and the bench's
     assert set(re.findall(r"(?<![\w-])--\w+", README)) - names == others
     assert all(action.help for _, action in ACTIONS if action.dest != "command")
 
@@ -185,7 +185,7 @@ def test_lr_and_proj_lr_rise_for_2_percent_and_fall_as_a_cosine(flags, peaks):
 def test_clip_bounds_the_norm_of_the_gradient(clip):
     """Which AdamW's first step leaves in its first moment, a tenth of it."""
     state = state_of("--clip", clip)
-    _, norm, _ = train.train_step(state, batch_of(4))
+    _, norm, *_ = train.train_step(state, batch_of(4))
     used = torch.stack([state.optimizer.state[p]["exp_avg"].norm() for p in state.mine.values()]).norm() / 0.1
     assert norm > 1e-2 and used.item() == pytest.approx(min(norm, clip), rel=1e-2 if clip < norm else 1e-4)
 
@@ -259,8 +259,10 @@ def test_flags_of_what_is_drawn(place, monkeypatch):
     assert len({r["jpeg"]["quality"] for r in some if "jpeg" in r}) > 20
     assert plans("--seed", 3) == plans("--seed", 3) != plans("--seed", 4)
     conditions = "--data", "pairs.csv", "--resolution", 32, "--degradation"
-    assert [{row for row, recipe, _ in plans(*conditions, mode, count=30) if recipe} for mode in ("auto", "on_the_fly", "paired")] == [{2}, {0, 1, 2}, {2}]
-    drawn = train.make_datasets(train.parse_args(["--data", "pairs.csv", "--resolution", "32", "--degradation", "paired"]))[0]
+    assert [{row for row, recipe, _ in plans(*conditions, mode, count=30) if recipe} for mode in ("auto", "on_the_fly")] == [{2}, {0, 1, 2}]
+    with pytest.raises(degrade.UserError, match="line 4"):
+        train.make_datasets(train.parse_args(["--data", "pairs.csv", "--resolution", "32", "--degradation", "paired"]))
+    drawn = data.PairedDataset(data.CsvPairs("pairs.csv"), 32, degradation="paired")
     assert sum(isinstance(drawn[i], degrade.UserError) for i in range(3)) == 1  # the row without a condition
     args = train.parse_args(["--data", "pairs.csv", "--resolution", "32", "--workers", "2"])
     assert train.make_loader(drawn, args, range(0, 8, 1)).num_workers == 2 and drawn[int(isinstance(drawn[0], degrade.UserError))]["clean"].shape == (3, 32, 32)
