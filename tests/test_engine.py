@@ -249,6 +249,35 @@ def test_out_of_memory_saves_what_there_was(error, photos_csv, tmp_path, monkeyp
     assert (tmp_path / "run/latest").read_text() == "step_000009"
 
 
+def test_a_validation_that_fails_saves_first(photos_csv, tmp_path, monkeypatch):
+    validate = train.validate
+
+    def spoilt(state, *rest):
+        if state.step == 4:
+            raise data.UserError("a held-out picture is gone")
+        return validate(state, *rest)
+    monkeypatch.setattr(train, "validate", spoilt), monkeypatch.chdir(tmp_path)
+    flags = ["train.py", "--data", str(photos_csv), *SMALL, "--workers", "0", "--steps", "9", "--val_every", "4", "--save_every", "100", "--out", "run"]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(data.UserError, match="is gone"):
+        train.main()
+    assert (tmp_path / "run/latest").read_text() == "step_000004"
+
+
+def test_a_row_that_cannot_be_drawn_is_not_held_out(photos, tmp_path):
+    """A picture below the crop, a row without the condition that --degradation paired asks for, one picture for all draws."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    rows = [f"{path},{path}" for path in sorted(photos.glob("*.png"))] + ["small.png,small.png", f"{photos / '00.png'},"] * 4
+    (tmp_path / "p.csv").write_text("image_path,condition_image_path\n" + "\n".join(rows))
+    for seed in range(8):
+        args = train.parse_args(["--data", str(tmp_path / "p.csv"), "--skip_bad", "--resolution", "32", "--degradation", "paired", "--seed", str(seed)])
+        train_set, val_set = data.make_datasets(args)
+        assert all(row < 12 for row in val_set.rows) and val_set.crop == 80 and len(val_set) == 2
+        assert not any(isinstance(train_set[n], data.UserError) for n in range(100))
+    one = data.PairedDataset(data.CsvPairs(tmp_path / "p.csv"), 32, rows=[3, 12], skip_bad=True)
+    assert {one[n]["clean"].shape for n in range(60)} == {(3, 32, 32)}
+
+
 def test_data_that_changes_under_a_run_is_named(photos, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
@@ -264,6 +293,8 @@ def test_data_that_changes_under_a_run_is_named(photos, tmp_path):
     assert "not what it was" in run("train.py", "--resume", "run", "--steps", 6, cwd=tmp_path, status=2)
     run("train.py", "--resume", "run", "--steps", 6, "--data", "photos.csv", cwd=tmp_path)
     run("train.py", "--resume", "run", "--steps", 8, cwd=tmp_path)
+    (folder / "03.png").unlink()  # the rows are fewer, although the file that lists them is the same
+    assert "not what it was" in run("train.py", "--resume", "run", "--steps", 9, "--skip_bad", cwd=tmp_path, status=2)
 
 
 def test_skip_bad_counts_and_goes_on(photos, tmp_path):
