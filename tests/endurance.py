@@ -83,7 +83,7 @@ def kill_training(csv, folder, kills):
     def check():
         if (run / "latest").exists():
             args = train.parse_args(["--resume", str(run)])
-            state = train.State(train.read_json(train.find_checkpoint(run) / "config.json")["model"], data.PixelAE(2), data.Prompts(), args)
+            state = train.State(train.read_run(run)["model"], data.PixelAE(2), data.Prompts(), args)
             for checkpoint in run.glob("step_*"):
                 state.load(checkpoint)
                 loaded.add(state.step)

@@ -328,11 +328,11 @@ def test_bad_pretrained_folders_get_one_line(pipeline_folder, photos, tmp_path):
         (tmp_path / path).write_text(json.dumps(json.loads((tmp_path / path).read_text()) | changes))
     edit("strange/transformer/config.json", num_layers="two"), (tmp_path / "listed/vae/config.json").write_text("[]")
     edit("other/transformer/config.json", caption_channels=31), edit("widened/transformer/config.json", in_channels=16)
-    for command, words in ((["train.py", "--data", data, "--model", "empty"], ["transformer", "config.json"]),
-                           (["train.py", "--data", data, "--model", "half"], ["vae", "diffusion_pytorch_model.safetensors"]),
-                           (["train.py", "--data", data, "--model", "strange"], ["transformer/config.json", "SanaTransformer2DModel"]),
-                           (["train.py", "--data", data, "--model", "listed"], ["vae/config.json", "JSON object"]),
-                           (["train.py", "--data", data, "--model", "other"], ["texts of 31", "text encoder 32"]),
+    for command, words in ((["train.py", "--data", data, "--resolution", "32", "--model", "empty"], ["transformer", "config.json"]),
+                           (["train.py", "--data", data, "--resolution", "32", "--model", "half"], ["vae", "diffusion_pytorch_model.safetensors"]),
+                           (["train.py", "--data", data, "--resolution", "32", "--model", "strange"], ["transformer/config.json", "SanaTransformer2DModel"]),
+                           (["train.py", "--data", data, "--resolution", "32", "--model", "listed"], ["vae/config.json", "JSON object"]),
+                           (["train.py", "--data", data, "--resolution", "32", "--model", "other"], ["texts of 31", "text encoder 32"]),
                            (["train.py", "--data", data, "--model", "widened", "--conditioning", "projection"], ["--conditioning widen"]),
                            (["train.py", "--data", data, "--model", pipeline_folder, "--resolution", "30", "--out", "o"], ["--resolution", "multiple of 4"]),
                            (["model.py", "export", "empty", "out"], ["empty", "no checkpoint"]),
