@@ -333,7 +333,7 @@ def test_bad_pretrained_folders_get_one_line(pipeline_folder, photos, tmp_path):
                            (["train.py", "--data", data, "--resolution", "32", "--model", "strange"], ["transformer/config.json", "SanaTransformer2DModel"]),
                            (["train.py", "--data", data, "--resolution", "32", "--model", "listed"], ["vae/config.json", "JSON object"]),
                            (["train.py", "--data", data, "--resolution", "32", "--model", "other"], ["texts of 31", "text encoder 32"]),
-                           (["train.py", "--data", data, "--model", "widened", "--conditioning", "projection"], ["--conditioning widen"]),
+                           (["train.py", "--data", data, "--resolution", "32", "--model", "widened", "--conditioning", "projection"], ["--conditioning widen"]),
                            (["train.py", "--data", data, "--model", pipeline_folder, "--resolution", "30", "--out", "o"], ["--resolution", "multiple of 4"]),
                            (["model.py", "export", "empty", "out"], ["empty", "no checkpoint"]),
                            (["model.py", "import", "empty", "out"], ["export"])):
