@@ -94,8 +94,8 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None):
-        """With the weights of folder, in dtype (None: as stored). The tensors are mapped from the file: a page is read
-        when it is first used. Raises UserError."""
+        """With the weights of folder, in dtype (None: as stored). The tensors are mapped from the file, not
+        copied, and read once to see that they are finite. Raises UserError."""
         return load_weights(cls.from_config(folder), *weight_files(folder), dtype=dtype).eval()
 
 
