@@ -298,7 +298,7 @@ def restore_files(work, overwrite=False, quality=95, grid=None, **how):
         else:
             if grid and len(pictures) < 8:
                 before, after = image.convert("RGB"), restored.convert("RGB")
-                difference = ImageChops.add(after, ImageChops.invert(before), 0.5, -127)  # twice it, around grey
+                difference = ImageChops.add(after, ImageChops.invert(before), 0.5, -382)  # 128 + 2 (after - before)
                 pictures.append([("input", before), ("restored", after), ("difference x 2", difference)])
     if grid and pictures:
         save_image(draw_grid(pictures), grid)

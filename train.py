@@ -496,8 +496,7 @@ def train(state, loader, val_set, run, log):
             last, entries = batch is None or bool(stopped or failed), []
             pause = time.monotonic()
             if state.step > start and (state.step % 50 == 0 or last):
-                line = meter.entry(norm)
-                entries.append(line)
+                entries.append(line := meter.entry(norm))
             if state.step > start and (state.step % args.val_every == 0 or last and not stopped + failed):  # after SIGTERM there is little time
                 try:
                     validation = validate(state, val_set, run)
@@ -518,11 +517,10 @@ def train(state, loader, val_set, run, log):
             meter.since += time.monotonic() - pause
             if last:
                 break
-            before = state.step
             try:
                 sums, norm, finite, passed_over = train_step(state, batch)
             except (MemoryError, RuntimeError) as error:
-                if WORLD > 1 or state.step > before or not out_of_memory(error):  # others wait; or the weights are half updated
+                if WORLD > 1 or state.step > bar.n or not out_of_memory(error):  # others wait; or the weights are half updated
                     raise
                 problem = UserError(out_of_memory(error))
                 continue

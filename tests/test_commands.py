@@ -129,7 +129,10 @@ def test_folders_of_pictures(demo, photos, tmp_path):
     command = "evaluate.py", "--checkpoint", demo[0] / "out/demo", "--input", "in/*.png", "--output", "out"
     output = run(*command, "--grid", "grid.png", cwd=tmp_path, status=1)
     assert "left out: in/3.png" in output and "restored 3 image(s)" in output and "1 failed" in output
-    assert Image.open(tmp_path / "grid.png").size == (3 * 84, 3 * 98)
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.size == (3 * 84, 3 * 98)
+    before, after, difference = (np.asarray(grid.crop((x, 16, x + 80, 96))).astype(int) for x in (0, 84, 168))
+    assert np.array_equal(difference, np.clip(128 + 2 * (after - before), 0, 255)) and len(np.unique(difference)) > 20
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("[!.]*")}
     assert times.keys() == {"0.png", "1.png", "2.png"}
     (tmp_path / "out/1.png").unlink(), (tmp_path / "in/3.png").unlink()
