@@ -54,6 +54,15 @@ def test_rounding_is_fair_and_unrelated_between_neighbours_and_seeds():
     assert correlation.abs().max() < 5 / len(x) ** 0.5 and ups.mean(1).abs().max() < 5 / len(x) ** 0.5
 
 
+def test_the_chance_of_rounding_is_unrelated_between_neighbours_and_seeds():
+    """What is half way between two bf16 goes up or down like a coin: correlations of 2^16 throws below five standard deviations."""
+    x, seeds = torch.full((1 << 16,), 1 + 1 / 256), torch.randint(-2**31, 2**31, (4, 2), dtype=torch.int32, generator=seeded())
+    coins = torch.stack([(round_stochastically(x, seed).float() > 1) * 2.0 - 1 for seed in seeds])
+    rows = torch.cat([coins.roll(shift, 1) for shift in (0, 1, 2, 3, 64, 4096)])
+    correlation = rows @ rows.T / x.numel() - torch.eye(len(rows))
+    assert correlation.abs().max() < 5 / 256 and coins.mean(1).abs().max() < 5 / 256
+
+
 @pytest.mark.parametrize("weight_decay, shape", [(0.0, (70_001,)), (0.1, (33, 9, 3, 3))])
 def test_bf16_adamw_with_fp32_moments_is_torchs_fp32_adamw_bit_for_bit(weight_decay, shape):
     """1,000 steps of changing length and direction, in several chunks, against torch's own loop (foreach and fused order their
