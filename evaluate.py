@@ -249,11 +249,11 @@ def restore(restorer, autoencoder, prompts, pixels, captions, steps=1, seed=0, s
     average: so many answers, from different noise, of which the mean is taken."""
     (height, width), f = pixels.shape[2:], autoencoder.factor
     pixels = pad_to_multiple(pixels, f * restorer.sana.config["patch_size"])
-    generators = [torch.Generator().manual_seed(seed_for(seed, k, "restore")) for k in range(average)]
     shape = autoencoder.channels, *(side // f for side in pixels.shape[2:])
-    noises = [torch.randn(shape, generator=generator).to(pixels) for generator in generators]
+    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_for(seed, k, "restore"))).to(pixels) for k in range(average)]
     prompts.prepare([*captions, ""])
-    text, empty = ([t.to(pixels.device) for t in prompts(c)] for c in (captions, [""] * len(captions)))
+    text, empty = ((restorer.sana.read(text.to(pixels.device)), mask.to(pixels.device))  # once for all tiles and steps
+                   for text, mask in map(prompts, (captions, [""] * len(captions))))
 
     def part(at):
         condition = autoencoder.encode(pixels[at])                          # [B, C, h, w]

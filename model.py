@@ -45,11 +45,12 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, inner = heads, heads * head_dim
         self.to_q = nn.Linear(dim, inner, bias=bias)
-        self.to_k = nn.Linear(source_dim, inner, bias=bias)
-        self.to_v = nn.Linear(source_dim, inner, bias=bias)
-        self.norm_q = nn.RMSNorm(inner, eps=1e-5) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(inner, eps=1e-5) if qk_norm else nn.Identity()
+        self.to_k, self.to_v = (nn.Linear(source_dim, inner, bias=bias) for _ in range(2))
+        self.norm_q, self.norm_k = (nn.RMSNorm(inner, eps=1e-5) if qk_norm else nn.Identity() for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
+
+    def split(self, t):                                                     # [B, N, h*d] -> [B, h, N, d]
+        return t.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 class LinearAttention(Attention):
@@ -57,11 +58,9 @@ class LinearAttention(Attention):
     with N instead of N^2, because the sum over all tokens, relu(K)^T V, is one d x d matrix per head."""
 
     def forward(self, x):                                                   # [B, N, D]
-        def split(t):                                                       # fp32: the sums run over N terms
-            return t.float().unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, h, N, d]
-        q = split(F.relu(self.norm_q(self.to_q(x))))                        # [B, h, N, d]
-        k = split(F.relu(self.norm_k(self.to_k(x))))                        # [B, h, N, d]
-        v = split(self.to_v(x))                                             # [B, h, N, d]
+        q = self.split(F.relu(self.norm_q(self.to_q(x))).float())           # [B, h, N, d]
+        k = self.split(F.relu(self.norm_k(self.to_k(x))).float())           # fp32: the sums run over N terms
+        v = self.split(self.to_v(x).float())                                # [B, h, N, d]
         summary = k.transpose(2, 3) @ v                                     # [B, h, d, d]
         total = k.sum(2).unsqueeze(3)                                       # [B, h, d, 1]
         out = (q @ summary) / (q @ total + 1e-15)                           # [B, h, N, d]
@@ -71,12 +70,11 @@ class LinearAttention(Attention):
 class CrossAttention(Attention):
     """Softmax attention from image tokens to caption tokens."""
 
-    def forward(self, x, text, text_mask):                                  # [B, N, D], [B, L, D], [B, L] or None
-        def split(t):
-            return t.unflatten(2, (self.heads, -1)).transpose(1, 2)
-        q = split(self.norm_q(self.to_q(x)))                                # [B, h, N, d]
-        k = split(self.norm_k(self.to_k(text)))                             # [B, h, L, d]
-        v = split(self.to_v(text))                                          # [B, h, L, d]
+    def read(self, text):                                                   # [B, L, D]
+        return self.split(self.norm_k(self.to_k(text))), self.split(self.to_v(text))  # 2 * [B, h, L, d]
+
+    def forward(self, x, k, v, text_mask):                                  # [B, N, D], 2 * [B, h, L, d], [B, L] or None
+        q = self.split(self.norm_q(self.to_q(x)))                           # [B, h, N, d]
         mask = None if text_mask is None else text_mask[:, None, None, :]   # [B, 1, 1, L], True = attend
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # [B, h, N, d]
         return self.to_out[0](out.transpose(1, 2).flatten(2))               # [B, N, D]
@@ -85,18 +83,17 @@ class CrossAttention(Attention):
 class SanaBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
-        dim, qk_norm = c["num_attention_heads"] * c["attention_head_dim"], c["qk_norm"] is not None
-        self.eps = c["norm_eps"]
+        self.eps, dim, qk_norm = c["norm_eps"], c["num_attention_heads"] * c["attention_head_dim"], c["qk_norm"] is not None
         self.attn1 = LinearAttention(dim, dim, c["num_attention_heads"], c["attention_head_dim"], c["attention_bias"], qk_norm)
         self.attn2 = CrossAttention(dim, c["cross_attention_dim"], c["num_cross_attention_heads"],
                                     c["cross_attention_head_dim"], True, qk_norm)
         self.ff = GLUMBConv(dim, c["mlp_ratio"])
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
-    def forward(self, x, modulation, text, text_mask, grid):                # [B, N, D], [B, 6, D], [B, L, D], [B, L]
+    def forward(self, x, modulation, k, v, text_mask, grid):                # [B, N, D], [B, 6, D], 2 * [B, h, L, d], [B, L]
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).chunk(6, dim=1)
         x = x + gate1 * self.attn1(modulate(x, shift1, scale1, self.eps))   # [B, N, D]
-        x = x + self.attn2(x, text, text_mask)                              # [B, N, D]
+        x = x + self.attn2(x, k, v, text_mask)                              # [B, N, D]
         return x + gate2 * self.ff(modulate(x, shift2, scale2, self.eps), grid)  # [B, N, D]
 
 
@@ -120,7 +117,7 @@ class PatchEmbed(nn.Module):
             rows, columns = (self._waves(n, x) for n in x.shape[2:])        # [D/2, H], [D/2, W]
             columns, rows = columns[:, None].expand(-1, x.shape[2], -1), rows[:, :, None].expand(-1, -1, x.shape[3])
             x = (x + torch.cat([columns, rows])).to(x.dtype)
-        return x.flatten(2).transpose(1, 2)                                 # [B, N, D]
+        return x.flatten(2).transpose(1, 2).contiguous()                    # [B, N, D]
 
     def _waves(self, n, x):
         at = torch.arange(n, device=x.device).float() / (n / self.base) / self.scale
@@ -180,17 +177,21 @@ class Sana(Pretrained):
         self.proj_out = nn.Linear(dim, c["patch_size"] ** 2 * c["out_channels"])
         self.checkpointing = False  # True: keep no activations inside blocks, compute them again for the gradient
 
+    def read(self, text):
+        """text [B, L, caption_channels] -> its keys and values in each block, the same at every step of sampling."""
+        text = self.caption_norm(self.caption_projection(text.to(self.proj_out.weight.dtype)))  # [B, L, D]
+        return [block.attn2.read(text) for block in self.transformer_blocks]
+
     def forward(self, latents, timestep, text, text_mask=None):
-        """latents [B, C, H, W], timestep [B] = 1000 * sigma, text [B, L, caption_channels], text_mask [B, L] (True =
-        a real token; None = all are) -> velocity [B, C_out, H, W]. H and W are multiples of patch_size."""
+        """latents [B, C, H, W], timestep [B] = 1000 * sigma, text [B, L, caption_channels] or what read() made of it, text_mask
+        [B, L] (True = a real token; None = all are) -> velocity [B, C_out, H, W]. H and W are multiples of patch_size."""
         patch = self.config["patch_size"]
         grid = latents.shape[2] // patch, latents.shape[3] // patch
         x = self.patch_embed(latents)                                       # [B, N, D]
         modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])  # [B, 6, D], [B, D]
-        text = self.caption_norm(self.caption_projection(text))             # [B, L, D]
-        for block in self.transformer_blocks:                               # [B, N, D] each
-            rest = modulation, text, text_mask, grid
-            x = checkpoint(block, x, *rest, use_reentrant=False) if self.checkpointing else block(x, *rest)
+        for block, (k, v) in zip(self.transformer_blocks, self.read(text) if torch.is_tensor(text) else text):
+            rest = modulation, k, v, text_mask, grid
+            x = checkpoint(block, x, *rest, use_reentrant=False) if self.checkpointing else block(x, *rest)  # [B, N, D]
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
         x = self.proj_out(modulate(x, shift, scale, 1e-6)).transpose(1, 2)  # [B, patch^2*C_out, N]
         if patch > 1:  # the checkpoint has the channel last, pixel_shuffle wants it first
@@ -254,13 +255,13 @@ class Restorer(nn.Module):
             raise ValueError(f"conditioning {conditioning!r}, prediction {prediction!r}: not built here")
 
     def forward(self, latents, condition, timestep, text, text_mask=None):
-        """latents, condition [B, C, H, W], timestep [B] = 1000 * sigma, text [B, L, D_text], text_mask [B, L] -> velocity [B, C, H, W]."""
+        """latents, condition [B, C, H, W]; the rest as Sana.forward has it -> velocity [B, C, H, W]."""
         x = latents if self.conditioning == "none" else torch.cat([latents, condition], 1)  # [B, C or 2C, H, W]
         dtype = self.sana.proj_out.weight.dtype                             # fp32 or bf16
         if self.conditioning == "projection":
             # as a matrix product: a GPU may run fp32 convolutions in TF32, which would not be the identity
             x = (self.projection.weight.flatten(1) @ x.float().flatten(2)).unflatten(2, x.shape[2:])
-        out = self.sana(x.to(dtype), timestep, text.to(dtype), text_mask).to(latents.dtype)  # [B, C, H, W]
+        out = self.sana(x.to(dtype), timestep, text, text_mask).to(latents.dtype)  # [B, C, H, W]
         if self.prediction == "velocity":
             return out
         sigma = (timestep / 1000).clamp(min=MIN_SIGMA)[:, None, None, None]

@@ -283,8 +283,9 @@ class RMSNorm2d(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):
-        scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-5)  # in bf16, all of this in fp32
-        return (x * scale * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)  # in bf16, all of this in fp32
+        x, dtype = x * torch.rsqrt(norm.square() / x.shape[1] + 1e-5), x.dtype
+        return x.mul_(self.weight[:, None, None]).add_(self.bias[:, None, None]).to(dtype)
 
 
 def make_norm(kind, dim):
@@ -299,7 +300,7 @@ class ResBlock(nn.Module):
         self.norm, self.activation = make_norm(norm, dim), ACTIVATIONS[activation]
 
     def forward(self, x):
-        return x + self.norm(self.conv2(self.activation(self.conv1(x))))
+        return self.norm(self.conv2(self.activation(self.conv1(x), inplace=True))).add_(x)  # in place: it is never trained
 
 
 class MultiscaleProjection(nn.Module):
@@ -519,13 +520,13 @@ class DCAE(Pretrained):
     @torch.no_grad()
     def encode(self, pixels):
         """[B, 3, H, W] in [-1, 1] -> [B, C, H/f, W/f], scaled, fp32. Deterministic: DC-AE has no latent distribution."""
-        x = pad_to_multiple(pixels, self.factor).to(self.encoder.conv_out.weight.dtype)
-        return self.encoder(x).float() * self.scaling
+        x = pad_to_multiple(pixels, self.factor)
+        return self.encoder(x.to(self.encoder.conv_out.weight.dtype, memory_format=torch.channels_last)).float() * self.scaling
 
     @torch.no_grad()
     def decode(self, latents):
         """[B, C, H, W], scaled -> pixels [B, 3, fH, fW], fp32."""
-        return self.decoder((latents / self.scaling).to(self.decoder.conv_in.weight.dtype)).float()
+        return self.decoder((latents / self.scaling).to(self.decoder.conv_in.weight.dtype, memory_format=torch.channels_last)).float()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -554,8 +555,7 @@ def in_tiles(function, x, tile, halo, scale=1):
         part = function(x[outer])
         if len(parts) == 1:
             return part
-        if out is None:
-            out = part.new_empty(*part.shape[:2], *(round(side * scale) for side in x.shape[2:]))
+        out = part.new_empty(*part.shape[:2], *(round(side * scale) for side in x.shape[2:])) if out is None else out
         out[scaled(target)] = part[scaled(inner)]
     return out
 
