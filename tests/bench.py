@@ -1,6 +1,7 @@
 """Ours beside the peers, in one process, interleaved, same weights and inputs, outputs compared first; milliseconds are medians.
 
     python tests/bench.py [--quick] [--threads 2] [WHAT ...]
+    python tests/bench.py --gpu [--quick]      transformer, autoencoder and optimizer at full size in bf16 on a CUDA card, eager and compiled
 
 transformer   SANA's forward and backward, and a sampling step, at the 1.6B model's width
 tokens        what a token costs at growing sizes (linear attention: the same)
@@ -16,6 +17,7 @@ memory        what training takes on a GPU, derived from the shapes alone (nothi
 import argparse
 import contextlib
 import ctypes
+import itertools
 import os
 import statistics
 import subprocess
@@ -29,16 +31,20 @@ import numpy as np
 import optimi
 import torch
 import torchao.optim
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from PIL import Image
 from data import Prompts, dead_leaves, to_tensor
 from degrade import DEGRADATIONS, keep_freed_memory, random_degradation
-from evaluate import LPIPS, Inception, frechet_distance, psnr, restore, ssim
-from model import PRESETS, Restorer, Sana, build_restorer, flow_loss
+from evaluate import LPIPS, PEAK, Inception, frechet_distance, psnr, restore, ssim
+from model import PRESETS, Restorer, Sana, build_restorer, flow_loss, sample
 from train import BF16AdamW, join_fp32
 from vae import DCAE, PixelAE
 
+# where the first three run; --gpu makes it a card, bf16, all 20 layers, 20 steps, and compiled code beside eager
+WHERE = argparse.Namespace(device="cpu", dtype=torch.float32, layers=2, steps=1, side=512, compiled=(False,), tolerance=1e-3)
+GPU = dict(device="cuda", dtype=torch.bfloat16, layers=20, steps=20, side=1024, compiled=(False, True), tolerance=5e-2)
 SANA_1_6B = dict(qk_norm="rms_norm_across_heads", sample_size=32)  # over SANA_DEFAULTS, which are its own
 
 
@@ -49,14 +55,25 @@ def interleaved(runs, rounds):
         for name, function in runs.items():
             start = time.perf_counter()
             function()
+            synchronize()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
+def synchronize():
+    if WHERE.device == "cuda":
+        torch.cuda.synchronize()
+
+
 @contextlib.contextmanager
 def peak():
-    """Yields a list that gets the growth of this process's memory within the block, GB."""
+    """Yields a list that gets the growth of this process's (of the card's) memory within the block, GB."""
     result, stop = [], threading.Event()
+    if WHERE.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield result
+        return result.append((torch.cuda.max_memory_allocated() - before) / 1e9)
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before must be grown again
 
     def watch():
@@ -74,34 +91,40 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def row(work, ours, peer, name, memory=None):
-    """One line of the table."""
+def row(work, ours, peer, name, memory=None, flops=None):
+    """One line of the table. flops: of one call, for the rate and, on a card whose peak is known, the model FLOPs utilization."""
     extra = "" if memory is None else f"  {memory[0]:6.2f} {memory[1]:6.2f} GB"
+    if flops:
+        card = torch.cuda.get_device_name() if WHERE.device == "cuda" else ""
+        extra += f"  {flops / ours / 1e12:.2f} {flops / peer / 1e12:.2f} TFLOP/s"
+        extra += "".join(f", MFU {flops / ours / rate:.2f} {flops / peer / rate:.2f}" for known, rate in PEAK.items() if known in card)
     print(f"{work:52} {1000 * ours:9.1f} {1000 * peer:9.1f} ms  {peer / ours:5.2f}x  {name}{extra}", flush=True)
 
 
-def same(a, b, tolerance=1e-3):
-    error = ((a - b).abs().max() / b.abs().max()).item()
-    assert error < tolerance, f"outputs differ by {error:.1e}"
+def same(a, b, tolerance=None):
+    error = ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
+    assert error < (tolerance or WHERE.tolerance), f"outputs differ by {error:.1e}"
 
 
-def transformers(layers):
+def transformers():
     from diffusers import SanaTransformer2DModel
     torch.manual_seed(0)
-    theirs = SanaTransformer2DModel(num_layers=layers, **SANA_1_6B)
-    ours = Sana(SANA_1_6B | {"num_layers": layers})
+    theirs = SanaTransformer2DModel(num_layers=WHERE.layers, **SANA_1_6B)
+    ours = Sana(SANA_1_6B | {"num_layers": WHERE.layers})
     ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
+    return ours.to(WHERE.device, WHERE.dtype), theirs.to(WHERE.device, WHERE.dtype)
 
 
 def bench_transformer(quick):
     """A prompt of 32 tokens: the peer takes 300, of which the mask hides the others."""
     batch, side, tokens = (1, 256, 32) if quick else (4, 512, 32)
-    ours, theirs = transformers(2)
-    latents = torch.randn(batch, 32, side // 32, side // 32)
-    text, mask = torch.randn(batch, 300, 2304), torch.zeros(batch, 300)
+    ours, theirs = transformers()
+    latents, text = torch.randn(batch, 32, side // 32, side // 32), torch.randn(batch, 300, 2304)
+    latents, text = latents.to(WHERE.device, WHERE.dtype), text.to(WHERE.device, WHERE.dtype)
+    mask = torch.zeros(batch, 300, device=WHERE.device)
     mask[:, :tokens] = 1
-    time_in = torch.full((batch,), 700.0)
+    time_in = torch.full((batch,), 700.0, device=WHERE.device)
+    peer = lambda x, t: theirs(x, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=t).sample
 
     def train_ours():
         ours.zero_grad()
@@ -109,22 +132,37 @@ def bench_transformer(quick):
 
     def train_theirs():
         theirs.zero_grad()
-        theirs(latents, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=time_in).sample.square().mean().backward()
-    train_ours(), train_theirs()
-    same(ours.patch_embed.proj.weight.grad, theirs.patch_embed.proj.weight.grad)
-    seconds = interleaved({"ours": train_ours, "peer": train_theirs}, 3 if quick else 7)
-    row(f"SANA 1.6B, 2 layers, {side} px, batch {batch}: training", *seconds.values(), "diffusers")
+        peer(latents, time_in).square().mean().backward()
+
     with torch.no_grad():
         read = ours.read(text[:, :tokens])  # once for all steps
-        step_ours = lambda: ours(latents, time_in, read)
-        step_theirs = lambda: theirs(latents, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=time_in).sample
-        same(step_ours(), step_theirs())
-        seconds = interleaved({"ours": step_ours, "peer": step_theirs}, 3 if quick else 9)
-    row("the same: one sampling step", *seconds.values(), "diffusers")
+    sample_ours = lambda: sample(lambda x, t: ours(x, t, read), latents, WHERE.steps)
+    sample_theirs = lambda: sample(peer, latents, WHERE.steps)
+    with FlopCounterMode(display=False) as counter:
+        train_ours()
+    flops, what = counter.get_total_flops(), f"SANA 1.6B, {WHERE.layers} layers, {side} px, batch {batch}"
+    for compiled in WHERE.compiled:
+        if compiled:  # block by block, as train.py does
+            for block in [*ours.transformer_blocks, *theirs.transformer_blocks]:
+                block.compile(dynamic=False)
+            what += ", compiled"
+        train_ours(), train_theirs()
+        same(ours.patch_embed.proj.weight.grad, theirs.patch_embed.proj.weight.grad)
+        memory = []
+        for function in (train_ours, train_theirs):
+            with peak() as grown:
+                function()
+            memory += grown
+        seconds = interleaved({"ours": train_ours, "peer": train_theirs}, 3 if quick else 7)
+        row(f"{what}: training", *seconds.values(), "diffusers", memory, flops)
+        with torch.no_grad():
+            same(sample_ours(), sample_theirs())
+            seconds = interleaved({"ours": sample_ours, "peer": sample_theirs}, 3 if quick else 9)
+        row(f"the same: {WHERE.steps} sampling step{'s' * (WHERE.steps > 1)}", *seconds.values(), "diffusers", None, WHERE.steps * flops / 3)
 
 
 def bench_tokens(quick):
-    ours, _ = transformers(2)
+    ours, _ = transformers()
     text, sides = torch.randn(1, 32, 2304), (256, 512) if quick else (512, 1024, 2048)
     with torch.no_grad():
         seconds = interleaved({side: (lambda side=side: ours(torch.randn(1, 32, side // 32, side // 32), torch.ones(1), text)) for side in sides}, 3)
@@ -135,7 +173,7 @@ def bench_tokens(quick):
 
 def bench_autoencoder(quick):
     from diffusers import AutoencoderDC
-    side = 128 if quick else 512
+    side = 128 if quick else WHERE.side
     torch.manual_seed(0)
     theirs = AutoencoderDC(latent_channels=32, attention_head_dim=32, encoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
                            decoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3, encoder_block_out_channels=[128, 256, 512, 512, 1024, 1024],
@@ -145,12 +183,16 @@ def bench_autoencoder(quick):
                            scaling_factor=0.41407).eval()
     ours = DCAE({k: v for k, v in theirs.config.items() if not k.startswith("_")}).eval()
     ours.load_state_dict(theirs.state_dict())
-    pixels = torch.rand(1, 3, side, side) * 2 - 1
+    ours, theirs = ours.to(WHERE.device, WHERE.dtype), theirs.to(WHERE.device, WHERE.dtype)
+    pixels = (torch.rand(1, 3, side, side) * 2 - 1).to(WHERE.device, WHERE.dtype)
     with torch.no_grad():
-        latents = ours.encode(pixels) / ours.scaling
+        latents = (ours.encode(pixels) / ours.scaling).to(WHERE.dtype)
         works = {"encode": (lambda: ours.encode(pixels) / ours.scaling, lambda: theirs.encode(pixels).latent),
                  "decode": (lambda: ours.decode(latents * ours.scaling), lambda: theirs.decode(latents).sample)}
-        for work, (mine, yours) in works.items():
+        for compiled, (work, (mine, yours)) in itertools.product(WHERE.compiled, works.items()):
+            if compiled and work == "encode":
+                for part in (ours.encoder, ours.decoder, theirs.encoder, theirs.decoder):
+                    part.compile(dynamic=False)
             same(mine(), yours())
             memory = []
             for function in (mine, yours):
@@ -158,7 +200,7 @@ def bench_autoencoder(quick):
                     function()
                 memory += grown
             seconds = interleaved({"ours": mine, "peer": yours}, 3)
-            row(f"DC-AE f32c32, {work} {side} px", *seconds.values(), "diffusers", memory)
+            row(f"DC-AE f32c32, {work} {side} px{', compiled' * compiled}", *seconds.values(), "diffusers", memory)
 
 
 def bench_degradations(quick):
@@ -298,14 +340,14 @@ def bench_startup(quick):
 
 def bench_optimizer(quick):
     count, lr = (4_000_000 if quick else 100_000_000), 1e-3
-    shapes = [(count // 20,)] * 20
+    shapes, device = [(count // 20,)] * 20, WHERE.device
     start = [torch.randn(shape, generator=torch.Generator().manual_seed(i)).bfloat16().float() for i, shape in enumerate(shapes)]
     gradients = [(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(100 + i))).bfloat16() for i, shape in enumerate(shapes)]
 
     def make(dtype, optimizer):
-        parameters = [torch.nn.Parameter(w.to(dtype)) for w in start]
+        parameters = [torch.nn.Parameter(w.to(device, dtype)) for w in start]
         for p, g in zip(parameters, gradients):
-            p.grad = g.to(dtype, copy=True)  # a peer writes into its gradients
+            p.grad = g.to(device, dtype, copy=True)  # a peer writes into its gradients
         return parameters, optimizer(parameters)
     same = dict(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     contestants = {
@@ -324,7 +366,7 @@ def bench_optimizer(quick):
         optimizer.step(*([steps[name], dict.fromkeys(parameters, steps[name])] if isinstance(optimizer, BF16AdamW) else []))
     seconds = interleaved({name: (lambda name=name: step(name)) for name in contestants}, 3 if quick else 5)
     parameters, optimizer = contestants["adamw_bf16: ours, exact"]
-    average = [w.clone() for w in start]
+    average = [w.to(device, copy=True) for w in start]
 
     def update_average():
         for mean, p in zip(average, parameters):
@@ -332,15 +374,18 @@ def bench_optimizer(quick):
     ema = interleaved({"ours": update_average}, 3)["ours"]
     print(f"the fp32 average's step beside adamw_bf16: {1000 * ema:.0f} ms")
     reference = torch.cat([p.detach().float() for p in contestants["adamw: torch, fp32, fused"][0]])
-    print(f"{count / 1e6:.0f} M parameters, {torch.get_num_threads()} threads, {steps['adamw_sr: ours']} steps at lr {lr:g}")
-    print(f"{'optimizer':36} ms/step  bytes  mean |weight - fp32 AdamW's|")
+    copies = lambda: [a.copy_(b) for a, b in zip(average[:10], average[10:])]
+    copy = interleaved({"copy": copies}, 5)["copy"] / sum(t.nbytes for t in average)  # seconds a byte read or written
+    print(f"{count / 1e6:.0f} M parameters, {device}, {torch.get_num_threads()} threads, {steps['adamw_sr: ours']} steps at lr {lr:g}; copying: {1e-9 / copy:.0f} GB/s")
+    print(f"{'optimizer':36} ms/step  bytes  of copying's speed  mean |weight - fp32 AdamW's|")
     for name, (parameters, optimizer) in contestants.items():
         state = sum(t.nbytes for values in optimizer.state.values() for t in values.values() if torch.is_tensor(t) and t.numel() > 1)
         size = (sum(p.nbytes + p.grad.nbytes for p in parameters) + state) / count
+        moved = 2 * size * count - sum(p.grad.nbytes for p in parameters)  # all read, all but gradients written
         low = [optimizer.state[p].get("low") for p in parameters]  # ours alone has them
         exact = [p.detach().float() if bits is None else join_fp32(p.detach(), bits) for p, bits in zip(parameters, low)]
         error = (torch.cat(exact) - reference).abs().mean().item()
-        print(f"{name:36} {1000 * seconds[name]:7.0f}  {size:5.1f}  {error:.2e}")
+        print(f"{name:36} {1000 * seconds[name]:7.1f}  {size:5.1f}  {moved * copy / seconds[name]:18.2f}  {error:.2e}")
 
 
 def saved_bytes(config, grid, batch, tokens=64):
@@ -375,7 +420,7 @@ def bench_memory(quick):
             grid = side // 32, side // 32
             one, two = (saved_bytes(config | {"num_layers": n}, grid, batch) for n in (1, 2))
             block, ends = two - one, 2 * one - two
-            inputs = batch * grid[0] * grid[1] * 2240 * 2
+            inputs = 2240 * 2 * batch * (grid[0] * grid[1] + 4 * 64)  # of each block: image tokens; keys and values of 64, before and after their norm
             plain, again = (ends + layers * block) / gb, (ends + layers * inputs + block) / gb
             print(f"  {side} px, {batch} images a GPU: activations {plain:.1f}, with --checkpointing {again:.1f}; in all, average on the CPU and "
                   f"cached: {fixed + plain:.1f}, {fixed + again:.1f}; with both on the GPU {fixed + 4 * count / processes / gb + 1.2 + plain:.1f}, "
@@ -388,7 +433,14 @@ if __name__ == "__main__":
     parser.add_argument("what", nargs="*", choices=[[], *benches], help="default: all")
     parser.add_argument("--quick", action="store_true", help="smaller sizes: all of it within five minutes")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--gpu", action="store_true", help="transformer, autoencoder and optimizer on a CUDA card")
     args = parser.parse_args()
+    if args.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: torch sees no CUDA card here")
+    if args.gpu:
+        vars(WHERE).update(GPU)
+        args.what = args.what or ["transformer", "autoencoder", "optimizer"]
+        print(torch.cuda.get_device_name(), "torch", torch.__version__)
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the scripts do; the peers gain by it too
     print(f"{'':52} {'ours':>9} {'peer':>9}     ratio")
