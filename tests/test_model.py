@@ -195,6 +195,17 @@ def test_masked_caption_tokens_change_nothing():
     assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_a_caption_that_was_read_once_gives_the_same_velocity_at_every_step():
+    sana = randomized(Sana(SMALL | {"num_layers": 3}))
+    latents, timestep, text, mask = inputs()
+    with torch.no_grad():
+        read = sana.read(text)
+        assert len(read) == 3 and read[0][0].shape[2] == text.shape[1]
+        for t in (timestep, timestep / 2):
+            assert torch.equal(sana(latents, t, read, mask), sana(latents, t, text, mask))
+        assert not torch.equal(sana(latents, timestep, sana.read(text + 1), mask), sana(latents, timestep, text, mask))
+
+
 def test_hash_prompts():
     text, mask = hash_prompts(["", "Remove JPEG artifacts.", "remove  jpeg"])
     assert text.shape == (3, 4, 256) and mask.sum(1).tolist() == [1, 4, 3]
