@@ -48,7 +48,7 @@ def test_every_flag_is_used_by_a_test_and_the_readme_has_no_other():
     used = "\n".join([path.read_text() for path in (ROOT / "tests").glob("test_*.py")] + commands())
     names = {option for _, action in ACTIONS for option in action.option_strings}
     assert len(names) > 50 and [name for name in sorted(names) if not re.search(rf"{name}\b(?![_-])", used)] == []
-    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max_restarts", "--quick"}  # torchrun's, and the bench's
+    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max_restarts", "--quick", "--gpu"}  # torchrun's, and the bench's
     assert set(re.findall(r"(?<![\w-])--\w+", README)) - names == others
     assert all(action.help for _, action in ACTIONS if action.dest != "command")
 
