@@ -1,15 +1,16 @@
 """SANA, the flow-matching linear-attention transformer, and what turns it into an image restorer.
 
-    python model.py export out/RUN restorer/     a trained restorer as diffusers' SanaTransformer2DModel reads it
+    python model.py export out/RUN restorer/     write a trained restorer for diffusers
 
-Papers: SANA (arXiv 2410.10629), SANA 1.5 (2501.18427), flow matching / rectified flow (2210.02747, 2209.03003).
+Papers: SANA (arXiv 2410.10629), SANA 1.5 (2501.18427), flow matching (2210.02747, 2209.03003).
 Letters used in the shape comments:
-    B batch    C latent channels    H, W latent grid    N = H*W image tokens    D width    h heads    d = D/h
-    L caption tokens (padded to the longest of the batch)
+    B batch    C latent channels    H, W latent grid    N = H*W image tokens    D width    h heads
+    d = D/h    L caption tokens (padded to the longest of the batch)
 
-The convention of sigma, the one that SANA's checkpoints were trained with, everywhere in this project:
-sigma in [0, 1] is the NOISE fraction. x_sigma = (1 - sigma) * x0 + sigma * noise, so sigma = 1 is pure noise, and the velocity is
-dx/dsigma = noise - x0. (Some texts call the clean fraction sigma. Mixing the two trains against the pretrained weights.)
+The convention of sigma, everywhere in this project, is that of SANA's checkpoints.
+sigma in [0, 1] is the NOISE fraction: x_sigma = (1 - sigma) * x0 + sigma * noise. sigma = 1 is pure
+noise, and the velocity is dx/dsigma = noise - x0. (Some texts call the clean fraction sigma. Mixing
+the two trains against the pretrained weights.)
 """
 import heapq
 import json
@@ -24,188 +25,129 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from degrade import Parser, UserError, make_folder, reading, run_script, write_text
-from vae import GLUMBConv, Pretrained, find_checkpoint, find_model, is_run, load_weights, read_config, read_json, save_weights
+from degrade import Parser, UserError, explain_errors, run_script
+from vae import load_config, load_pretrained, load_weights, read_config, read_json
+from vae import resolve_model, save_weights, write_text
 
-# ----------------------------------------------------------------------------------------------------------------
-# The transformer. Module and parameter names are those of the diffusers checkpoints, so weights load by name.
+# --------------------------------------------------------------------------------------------------
+# The transformer. Module and parameter names are those of diffusers' checkpoints.
 
-SANA_DEFAULTS = dict(  # what a missing key of config.json means, as diffusers has it
-    in_channels=32, out_channels=32, num_attention_heads=70, attention_head_dim=32, num_layers=20, num_cross_attention_heads=20,
-    cross_attention_head_dim=112, cross_attention_dim=2240, caption_channels=2304, mlp_ratio=2.5, attention_bias=False,
-    sample_size=32, patch_size=1, norm_eps=1e-6, interpolation_scale=None, qk_norm=None, timestep_scale=1.0)
-SANA_IGNORED = ("dropout", "guidance_embeds_scale")  # they do not change the network; of these keys, the values that this file builds:
-SANA_BUILT = {"guidance_embeds": (False,), "norm_elementwise_affine": (False,), "qk_norm": (None, "rms_norm_across_heads")}
-
-
-class Attention(nn.Module):
-    """The weights of both kinds of attention: queries from the image tokens, keys and values from source_dim channels."""
-
-    def __init__(self, dim, source_dim, heads, head_dim, bias, qk_norm):
-        super().__init__()
-        self.heads, inner = heads, heads * head_dim
-        self.to_q = nn.Linear(dim, inner, bias=bias)
-        self.to_k, self.to_v = (nn.Linear(source_dim, inner, bias=bias) for _ in range(2))
-        self.norm_q, self.norm_k = (nn.RMSNorm(inner, eps=1e-5) if qk_norm else nn.Identity() for _ in range(2))
-        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
-
-    def split(self, t):                                                     # [B, N, h*d] -> [B, h, N, d]
-        return t.unflatten(2, (self.heads, -1)).transpose(1, 2)
-
-
-class LinearAttention(Attention):
-    """ReLU linear attention (SANA, section 2.2): softmax(QK^T)V becomes relu(Q)(relu(K)^T V), whose cost grows
-    with N instead of N^2, because the sum over all tokens, relu(K)^T V, is one d x d matrix per head."""
-
-    def forward(self, x):                                                   # [B, N, D]
-        q = self.split(F.relu(self.norm_q(self.to_q(x))).float())           # [B, h, N, d]
-        k = self.split(F.relu(self.norm_k(self.to_k(x))).float())           # fp32: the sums run over N terms
-        v = self.split(self.to_v(x).float())                                # [B, h, N, d]
-        summary = k.transpose(2, 3) @ v                                     # [B, h, d, d]
-        total = k.sum(2).unsqueeze(3)                                       # [B, h, d, 1]
-        out = (q @ summary) / (q @ total + 1e-15)                           # [B, h, N, d]
-        return self.to_out[0](out.transpose(1, 2).flatten(2).to(x.dtype))   # [B, N, D]
+SANA_DEFAULTS = {  # what a missing key of config.json means, as diffusers has it
+    "in_channels": 32,
+    "out_channels": 32,
+    "num_attention_heads": 70,
+    "attention_head_dim": 32,
+    "num_layers": 20,
+    "num_cross_attention_heads": 20,
+    "cross_attention_head_dim": 112,
+    "cross_attention_dim": 2240,
+    "caption_channels": 2304,
+    "mlp_ratio": 2.5,
+    "attention_bias": False,
+    "sample_size": 32,
+    "patch_size": 1,
+    "norm_eps": 1e-6,
+    "norm_elementwise_affine": False,
+    "interpolation_scale": None,
+    "guidance_embeds": False,
+    "guidance_embeds_scale": 0.1,  # of guidance_embeds alone
+    "qk_norm": None,
+    "timestep_scale": 1.0,
+    "dropout": 0.0,  # of training from scratch; not applied here
+}
+SANA_SUPPORTED = {
+    "guidance_embeds": [False],
+    "norm_elementwise_affine": [False],
+    "qk_norm": [None, "rms_norm_across_heads"],
+}
 
 
-class CrossAttention(Attention):
-    """Softmax attention from image tokens to caption tokens."""
-
-    def read(self, text):                                                   # [B, L, D]
-        return self.split(self.norm_k(self.to_k(text))), self.split(self.to_v(text))  # 2 * [B, h, L, d]
-
-    def forward(self, x, k, v, text_mask):                                  # [B, N, D], 2 * [B, h, L, d], [B, L] or None
-        q = self.split(self.norm_q(self.to_q(x)))                           # [B, h, N, d]
-        mask = None if text_mask is None else text_mask[:, None, None, :]   # [B, 1, 1, L], True = attend
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # [B, h, N, d]
-        return self.to_out[0](out.transpose(1, 2).flatten(2))               # [B, N, D]
-
-
-class SanaBlock(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.eps, dim, qk_norm = c["norm_eps"], c["num_attention_heads"] * c["attention_head_dim"], c["qk_norm"] is not None
-        self.attn1 = LinearAttention(dim, dim, c["num_attention_heads"], c["attention_head_dim"], c["attention_bias"], qk_norm)
-        self.attn2 = CrossAttention(dim, c["cross_attention_dim"], c["num_cross_attention_heads"],
-                                    c["cross_attention_head_dim"], True, qk_norm)
-        self.ff = GLUMBConv(dim, c["mlp_ratio"])
-        self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
-
-    def forward(self, x, modulation, k, v, text_mask, grid):                # [B, N, D], [B, 6, D], 2 * [B, h, L, d], [B, L]
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).chunk(6, dim=1)
-        x = x + gate1 * self.attn1(modulate(x, shift1, scale1, self.eps))   # [B, N, D]
-        x = x + self.attn2(x, k, v, text_mask)                              # [B, N, D]
-        return x + gate2 * self.ff(modulate(x, shift2, scale2, self.eps), grid)  # [B, N, D]
-
-
-def modulate(x, shift, scale, eps):
-    """Adaptive layer norm (DiT, arXiv 2212.09748): x [B, N, D], shift and scale [B, 1, D]."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
-
-
-class PatchEmbed(nn.Module):
-    """Patches of patch x patch latents to tokens. The 512 and 1024 px models have no position embedding, the 2K and 4K ones
-    add fixed sines and cosines (scale = interpolation_scale), stretched so that any grid spans 0 to base / scale."""
-
-    def __init__(self, channels, dim, patch=1, base=None, scale=None):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
-        self.base, self.scale = base, scale
-
-    def forward(self, x):                                                   # [B, C, H, W]
-        x = self.proj(x)                                                    # [B, D, H, W]
-        if self.scale is not None:
-            rows, columns = (self._waves(n, x) for n in x.shape[2:])        # [D/2, H], [D/2, W]
-            columns, rows = columns[:, None].expand(-1, x.shape[2], -1), rows[:, :, None].expand(-1, -1, x.shape[3])
-            x = (x + torch.cat([columns, rows])).to(x.dtype)
-        return x.flatten(2).transpose(1, 2).contiguous()                    # [B, N, D], laid out so: a fifth of tiny's time
-
-    def _waves(self, n, x):
-        at = torch.arange(n, device=x.device).float() / (n / self.base) / self.scale
-        quarter = x.shape[1] // 4
-        frequency = 10000 ** -(torch.arange(quarter, device=x.device).double() / quarter)
-        angle = frequency[:, None] * at.double()                            # [D/4, n]
-        return torch.cat([angle.sin(), angle.cos()]).float()                # [D/2, n]
-
-
-class MLP(nn.Module):
-    """linear_1, activation, linear_2: the checkpoint's names for the timestep and the caption embedder."""
-
-    def __init__(self, d_in, dim, activation):
-        super().__init__()
-        self.linear_1, self.linear_2, self.activation = nn.Linear(d_in, dim), nn.Linear(dim, dim), activation
-
-    def forward(self, x):
-        return self.linear_2(self.activation(self.linear_1(x)))
-
-
-class TimeEmbed(nn.Module):
-    """AdaLN-single (PixArt-alpha, arXiv 2310.00426): one modulation for all blocks, to which each adds its table."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.emb = nn.ModuleDict({"timestep_embedder": MLP(256, dim, F.silu)})
-        self.linear = nn.Linear(dim, 6 * dim)
-
-    def forward(self, timestep):                                            # [B] in [0, 1000]
-        frequency = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=timestep.device))
-        angle = timestep.float()[:, None] * frequency                       # [B, 128]
-        wave = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.linear.weight.dtype)  # [B, 256]
-        embedding = self.emb["timestep_embedder"](wave)                     # [B, D]
-        return self.linear(F.silu(embedding)).unflatten(1, (6, -1)), embedding  # [B, 6, D], [B, D]
-
-
-class Sana(Pretrained):
+class Sana(nn.Module):
     """The SANA transformer: noisy latent, timestep and caption in, velocity out.
 
-    config: the keys of the checkpoint's transformer/config.json (SANA_DEFAULTS where one is missing).
-    Raises UserError for a key or value that this file does not build.
+    config: the keys of the checkpoint's transformer/config.json, SANA_DEFAULTS where one is
+    missing. Raises ValueError for a key or value that this file does not build.
     """
+
     CLASS = "SanaTransformer2DModel"
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = read_config("SANA", config, SANA_DEFAULTS, SANA_IGNORED, SANA_BUILT)
+        c = read_config("SANA", config, SANA_DEFAULTS, SANA_SUPPORTED)
         c["out_channels"] = c["out_channels"] or c["in_channels"]
+        self.config = c
+        self.checkpointing = False  # True: keep no activations in blocks, compute them again
         dim = c["num_attention_heads"] * c["attention_head_dim"]
-        self.patch_embed = PatchEmbed(c["in_channels"], dim, c["patch_size"], c["sample_size"] // c["patch_size"],
-                                      c["interpolation_scale"])
+        base = c["sample_size"] // c["patch_size"]
+        self.patch_embed = PatchEmbed(
+            c["in_channels"], dim, c["patch_size"], base, c["interpolation_scale"]
+        )
         self.time_embed = TimeEmbed(dim)
-        self.caption_projection = MLP(c["caption_channels"], dim, lambda t: F.gelu(t, approximate="tanh"))
+        self.caption_projection = MLP(c["caption_channels"], dim, nn.GELU(approximate="tanh"))
         self.caption_norm = nn.RMSNorm(dim, eps=1e-5)
-        self.transformer_blocks = nn.ModuleList([SanaBlock(c) for _ in range(c["num_layers"])])
+        self.transformer_blocks = nn.ModuleList()
+        for _ in range(c["num_layers"]):
+            self.transformer_blocks.append(SanaBlock(c))
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
         self.proj_out = nn.Linear(dim, c["patch_size"] ** 2 * c["out_channels"])
-        self.checkpointing = False  # True: keep no activations inside blocks, compute them again for the gradient
 
-    def read(self, text):
-        """text [B, L, caption_channels] -> its keys and values in each block, the same at every step of sampling."""
-        text = self.caption_norm(self.caption_projection(text.to(self.proj_out.weight.dtype)))  # [B, L, D]
-        return [block.attn2.read(text) for block in self.transformer_blocks]
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None):
+        """Load a transformer/ folder of the hub. dtype None: as stored. Raises UserError."""
+        return load_pretrained(cls, folder, dtype)
 
     def forward(self, latents, timestep, text, text_mask=None):
-        """latents [B, C, H, W], timestep [B] = 1000 * sigma, text [B, L, caption_channels] or what read() made of it, text_mask
-        [B, L] (True = a real token; None = all are) -> velocity [B, C_out, H, W]. H and W are multiples of patch_size."""
+        """Predict the velocity [B, C_out, H, W].
+
+        latents [B, C, H, W], H and W multiples of patch_size. timestep [B] = 1000 * sigma. text
+        [B, L, caption_channels], or what caption_keys_values made of it. text_mask [B, L] bool,
+        True = a real token; None = all are. Raises ValueError for a mask that is not bool.
+        """
+        if text_mask is not None and text_mask.dtype != torch.bool:
+            raise ValueError(f"text_mask is {text_mask.dtype}: give bool, True = a real token")
         patch = self.config["patch_size"]
         grid = latents.shape[2] // patch, latents.shape[3] // patch
-        x = self.patch_embed(latents)                                       # [B, N, D]
-        modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])  # [B, 6, D], [B, D]
-        for block, (k, v) in zip(self.transformer_blocks, self.read(text) if torch.is_tensor(text) else text):
-            rest = modulation, k, v, text_mask, grid
-            x = checkpoint(block, x, *rest, use_reentrant=False) if self.checkpointing else block(x, *rest)  # [B, N, D]
+        x = self.patch_embed(latents)                               # [B, N, D]
+        modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])
+        if torch.is_tensor(text):
+            text = [self.embed_caption(text)] * len(self.transformer_blocks)  # [B, L, D] each
+        for block, block_text in zip(self.transformer_blocks, text):
+            inputs = x, modulation, block_text, text_mask, grid
+            if self.checkpointing:
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)                                  # [B, N, D]
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
-        x = self.proj_out(modulate(x, shift, scale, 1e-6)).transpose(1, 2)  # [B, patch^2*C_out, N]
+        x = self.proj_out(modulate(x, shift, scale, 1e-6))          # [B, N, patch^2*C_out]
+        x = x.transpose(1, 2)                                       # [B, patch^2*C_out, N]
         if patch > 1:  # the checkpoint has the channel last, pixel_shuffle wants it first
             x = x.unflatten(1, (patch**2, -1)).transpose(1, 2).flatten(1, 2)
-        return F.pixel_shuffle(x.unflatten(2, grid), patch)                 # [B, C_out, H, W]
+        return F.pixel_shuffle(x.unflatten(2, grid), patch)         # [B, C_out, H, W]
+
+    def embed_caption(self, text):
+        """[B, L, caption_channels] -> [B, L, D]."""
+        return self.caption_norm(self.caption_projection(text.to(self.proj_out.weight.dtype)))
+
+    def caption_keys_values(self, text):
+        """Compute the caption's keys and values in each block, once for all steps of sampling.
+
+        text [B, L, caption_channels] -> [(keys, values)], [B, h, L, d] each. forward takes them.
+        """
+        text = self.embed_caption(text)
+        return [block.attn2.keys_values(text) for block in self.transformer_blocks]
 
     def initialize(self, generator):
-        """Fill every weight for training from scratch: Xavier matrices, zero biases, no modulation (gates 1, shifts and
-        scales 0), and a zero last layer, so that an untrained network answers 0."""
+        """Fill every weight for training from scratch.
+
+        Xavier matrices, zero biases, no modulation (gates 1, shifts and scales 0), and a zero last
+        layer, so that an untrained network answers 0.
+        """
+        zero = "proj_out", "time_embed.linear"
         for name, p in self.named_parameters():
-            if name.endswith(("bias", "scale_shift_table")) or name.startswith(("proj_out", "time_embed.linear")):
+            if name.endswith(("bias", "scale_shift_table")) or name.startswith(zero):
                 nn.init.zeros_(p)
                 if name.endswith("scale_shift_table") and len(p) == 6:
-                    nn.init.ones_(p.data[2::3])                             # the two gates
+                    nn.init.ones_(p.data[2::3])  # the two gates
             elif "norm" in name:
                 nn.init.ones_(p)
             elif "conv_depth" in name:
@@ -215,236 +157,739 @@ class Sana(Pretrained):
         return self
 
 
-# ----------------------------------------------------------------------------------------------------------------
+class SanaBlock(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        dim = c["num_attention_heads"] * c["attention_head_dim"]
+        qk_norm = c["qk_norm"] is not None
+        heads, head_dim = c["num_attention_heads"], c["attention_head_dim"]
+        self.eps = c["norm_eps"]
+        self.attn1 = LinearAttention(dim, dim, heads, head_dim, c["attention_bias"], qk_norm)
+        heads, head_dim = c["num_cross_attention_heads"], c["cross_attention_head_dim"]
+        self.attn2 = CrossAttention(dim, c["cross_attention_dim"], heads, head_dim, True, qk_norm)
+        self.ff = GLUMBConv(dim, c["mlp_ratio"])
+        self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
+
+    def forward(self, x, modulation, text, text_mask, grid):
+        """x [B, N, D], modulation [B, 6, D], text as CrossAttention takes it, grid (H, W)."""
+        modulation = self.scale_shift_table + modulation            # [B, 6, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+        x = x + gate1 * self.attn1(modulate(x, shift1, scale1, self.eps))
+        x = x + self.attn2(x, text, text_mask)
+        x = x + gate2 * self.ff(modulate(x, shift2, scale2, self.eps), grid)
+        return x                                                    # [B, N, D]
+
+
+def modulate(x, shift, scale, eps):
+    """Adaptive layer norm (DiT, arXiv 2212.09748). x [B, N, D], shift and scale [B, 1, D]."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    """The weights of both kinds of attention. Keys and values come from source_dim channels."""
+
+    def __init__(self, dim, source_dim, heads, head_dim, bias, qk_norm):
+        super().__init__()
+        inner = heads * head_dim
+        self.heads = heads
+        self.to_q = nn.Linear(dim, inner, bias=bias)
+        self.to_k = nn.Linear(source_dim, inner, bias=bias)
+        self.to_v = nn.Linear(source_dim, inner, bias=bias)
+        self.norm_q = nn.RMSNorm(inner, eps=1e-5) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(inner, eps=1e-5) if qk_norm else nn.Identity()
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
+
+    def split(self, t):                                             # [B, N, h*d]
+        return t.unflatten(2, (self.heads, -1)).transpose(1, 2)     # [B, h, N, d]
+
+
+class LinearAttention(Attention):
+    """ReLU linear attention (SANA, section 2.2).
+
+    softmax(QK^T)V becomes relu(Q)(relu(K)^T V). Its cost grows with N and not with N^2, because
+    the sum over all tokens, relu(K)^T V, is one d x d matrix a head.
+    """
+
+    def forward(self, x):                                           # [B, N, D]
+        q = self.split(F.relu(self.norm_q(self.to_q(x))).float())   # [B, h, N, d]
+        k = self.split(F.relu(self.norm_k(self.to_k(x))).float())   # fp32: sums run over N terms
+        v = self.split(self.to_v(x).float())                        # [B, h, N, d]
+        summary = k.transpose(2, 3) @ v                             # [B, h, d, d]
+        total = k.sum(2).unsqueeze(3)                               # [B, h, d, 1]
+        out = (q @ summary) / (q @ total + 1e-15)                   # [B, h, N, d]
+        out = out.transpose(1, 2).flatten(2)                        # [B, N, h*d]
+        return self.to_out[0](out.to(x.dtype))                      # [B, N, D]
+
+
+class CrossAttention(Attention):
+    """Softmax attention from image tokens to caption tokens."""
+
+    def keys_values(self, text):                                    # [B, L, D]
+        k = self.split(self.norm_k(self.to_k(text)))                # [B, h, L, d]
+        v = self.split(self.to_v(text))                             # [B, h, L, d]
+        return k, v
+
+    def forward(self, x, text, text_mask):
+        """x [B, N, D]. text [B, L, D], or its keys and values. text_mask [B, L] or None."""
+        k, v = self.keys_values(text) if torch.is_tensor(text) else text
+        q = self.split(self.norm_q(self.to_q(x)))                   # [B, h, N, d]
+        if text_mask is not None:
+            text_mask = text_mask[:, None, None, :]                 # [B, 1, 1, L]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask)  # [B, h, N, d]
+        return self.to_out[0](out.transpose(1, 2).flatten(2))       # [B, N, D]
+
+
+class GLUMBConv(nn.Module):
+    """The feed-forward part (Mix-FFN, SANA section 2.2; the class name is the checkpoint's).
+
+    1x1 convolution, 3x3 depthwise convolution, gate, 1x1 convolution. The 3x3 is the transformer's
+    only sense of place. Tokens [B, N, C] are the channels-last image: the 1x1 convolutions are
+    plain matrix products, and the depthwise one needs no copy.
+    """
+
+    def __init__(self, dim, ratio):
+        super().__init__()
+        hidden = int(ratio * dim)
+        self.conv_inverted = nn.Conv2d(dim, 2 * hidden, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.conv_point = nn.Conv2d(hidden, dim, 1, bias=False)
+
+    def forward(self, x, grid):                                     # [B, N, D], (H, W)
+        x = F.linear(x, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias)
+        x = F.silu(x).unflatten(1, grid).permute(0, 3, 1, 2)        # [B, 2*hidden, H, W]
+        x = self.conv_depth(x).permute(0, 2, 3, 1).flatten(1, 2)    # [B, N, 2*hidden]
+        x, gate = x.chunk(2, dim=2)                                 # [B, N, hidden] each
+        return F.linear(x * F.silu(gate), self.conv_point.weight.flatten(1))  # [B, N, D]
+
+
+class PatchEmbed(nn.Module):
+    """Turn patches of patch x patch latents into tokens.
+
+    The 512 and 1024 px models have no position embedding. The 2K and 4K ones add fixed sines and
+    cosines (scale = interpolation_scale), stretched so that any grid spans 0 to base / scale.
+    """
+
+    def __init__(self, channels, dim, patch=1, base=None, scale=None):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.base = base
+        self.scale = scale
+
+    def forward(self, x):                                           # [B, C, H, W]
+        x = self.proj(x)                                            # [B, D, H, W]
+        if self.scale is not None:
+            height, width = x.shape[2:]
+            rows = self.waves(height, x)[:, :, None].expand(-1, -1, width)      # [D/2, H, W]
+            columns = self.waves(width, x)[:, None, :].expand(-1, height, -1)   # [D/2, H, W]
+            x = (x + torch.cat([columns, rows])).to(x.dtype)
+        # Contiguous tokens spare every later operation a change of layout.
+        return x.flatten(2).transpose(1, 2).contiguous()            # [B, N, D]
+
+    def waves(self, n, x):
+        position = torch.arange(n, device=x.device).float() / (n / self.base) / self.scale
+        quarter = x.shape[1] // 4
+        frequency = 10000 ** -(torch.arange(quarter, device=x.device).double() / quarter)
+        angle = frequency[:, None] * position.double()              # [D/4, n]
+        return torch.cat([angle.sin(), angle.cos()]).float()        # [D/2, n]
+
+
+class MLP(nn.Module):
+    """linear_1, activation, linear_2: the checkpoint's names."""
+
+    def __init__(self, d_in, dim, activation):
+        super().__init__()
+        self.linear_1 = nn.Linear(d_in, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class TimeEmbed(nn.Module):
+    """AdaLN-single (PixArt-alpha, arXiv 2310.00426): one modulation, to which each block adds."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.emb = nn.ModuleDict({"timestep_embedder": MLP(256, dim, nn.SiLU())})
+        self.linear = nn.Linear(dim, 6 * dim)
+
+    def forward(self, timestep):                                    # [B] in [0, 1000]
+        index = torch.arange(128, device=timestep.device)
+        frequency = torch.exp(-math.log(10000) / 128 * index)
+        angle = timestep.float()[:, None] * frequency               # [B, 128]
+        wave = torch.cat([angle.cos(), angle.sin()], dim=1)         # [B, 256]
+        embedding = self.emb["timestep_embedder"](wave.to(self.linear.weight.dtype))
+        modulation = self.linear(F.silu(embedding)).unflatten(1, (6, -1))
+        return modulation, embedding                                # [B, 6, D], [B, D]
+
+
+# --------------------------------------------------------------------------------------------------
 # From text-to-image to restoration: the degraded image enters beside the noisy latent.
 
 MIN_SIGMA = 1e-3  # below it a residual prediction is not divided any further
-SHIFT = 3.0  # SANA's resolution shift, for training and sampling alike (6 for its 4K model: see shift_sigma)
+SHIFT = 3.0  # SANA's resolution shift (6 for its 4K model), see shift_sigma
 
 
 class Restorer(nn.Module):
     """SANA with a second input, the latent of the degraded image (the condition).
 
-    sana: built for C channels. conditioning: how the condition enters,
-      "projection": a 1x1 convolution 2C -> C in front, identity on the noisy latent and zero on the condition, so that
-                    before training the output is the text-to-image model's, bit for bit;
-      "widen":      the patch embedding takes 2C channels, its new half zero: the same start without the squeeze to C;
-      "none":       it does not: a text-to-image model, to start a restorer from.
-    prediction: what the network's output means, "velocity": noise - x0, as SANA's weights were trained;
-      "residual": x0 - condition, for training from scratch: a network that answers 0 returns the input, not noise.
+    sana: built for C channels.
+    conditioning: how the condition enters.
+      "projection"  a 1x1 convolution 2C -> C in front, identity on the noisy latent and zero on
+                    the condition. Before training the output is the text-to-image model's, bit
+                    for bit.
+      "widen"       the patch embedding takes 2C channels, its new half zero: the same start
+                    without the squeeze to C.
+      "none"        not at all: a text-to-image model, to start a restorer from.
+    prediction: what the network's output means.
+      "velocity"    noise - x0, as SANA's weights were trained.
+      "residual"    x0 - condition, for training from scratch: a network that answers 0 returns its
+                    input, not noise.
     """
 
     def __init__(self, sana, conditioning="projection", prediction="velocity", shift=SHIFT):
         super().__init__()
+        if conditioning not in ("projection", "widen", "none"):
+            raise ValueError(f"conditioning {conditioning!r} is not supported")
+        if prediction not in ("velocity", "residual"):
+            raise ValueError(f"prediction {prediction!r} is not supported")
+        self.sana = sana
+        self.conditioning = conditioning
+        self.prediction = prediction
+        self.shift = shift
         channels = sana.config["out_channels"]
-        self.sana, self.conditioning, self.prediction, self.shift = sana, conditioning, prediction, shift
-        with torch.no_grad():
-            if conditioning == "projection":
-                if sana.config["in_channels"] != channels:
-                    raise UserError("this model takes the condition already: --conditioning widen")
-                self.projection = nn.Conv2d(2 * channels, channels, 1, bias=False)
-                self.projection.weight.copy_(torch.eye(channels, 2 * channels)[:, :, None, None])
-            elif conditioning == "widen":
-                old = sana.patch_embed.proj
-                if old.in_channels == channels:  # an exported restorer is widened already
-                    new = nn.Conv2d(2 * channels, old.out_channels, old.kernel_size, old.stride, device=old.weight.device)
-                    new.weight.zero_()[:, :channels].copy_(old.weight)
-                    new.bias.copy_(old.bias)
-                    sana.patch_embed.proj = new.to(old.weight.dtype)
-        if conditioning not in ("projection", "widen", "none") or prediction not in ("velocity", "residual"):
-            raise ValueError(f"conditioning {conditioning!r}, prediction {prediction!r}: not built here")
+        widened = sana.config["in_channels"] != channels  # an exported restorer is
+        if conditioning == "projection":
+            if widened:
+                raise ValueError("this model takes the condition already: --conditioning widen")
+            self.projection = Projection(channels)
+        if conditioning == "widen" and not widened:
+            sana.patch_embed.proj = widen(sana.patch_embed.proj)
 
     def forward(self, latents, condition, timestep, text, text_mask=None):
-        """latents, condition [B, C, H, W]; the rest as Sana.forward has it -> velocity [B, C, H, W]."""
-        x = latents if self.conditioning == "none" else torch.cat([latents, condition], 1)  # [B, C or 2C, H, W]
-        dtype = self.sana.proj_out.weight.dtype                             # fp32 or bf16
+        """latents, condition [B, C, H, W], the rest as Sana.forward has it -> velocity."""
+        x = latents
+        if self.conditioning != "none":
+            x = torch.cat([latents, condition], dim=1)              # [B, 2C, H, W]
         if self.conditioning == "projection":
-            # as a matrix product: a GPU may run fp32 convolutions in TF32, which would not be the identity
-            x = (self.projection.weight.flatten(1) @ x.float().flatten(2)).unflatten(2, x.shape[2:])
-        out = self.sana(x.to(dtype), timestep, text, text_mask).to(latents.dtype)  # [B, C, H, W]
+            x = self.projection(x)                                  # [B, C, H, W]
+        x = x.to(self.sana.proj_out.weight.dtype)                   # fp32 or bf16
+        out = self.sana(x, timestep, text, text_mask).to(latents.dtype)  # [B, C, H, W]
         if self.prediction == "velocity":
             return out
+        x0 = condition + out
         sigma = (timestep / 1000).clamp(min=MIN_SIGMA)[:, None, None, None]
-        return (latents - (condition + out)) / sigma                        # v = (x_sigma - x0) / sigma
+        return (latents - x0) / sigma                               # x_sigma = x0 + sigma * v
 
 
-# The tiny preset: small enough to train from scratch on a laptop, on pixels instead of latents (vae.PixelAE).
-PRESETS = {"tiny": {
-    "autoencoder": {"factor": 2}, "conditioning": "widen", "prediction": "residual",
-    "sana": {"in_channels": 12, "out_channels": 12, "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 32,
-             "num_cross_attention_heads": 2, "cross_attention_head_dim": 32, "cross_attention_dim": 64,
-             "caption_channels": 256, "mlp_ratio": 2.5, "qk_norm": "rms_norm_across_heads"}}}
+class Projection(nn.Module):
+    """A 1x1 convolution 2C -> C that starts as identity | zero. Its weights stay fp32.
+
+    Written as a matrix product: a GPU may run convolutions in TF32, which is not the identity.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(channels, 2 * channels)[:, :, None, None])
+
+    def forward(self, x):                                           # [B, 2C, H, W]
+        out = self.weight.flatten(1) @ x.float().flatten(2)         # [C, 2C] @ [B, 2C, N]
+        return out.unflatten(2, x.shape[2:])                        # [B, C, H, W]
 
 
-def build_restorer(config):
-    """A preset, or "model" of a checkpoint's config.json -> Restorer with unset weights. Raises UserError."""
-    c = read_config("model", config, {"shift": SHIFT, "name": ""}, ("autoencoder", "conditioning", "prediction", "sana"))
-    sana, pixels = Sana(config["sana"]), config["autoencoder"]
-    if not pixels:
-        config["name"]  # says where the autoencoder is
-    elif 3 * read_config("autoencoder", pixels, {"factor": 0})["factor"] ** 2 != sana.config["out_channels"]:
-        raise UserError(f"the autoencoder {pixels} does not give the {sana.config['out_channels']} channels of the transformer")
-    return Restorer(sana, config["conditioning"], config["prediction"], c["shift"])
+@torch.no_grad()
+def widen(conv):
+    """Return a patch embedding with twice the inputs, whose second half has zero weights."""
+    wide = nn.Conv2d(2 * conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
+    wide.to(conv.weight.device, conv.weight.dtype)
+    wide.weight.zero_()[:, : conv.in_channels].copy_(conv.weight)
+    wide.bias.copy_(conv.bias)
+    return wide
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Flow matching. The loss and the sampler are two readings of one line: x_sigma = (1 - sigma) * x0 + sigma * noise.
+# --------------------------------------------------------------------------------------------------
+# Flow matching. Loss and samplers read one line: x_sigma = (1 - sigma) * x0 + sigma * noise.
+
 
 def shift_sigma(sigma, shift=SHIFT):
     """Move sigmas towards 1, as high resolutions need (SD3, arXiv 2403.03206, eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def draw_sigma(count, generator, share_at_one=0.0, shift=SHIFT, mean=0.0, std=1.0):
-    """[count] sigmas to train at: sigmoid of a normal draw, shifted; a share of them exactly 1, where one step starts."""
-    sigma = shift_sigma((mean + std * torch.randn(count, generator=generator)).sigmoid(), shift)
-    return torch.where(torch.rand(count, generator=generator) < share_at_one, 1.0, sigma)
+def draw_sigma(count, generator, share_at_one=0.0, shift=SHIFT, mean=0.0):
+    """Draw sigmas to train at, [count]: the sigmoid of N(mean, 1), shifted.
+
+    share_at_one: how many are exactly 1 instead, where sampling in one step starts.
+    """
+    normal = mean + torch.randn(count, generator=generator)
+    sigma = shift_sigma(normal.sigmoid(), shift)
+    at_one = torch.rand(count, generator=generator) < share_at_one
+    return torch.where(at_one, 1.0, sigma)
 
 
 def add_noise(x0, noise, sigma):
-    """x_sigma. x0, noise [B, C, H, W], sigma [B]."""
+    """Return x_sigma. x0, noise [B, C, H, W], sigma [B]."""
     sigma = sigma[:, None, None, None]
     return (1 - sigma) * x0 + sigma * noise
 
 
 def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise, mean_weight=1.0):
-    """[B]: mean squared error of the velocity, each image's own. A residual prediction is of x0, whose error the
-    velocity divides by sigma; the weight bounds that division at sigma 0.2. mean_weight scales the part of the error
-    that is constant over the image."""
+    """Return the objective of each image, [B]. Training minimizes its mean and nothing else.
+
+    It is the mean squared error of the velocity, and two things more:
+    - For a residual prediction, whose error in x0 the velocity divides by sigma, a weight bounds
+      that division at sigma 0.2. The square root then divides each image's gradient by its error:
+      the worst images stay far from clean whatever the network does, and would drown the others.
+    - mean_weight scales the part of the error that is constant over an image, its brightness. A
+      changed brightness leaves nothing in the image to tell it by. At full weight that error
+      drowned all learning (all six degradations, at sigma 25: 20.4 -> 20.4 dB after 1,600 steps,
+      and 26.8 dB after 800 steps at weight 0.1).
+    """
     velocity = restorer(add_noise(x0, noise, sigma), condition, 1000 * sigma, text, text_mask)
-    error = velocity.float() - (noise - x0).float()
+    error = velocity.float() - (noise - x0).float()                 # [B, C, H, W]
     error = error - (1 - mean_weight) * error.mean((2, 3), keepdim=True)
-    loss = error.square().flatten(1).mean(1)
-    return loss * (sigma / 0.2).clamp(max=1).square() if restorer.prediction == "residual" else loss
+    loss = error.square().flatten(1).mean(1)                        # [B]
+    if restorer.prediction == "residual":
+        loss = loss * (sigma / 0.2).clamp(max=1).square()
+        loss = (loss + 1e-6).sqrt()
+    return loss
 
 
 @torch.no_grad()
-def sample(velocity, noise, steps, sampler="euler", shift=SHIFT):
-    """Follow dx/dsigma = velocity(x, timestep) from noise at sigma = 1 to an image at 0. noise [B, C, H, W] -> the same shape.
+def sample_euler(velocity, noise, steps, shift=SHIFT):
+    """Follow dx/dsigma = velocity(x, timestep) from noise at sigma = 1 to an image at sigma = 0.
 
-    "euler": one step gives x0 as predicted from pure noise, the mean of all clean images that fit the condition: the best
-    PSNR; more steps settle on one of them. Its sigmas are linspace(1, 0, steps + 1), shifted. (diffusers' Euler shifts its
-    smallest sigma twice: at 5 steps its timesteps are 1000, 900, 751, 503 and 9, and the last step does nothing.)
-    "dpm": DPM-Solver++ 2M (arXiv 2211.01095), SANA's own: it starts at sigma 0.999, and the network sees whole timesteps.
+    noise [B, C, H, W] -> the same shape. One step gives x0 as predicted from pure noise, the mean
+    of all clean images that fit the condition: the best PSNR. More steps settle on one of them.
+    Sigmas are linspace(1, 0, steps + 1), shifted. (diffusers' Euler shifts its smallest sigma
+    twice: at 5 steps its timesteps are 1000, 900, 751, 503 and 9, and the last does nothing.)
     """
-    x, x0_before, log_snr_before = noise, None, None
-    sigmas = shift_sigma(torch.linspace({"euler": 1, "dpm": 0.999}[sampler], 0, steps + 1, dtype=torch.float64), shift).tolist()
-    for sigma, following in zip(sigmas, sigmas[1:]):
-        timestep = 1000 * sigma if sampler == "euler" else int(1000 * sigma)
-        v = velocity(x, torch.full((len(x),), timestep, device=x.device, dtype=torch.float32))
-        if sampler == "euler":
-            x = x + (following - sigma) * v
-            continue
-        x0 = x - sigma * v
-        log_snr, target = math.log((1 - sigma) / sigma), x0
-        if x0_before is not None and following > 0:  # extrapolate x0 to the middle of the step, in log SNR
-            step = math.log((1 - following) / following) - log_snr
-            target = x0 + 0.5 * step / (log_snr - log_snr_before) * (x0 - x0_before)
-        ratio = following / sigma
-        x, x0_before, log_snr_before = ratio * x + (1 - ratio) * target, x0, log_snr
+    x = noise
+    sigmas = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    for sigma, next_sigma in zip(sigmas, sigmas[1:]):
+        v = velocity(x, torch.full((len(x),), 1000 * sigma, device=x.device))
+        x = x + (next_sigma - sigma) * v
     return x
 
 
-def guided(predict, prompt, empty, guidance=1.0, blind=None, condition_guidance=1.0):
-    """Classifier-free guidance (arXiv 2207.12598): the velocity, moved away from the empty prompt's, and from that of no condition (InstructPix2Pix,
-    2211.09800). predict, blind: with and without it, of (x, timestep, text, text_mask); prompt, empty: (text, text_mask) -> velocity(x, timestep)."""
+@torch.no_grad()
+def sample_dpm(velocity, noise, steps, shift=SHIFT):
+    """Do what sample_euler does by DPM-Solver++ 2M (arXiv 2211.01095), SANA's own sampler.
+
+    It starts at sigma 0.999, and the network sees whole timesteps, as in diffusers.
+    """
+    x = noise
+    x0_before, log_snr_before = None, None
+    sigmas = shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    for sigma, next_sigma in zip(sigmas, sigmas[1:]):
+        timestep = float(int(1000 * sigma))
+        v = velocity(x, torch.full((len(x),), timestep, device=x.device))
+        x0 = x - sigma * v
+        log_snr = math.log((1 - sigma) / sigma)
+        target = x0
+        if x0_before is not None and next_sigma > 0:
+            # second order: extrapolate x0 to the middle of the step, in log SNR
+            step = math.log((1 - next_sigma) / next_sigma) - log_snr
+            target = x0 + 0.5 * step / (log_snr - log_snr_before) * (x0 - x0_before)
+        ratio = next_sigma / sigma
+        x = ratio * x + (1 - ratio) * target
+        x0_before = x0
+        log_snr_before = log_snr
+    return x
+
+
+SAMPLERS = {"euler": sample_euler, "dpm": sample_dpm}
+
+
+def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=1.0):
+    """Make the velocity function of a sampler, with classifier-free guidance.
+
+    guidance: how far to go from the empty prompt's velocity to the prompt's and beyond (arXiv
+    2207.12598). condition_guidance: the same from no condition (zeros) to the condition
+    (InstructPix2Pix, 2211.09800). prompt, empty: (text, text_mask). -> velocity(x, timestep)
+    """
+
     def velocity(x, timestep):
-        v = predict(x, timestep, *prompt)
-        if guidance == condition_guidance == 1:
+        v = restorer(x, condition, timestep, *prompt)
+        if guidance == 1 and condition_guidance == 1:
             return v
-        plain = predict(x, timestep, *empty)
+        plain = restorer(x, condition, timestep, *empty)
         v = plain + guidance * (v - plain)
-        return v if condition_guidance == 1 else v + (condition_guidance - 1) * (plain - blind(x, timestep, *empty))
+        if condition_guidance != 1:
+            blind = restorer(x, torch.zeros_like(condition), timestep, *empty)
+            v = v + (condition_guidance - 1) * (plain - blind)
+        return v
+
     return velocity
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Text.
+# --------------------------------------------------------------------------------------------------
+# Presets and checkpoints. The "model" part of a checkpoint's config.json says what to build:
+#   name         --model, or for a pretrained one where its other parts lie
+#   autoencoder  PixelAE's arguments; None: the DC-AE of name
+#   sana         the transformer's config; conditioning, prediction, shift: Restorer's arguments
+
+PRESETS = {
+    "tiny": {  # small enough to train from scratch on a laptop, on pixels instead of latents
+        "name": "tiny",
+        "autoencoder": {"factor": 2},
+        "conditioning": "widen",
+        "prediction": "residual",
+        "shift": SHIFT,
+        "sana": {
+            "in_channels": 12,
+            "out_channels": 12,
+            "num_layers": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 32,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 32,
+            "cross_attention_dim": 64,
+            "caption_channels": 256,
+            "mlp_ratio": 2.5,
+            "qk_norm": "rms_norm_across_heads",
+        },
+    }
+}
+MODEL_DEFAULTS = {
+    "name": "",
+    "autoencoder": None,
+    "conditioning": "projection",
+    "prediction": "velocity",
+    "shift": SHIFT,
+    "sana": {},
+}
+
+
+def build_restorer(config):
+    """Build a Restorer with unset weights. config: a preset, or "model" of a config.json.
+
+    Raises ValueError.
+    """
+    c = read_config("model", config, MODEL_DEFAULTS, supported={})
+    sana = Sana(c["sana"])
+    channels = sana.config["out_channels"]
+    if c["autoencoder"] and 3 * c["autoencoder"]["factor"] ** 2 != channels:
+        raise ValueError(f"autoencoder {c['autoencoder']} does not give {channels} channels")
+    return Restorer(sana, c["conditioning"], c["prediction"], c["shift"])
+
+
+def describe_model(name, conditioning=None):
+    """Return the "model" part of config.json for --model name. Raises UserError.
+
+    name: a preset, a run of train.py, or a pretrained model. conditioning None: as it has it.
+    """
+    if name in PRESETS:
+        config = dict(PRESETS[name])
+    elif is_run(name):
+        config = read_run(name)["model"]
+        if config["conditioning"] not in ("none", conditioning or config["conditioning"]):
+            learnt = config["conditioning"]
+            raise UserError(f"--conditioning {conditioning}: {name} has learnt {learnt} already")
+    else:
+        config = describe_pretrained(name)
+    if config["conditioning"] == "none":
+        config["conditioning"] = "projection"
+    if conditioning:
+        config["conditioning"] = conditioning
+    if conditioning == "none":  # there is nothing that a residual could be added to
+        config["prediction"] = "velocity"
+    with torch.device("meta"):
+        try:
+            build_restorer(config)  # what cannot be built is said before anything is loaded
+        except ValueError as error:
+            raise UserError(f"--model {name}: {error}") from None
+    return config
+
+
+def describe_pretrained(name):
+    folder = resolve_model(name)
+    sana = load_config(Sana, folder / "transformer").config
+    notes = read_json(folder / "transformer/config.json")
+    shift = SHIFT
+    if (folder / "scheduler/scheduler_config.json").is_file():
+        shift = read_json(folder / "scheduler/scheduler_config.json").get("flow_shift", SHIFT)
+    plain = sana["in_channels"] == sana["out_channels"]
+    return {
+        "name": str(folder.resolve()) if Path(name).is_dir() else name,
+        "autoencoder": None,
+        "conditioning": "projection" if plain else "widen",
+        "prediction": notes.get("_prediction", "velocity"),  # export writes it
+        "shift": shift,
+        "sana": sana,
+    }
+
+
+def initial_restorer(name, config, generator):
+    """Make the Restorer that training begins with. config: describe_model(name, ...)."""
+    if is_run(name):
+        restorer, _ = load_restorer(name)
+        if restorer.conditioning == config["conditioning"]:
+            return restorer
+        sana = restorer.sana
+    elif config["autoencoder"]:
+        restorer = build_restorer(config)
+        restorer.sana.initialize(generator)
+        return restorer
+    else:
+        sana = Sana.from_pretrained(resolve_model(config["name"]) / "transformer", torch.float32)
+    return Restorer(sana, config["conditioning"], config["prediction"], config["shift"])
+
+
+def is_run(name):
+    """Say whether name is a folder that train.py wrote: a run, or one of its checkpoints."""
+    return (Path(name) / "latest").is_file() or (Path(name) / "ema.safetensors").is_file()
+
+
+def find_checkpoint(path):
+    """Return the checkpoint folder of a run (whose file `latest` names it), or path if it is one.
+
+    Raises UserError.
+    """
+    folder = Path(path)
+    if (folder / "latest").is_file():
+        folder = folder / (folder / "latest").read_text(errors="replace").strip()
+    if not (folder / "config.json").is_file() or not (folder / "ema.safetensors").is_file():
+        raise UserError(f"{path}: no checkpoint here; give a run folder or one of its step folders")
+    return folder
+
+
+def read_run(path):
+    """Read config.json of the checkpoint that path names. Raises UserError."""
+    file = find_checkpoint(path) / "config.json"
+    config = read_json(file)
+    for key in ("step", "model", "args"):
+        if key not in config:
+            raise UserError(f"{file}: {key} is missing; take another step folder")
+    return config
+
+
+def load_restorer(path, weights="ema"):
+    """Load a Restorer and the "model" part of its config.json. Raises UserError.
+
+    weights: "ema", the averaged ones, or "model", the last ones.
+    """
+    folder = find_checkpoint(path)
+    config = read_run(folder)["model"]
+    with explain_errors(folder / "config.json", "this restorer"), torch.device("meta"):
+        restorer = build_restorer(config)
+    return load_weights(restorer, folder / f"{weights}.safetensors").eval(), config
+
+
+def export(path, out, weights="ema"):
+    """Write a trained restorer as diffusers' SanaTransformer2DModel reads it. Raises UserError.
+
+    Its in_channels are 2C: the latent, then the condition. The projection P in front of the patch
+    embedding W is one linear map with it: W(Px) = (WP)x.
+    """
+    restorer, _ = load_restorer(path, weights)
+    out = Path(out)
+    if (out / "config.json").exists():
+        raise UserError(f"{out} holds a model already; choose another folder")
+    config = restorer.sana.config
+    tensors = restorer.sana.state_dict()
+    if restorer.conditioning == "projection":
+        w = tensors["patch_embed.proj.weight"]                      # [D, C, patch, patch]
+        p = restorer.projection.weight.detach()[:, :, 0, 0]         # [C, 2C]
+        product = torch.einsum("dcyx,ck->dkyx", w.double(), p.double())
+        tensors["patch_embed.proj.weight"] = product.to(w.dtype)    # [D, 2C, patch, patch]
+    channels = tensors["patch_embed.proj.weight"].shape[1]
+    notes = {"_class_name": Sana.CLASS, "_prediction": restorer.prediction}
+    save_weights(tensors, out / "diffusion_pytorch_model.safetensors")
+    config = notes | config | {"in_channels": channels}
+    write_text(out / "config.json", json.dumps(config, indent=1))
+    count = sum(t.numel() for t in tensors.values())
+    print(f"{out}: {count / 1e6:.2f} M parameters, in_channels {channels}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Text: tokenizer, Gemma-2, and SANA's way of asking it.
+
 
 def pad_text(rows):
-    """[[L, ...]] of several lengths -> text [B, longest L, ...], text_mask [B, longest L] bool."""
+    """[[L, D], ...] of several lengths -> text [B, longest L, D], text_mask [B, longest L] bool."""
     lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
     text = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return text, torch.arange(text.shape[1], device=text.device) < lengths[:, None]
+    position = torch.arange(text.shape[1], device=text.device)
+    return text, position < lengths[:, None]
 
 
 class GemmaTokenizer:
-    """Byte-pair encoding as tokenizer.json of Gemma describes it: added tokens are cut out of the text first, in what
-    remains a space becomes "\u2581", characters become tokens (bytes where the vocabulary lacks one), and neighbours
-    merge, the pair that was learnt first before all others. Raises UserError for a file that asks for anything else."""
+    """Byte-pair encoding as Gemma's tokenizer.json describes it.
+
+    1. Added tokens are cut out of the text, the longest first.
+    2. In what remains a space becomes "▁".
+    3. Each character becomes a token, or its bytes where the vocabulary lacks it.
+    4. Neighbours merge, the pair that was learnt first before all others.
+    Raises UserError for a file that asks for anything else.
+    """
 
     def __init__(self, folder):
-        spec = read_json(path := Path(folder) / "tokenizer.json")
-        with reading(path, "this tokenizer"):
-            model, added = spec["model"], spec.get("added_tokens") or []
-            self.vocab = model["vocab"]
-            merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-            # (left id, right id) -> (rank, merged id)
-            self.merges = {(self.vocab[a], self.vocab[b]): (rank, self.vocab[a + b]) for rank, (a, b) in enumerate(merges)}
+        path = Path(folder) / "tokenizer.json"
+        spec = read_json(path)
+        with explain_errors(path, "this tokenizer"):
+            check_tokenizer(spec)
+            self.vocab = spec["model"]["vocab"]
             self.bytes = [self.vocab[f"<0x{byte:02X}>"] for byte in range(256)]
-            self.added = {token["content"]: token["id"] for token in added}
-            self.bos, split = self.added["<bos>"], spec.get("pre_tokenizer") or {"type": None}
-            checks = {"model": model["type"] == "BPE", "pre_tokenizer": split["type"] is None or (split["type"], split.get("pattern")) == (
-                "Split", {"String": " "}),  # splitting at spaces does nothing: the normalizer leaves none
-                "normalizer": spec["normalizer"] == {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-                "ids": all(type(i) is int and 0 <= i < 2**31 for i in [*self.vocab.values(), *self.added.values()])}
-            wrong = [key for key, fine in checks.items() if not fine]
-            wrong += [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges") if model.get(key)]
-            wrong += [f"added token {token['content']!r}" for token in added
-                      if not isinstance(token["content"], str) or any(map(token.get, ("lstrip", "rstrip", "single_word", "normalized")))]
-            if wrong:
-                raise ValueError(f"not of Gemma's kind: {', '.join(wrong)}")
-        self.pattern = re.compile(f"({'|'.join(map(re.escape, sorted(filter(None, self.added), key=len, reverse=True)))})")  # longest first
+            self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+            self.bos = self.added["<bos>"]
+            self.merges = {}  # (left id, right id) -> (rank, merged id)
+            for rank, merge in enumerate(spec["model"]["merges"]):
+                left, right = merge.split(" ") if isinstance(merge, str) else merge
+                pair = self.vocab[left], self.vocab[right]
+                self.merges[pair] = rank, self.vocab[left + right]
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self.pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def encode(self, text):
         """text -> [<bos>, ...] token ids."""
         ids = [self.bos]
         for i, part in enumerate(self.pattern.split(text)):
-            ids += [self.added[part]] if i % 2 else self._merge(part.replace(" ", "\u2581"))
+            if i % 2:  # what matched the pattern
+                ids.append(self.added[part])
+            else:
+                ids += self.merge(self.characters(part.replace(" ", "▁")))
         return ids
 
-    def _merge(self, text):
+    def characters(self, text):
         ids = []
         for character in text:
-            known = self.vocab.get(character)
-            ids += [self.bytes[byte] for byte in character.encode("utf-8", "replace")] if known is None else [known]
-        # a linked list of tokens, and a heap of the possible merges; one that another has overtaken is skipped
-        before, after, heap = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1)), []
+            if character in self.vocab:
+                ids.append(self.vocab[character])
+            else:
+                ids += [self.bytes[byte] for byte in character.encode("utf-8", "replace")]
+        return ids
+
+    def merge(self, ids):
+        """Merge neighbours in the order of their ranks.
+
+        The tokens are a linked list, in which a merge writes the left one and drops the right one.
+        The candidates are a heap. One that an earlier merge has overtaken is skipped.
+        """
+        before = list(range(-1, len(ids) - 1))
+        after = list(range(1, len(ids) + 1))
+        heap = []
 
         def consider(left, right):
             if left >= 0 and right < len(ids) and (ids[left], ids[right]) in self.merges:
                 rank, merged = self.merges[ids[left], ids[right]]
                 heapq.heappush(heap, (rank, left, merged))
+
         for i in range(len(ids) - 1):
             consider(i, i + 1)
         while heap:
-            _, i, merged = heapq.heappop(heap)
-            j = after[i]
-            if ids[i] is None or j == len(ids) or self.merges.get((ids[i], ids[j]), (0, None))[1] != merged:
+            _, left, merged = heapq.heappop(heap)
+            right = after[left]
+            if right == len(ids):
                 continue
-            ids[i], ids[j], after[i] = merged, None, after[j]
-            if after[i] < len(ids):
-                before[after[i]] = i
-            consider(before[i], i), consider(i, after[i])
+            _, now = self.merges.get((ids[left], ids[right]), (None, None))
+            if now != merged:
+                continue
+            ids[left] = merged
+            ids[right] = None
+            after[left] = after[right]
+            if after[left] < len(ids):
+                before[after[left]] = left
+            consider(before[left], left)
+            consider(left, after[left])
         return [token for token in ids if token is not None]
 
 
-GEMMA_DEFAULTS = dict(vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
-                      num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6, query_pre_attn_scalar=256.0,
-                      attn_logit_softcapping=50.0, sliding_window=4096, rope_theta=10000.0)
-GEMMA_BUILT = {"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,), "rope_type": ("default",),
-               "use_bidirectional_attention": (None, False)}
+def check_tokenizer(spec):
+    """Raise ValueError if a tokenizer.json asks for more than GemmaTokenizer does."""
+    model = spec["model"]
+    if model["type"] != "BPE":
+        raise ValueError(f"a {model['type']} model, not BPE")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+        if model.get(key):
+            raise ValueError(f"{key} is not supported")
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    if spec["normalizer"] != spaces:
+        raise ValueError(f"normalizer {spec['normalizer']} is not supported")
+    split = spec.get("pre_tokenizer") or {}
+    # To split at spaces does nothing: the normalizer leaves none.
+    if split and (split["type"], split.get("pattern")) != ("Split", {"String": " "}):
+        raise ValueError(f"pre_tokenizer {split} is not supported")
+    for token in spec["added_tokens"]:
+        if any(token.get(key) for key in ("lstrip", "rstrip", "single_word", "normalized")):
+            raise ValueError(f"added token {token['content']!r} is not supported")
 
 
-class GemmaNorm(nn.Module):
-    """RMS norm. The weight is stored as its distance from 1, and multiplied in fp32 before the cast back to bf16."""
+GEMMA_DEFAULTS = {  # of Gemma-2-2b; the other keys of its config are about generating and saving
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "sliding_window": 4096,
+    "rope_theta": 10000.0,
+    "rope_type": "default",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "use_bidirectional_attention": None,
+}
+GEMMA_SUPPORTED = {
+    "rope_type": ["default"],
+    "hidden_activation": ["gelu_pytorch_tanh"],
+    "attention_bias": [False],
+    "use_bidirectional_attention": [None, False],
+}
 
-    def __init__(self, dim, eps):
+
+class Gemma2(nn.Module):
+    """The body of the Gemma-2 language model (arXiv 2408.00118).
+
+    Its last hidden state is SANA's text embedding. config: the keys of text_encoder/config.json.
+    Raises ValueError for one that this file does not build.
+    """
+
+    CLASS = "Gemma2"
+    PREFIX = "model."  # of tensor names in files that hold a language model around the body
+
+    def __init__(self, config):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.zeros(dim)), eps
+        config = (config.get("rope_parameters") or {}) | config
+        config = {key: value for key, value in config.items() if key in GEMMA_DEFAULTS}
+        c = read_config("Gemma", config, GEMMA_DEFAULTS, GEMMA_SUPPORTED)
+        self.config = c
+        self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
+        self.layers = nn.ModuleList([GemmaLayer(c) for _ in range(c["num_hidden_layers"])])
+        self.norm = GemmaNorm(c["hidden_size"], c["rms_norm_eps"])
 
-    def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), self.eps).type_as(x)
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None):
+        """Load a text_encoder/ folder. dtype None: as stored. Raises UserError."""
+        return load_pretrained(cls, folder, dtype)
+
+    def forward(self, ids, mask):
+        """ids, mask (True = a real token) [B, L], padded on the right -> [B, L, D].
+
+        Raises UserError beyond the sliding window, which every second layer would have.
+        """
+        length = ids.shape[1]
+        if length > self.config["sliding_window"]:
+            limit = self.config["sliding_window"]
+            raise UserError(f"a prompt of {length} tokens; at most {limit}")
+        x = self.embed_tokens(ids)                                  # [B, L, D]
+        scale = torch.tensor(self.config["hidden_size"] ** 0.5, dtype=x.dtype)
+        x = x * scale                                               # rounded to bf16 as in training
+        half = self.config["head_dim"] // 2
+        index = torch.arange(half, device=x.device).float()
+        frequency = self.config["rope_theta"] ** -(index / half)    # [d/2]
+        position = torch.arange(length, device=x.device)
+        angle = position[:, None] * frequency.repeat(2)             # [L, d]
+        rotation = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        allowed = causal & mask.bool()[:, None, None]               # [B, 1, L, L]
+        for layer in self.layers:
+            x = layer(x, rotation, allowed)                         # [B, L, D]
+        return self.norm(x)
 
 
 class GemmaLayer(nn.Module):
@@ -452,67 +897,87 @@ class GemmaLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.c, dim, hidden, eps = c, c["hidden_size"], c["intermediate_size"], c["rms_norm_eps"]
-        queries, keys = (c[name] * c["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
-        self.self_attn = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in {
-            "q_proj": (dim, queries), "k_proj": (dim, keys), "v_proj": (dim, keys), "o_proj": (queries, dim)}.items()})
-        self.mlp = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in {
-            "gate_proj": (dim, hidden), "up_proj": (dim, hidden), "down_proj": (hidden, dim)}.items()})
-        self.input_layernorm, self.post_attention_layernorm = GemmaNorm(dim, eps), GemmaNorm(dim, eps)
-        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = GemmaNorm(dim, eps), GemmaNorm(dim, eps)
+        dim, eps = c["hidden_size"], c["rms_norm_eps"]
+        self.self_attn = GemmaAttention(c)
+        self.mlp = GemmaMLP(dim, c["intermediate_size"])
+        self.input_layernorm = GemmaNorm(dim, eps)
+        self.post_attention_layernorm = GemmaNorm(dim, eps)
+        self.pre_feedforward_layernorm = GemmaNorm(dim, eps)
+        self.post_feedforward_layernorm = GemmaNorm(dim, eps)
 
-    def forward(self, x, cos, sin, allowed):                                # [B, L, D], 2 * [L, d], [B, 1, L, L]
-        def rotate(t):  # by position: the halves of each head are the two coordinates (RoFormer, arXiv 2104.09864)
-            a, b = t.chunk(2, dim=3)
-            return t * cos + torch.cat([-b, a], 3) * sin
-        normed = self.input_layernorm(x)
-        q, k, v = (self.self_attn[name](normed).unflatten(2, (-1, self.c["head_dim"])).transpose(1, 2)
-                   for name in ("q_proj", "k_proj", "v_proj"))              # [B, h, L, d], keys and values of fewer h
-        q, k = rotate(q), rotate(k)
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        logits = q @ k.transpose(2, 3) * self.c["query_pre_attn_scalar"] ** -0.5
-        if cap := self.c["attn_logit_softcapping"]:
-            logits = torch.tanh(logits / cap) * cap
-        weights = logits.masked_fill(~allowed, -math.inf).softmax(3, dtype=torch.float32).to(q.dtype)
-        x = x + self.post_attention_layernorm(self.self_attn["o_proj"]((weights @ v).transpose(1, 2).flatten(2)))
-        normed = self.pre_feedforward_layernorm(x)
-        gate = F.gelu(self.mlp["gate_proj"](normed), approximate="tanh")
-        return x + self.post_feedforward_layernorm(self.mlp["down_proj"](gate * self.mlp["up_proj"](normed)))
+    def forward(self, x, rotation, allowed):                        # [B, L, D]
+        y = self.self_attn(self.input_layernorm(x), rotation, allowed)
+        x = x + self.post_attention_layernorm(y)
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(y)
 
 
-class Gemma2(Pretrained):
-    """The body of the Gemma-2 language model (arXiv 2408.00118), whose last hidden state is SANA's text embedding."""
-    CLASS, PREFIX = "Gemma2", "model."  # some files were saved with the language-model head's wrapper around the body
+class GemmaAttention(nn.Module):
+    """Causal attention; several query heads share one head of keys and values."""
 
-    def __init__(self, config):
+    def __init__(self, c):
         super().__init__()
-        config = (config.get("rope_parameters") or {}) | config
-        # the other keys of its config are about generating and saving
-        self.c = c = read_config("Gemma", {k: v for k, v in config.items() if k in GEMMA_DEFAULTS | GEMMA_BUILT},
-                                 GEMMA_DEFAULTS, built=GEMMA_BUILT)
-        self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
-        self.layers = nn.ModuleList([GemmaLayer(c) for _ in range(c["num_hidden_layers"])])
-        self.norm = GemmaNorm(c["hidden_size"], c["rms_norm_eps"])
+        dim, head_dim = c["hidden_size"], c["head_dim"]
+        queries = c["num_attention_heads"] * head_dim
+        keys = c["num_key_value_heads"] * head_dim
+        self.head_dim = head_dim
+        self.shared_by = c["num_attention_heads"] // c["num_key_value_heads"]
+        self.scale = c["query_pre_attn_scalar"] ** -0.5
+        self.softcap = c["attn_logit_softcapping"]
+        self.q_proj = nn.Linear(dim, queries, bias=False)
+        self.k_proj = nn.Linear(dim, keys, bias=False)
+        self.v_proj = nn.Linear(dim, keys, bias=False)
+        self.o_proj = nn.Linear(queries, dim, bias=False)
 
-    def forward(self, ids, mask):
-        """ids, mask (True = a real token) [B, L], padded on the right -> [B, L, D]. Raises UserError beyond the sliding
-        window, which every second layer would have."""
-        length = ids.shape[1]
-        if length > self.c["sliding_window"]:
-            raise UserError(f"a prompt of {length} tokens; at most {self.c['sliding_window']}")
-        x = self.embed_tokens(ids)
-        x = x * torch.tensor(self.c["hidden_size"] ** 0.5, dtype=x.dtype)   # rounded to bf16 first, as it was trained
-        half = self.c["head_dim"] // 2
-        frequency = self.c["rope_theta"] ** -(torch.arange(half, device=x.device).float() / half)
-        angle = torch.arange(length, device=x.device)[:, None] * frequency.repeat(2)  # [L, d]
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        allowed = torch.ones(length, length, dtype=torch.bool, device=x.device).tril() & mask.bool()[:, None, None]
-        for layer in self.layers:
-            x = layer(x, cos, sin, allowed)                                 # [B, L, D]
-        return self.norm(x)
+    def split(self, t):                                             # [B, L, h*d]
+        return t.unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # [B, h, L, d]
+
+    def forward(self, x, rotation, allowed):                        # [B, L, D], 2 * [L, d]
+        q = rotate(self.split(self.q_proj(x)), *rotation)           # [B, h, L, d]
+        k = rotate(self.split(self.k_proj(x)), *rotation).repeat_interleave(self.shared_by, dim=1)
+        v = self.split(self.v_proj(x)).repeat_interleave(self.shared_by, dim=1)
+        logits = q @ k.transpose(2, 3) * self.scale                 # [B, h, L, L]
+        if self.softcap:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        logits = logits.masked_fill(~allowed, -math.inf)
+        weights = logits.softmax(3, dtype=torch.float32).to(q.dtype)
+        return self.o_proj((weights @ v).transpose(1, 2).flatten(2))  # [B, L, D]
 
 
-# What SANA's prompts were preceded by in its training, word for word (the text is the model authors').
+def rotate(t, cos, sin):
+    """Rotate by position (RoFormer, arXiv 2104.09864): the halves of a head are two coordinates."""
+    a, b = t.chunk(2, dim=3)
+    return t * cos + torch.cat([-b, a], dim=3) * sin
+
+
+class GemmaMLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):                                           # [B, L, D]
+        gate = F.gelu(self.gate_proj(x), approximate="tanh")
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class GemmaNorm(nn.Module):
+    """RMS norm. The weight is stored as its distance from 1.
+
+    The product with it is taken in fp32, before the cast back to bf16.
+    """
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), self.eps).type_as(x)
+
+
+# What preceded SANA's prompts in its training, word for word (the text is the model authors').
 INSTRUCTION = """\
 Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for image generation. Evaluate the level of detail in the user prompt:
 - If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial relationships to create vivid and concrete scenes.
@@ -521,77 +986,53 @@ Here are examples of how to transform or refine prompts:
 - User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping peacefully on a warm sunny windowsill, surrounded by pots of blooming red flowers.
 - User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street lamps, a diverse crowd of people in colorful clothing, and a double-decker bus passing by towering glass skyscrapers.
 Please generate only the enhanced description for the prompt below and avoid including any additional commentary or evaluations:
-User Prompt: """
+User Prompt: """  # noqa: E501
 
 
 @torch.no_grad()
 def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
-    """SANA's text conditioning -> for each prompt a [L, D] of L <= length tokens. A prompt follows the instruction, of
-    whose tokens only the first and the last are kept; the empty one, for guidance and dropout, stands alone. Nothing
-    is padded up to length: cross-attention gives padding a weight of exactly 0."""
-    head, device, rows = len(tokenizer.encode(INSTRUCTION)), gemma.norm.weight.device, []
-    for start in tqdm(range(0, len(prompts), batch_size), unit="batch", desc="prompts", disable=len(prompts) <= batch_size):
-        batch = [prompt.lower().strip() for prompt in prompts[start:start + batch_size]]
-        ids = [tokenizer.encode(INSTRUCTION + prompt if prompt else "") for prompt in batch]
-        if max(map(max, ids)) >= gemma.c["vocab_size"]:
-            raise UserError(f"tokenizer.json numbers tokens beyond the {gemma.c['vocab_size']} that the text encoder knows")
-        for prompt, row in zip(batch, ids):
-            if len(row) > head + length - 2:
-                print(f"the prompt {prompt[:40]!r}... is cut to {length - 2} tokens", file=sys.stderr)
-        padded, mask = pad_text([torch.tensor(row[:head + length - 2], device=device) for row in ids])
-        for prompt, count, states in zip(batch, mask.sum(1), gemma(padded, mask).cpu()):
-            rows.append(torch.cat([states[:1], states[head - 1:count]]) if prompt else states[:count])
+    """Compute SANA's text conditioning: for each prompt a [L, D] of L <= length tokens.
+
+    A prompt follows the instruction, of whose tokens only the first and the last are kept. The
+    empty one, for guidance and dropout, stands alone. Nothing is padded up to length: cross-
+    attention gives padding a weight of exactly 0. Raises UserError.
+    """
+    head = len(tokenizer.encode(INSTRUCTION))
+    longest = head + length - 2
+    rows = []
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, unit="batch", desc="prompts", disable=len(starts) == 1):
+        batch = [prompt.lower().strip() for prompt in prompts[start : start + batch_size]]
+        ids = []
+        for prompt in batch:
+            tokens = tokenizer.encode(INSTRUCTION + prompt if prompt else "")
+            if max(tokens) >= gemma.config["vocab_size"]:
+                raise UserError("tokenizer.json has more tokens than the text encoder knows")
+            if len(tokens) > longest:
+                cut = f"the prompt {prompt[:40]!r}... is cut to {length - 2} tokens"
+                print(cut, file=sys.stderr)
+            ids.append(torch.tensor(tokens[:longest], device=gemma.norm.weight.device))
+        padded, mask = pad_text(ids)
+        states = gemma(padded, mask).cpu()                          # [B, L, D]
+        for prompt, count, row in zip(batch, mask.sum(1), states):
+            if prompt:
+                row = torch.cat([row[:1], row[head - 1 : count]])
+            else:
+                row = row[:count]
+            rows.append(row)
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Checkpoints of train.py, and export.
-
-def load_restorer(path, weights="ema"):
-    """-> (Restorer, "model" of the checkpoint's config.json). Raises UserError for anything that does not fit."""
-    folder = find_checkpoint(path)
-    config = read_json(folder / "config.json")
-    with reading(folder / "config.json", "this restorer"), torch.device("meta"):
-        restorer = build_restorer(config["model"])
-    return load_weights(restorer, folder / f"{weights}.safetensors").eval(), config["model"]
-
-
-def starting_point(name, config, generator):
-    """The Restorer that training begins with. name: --model; config: "model" of config.json, which describe_model made of it."""
-    if is_run(name):
-        restorer, _ = load_restorer(name)
-        return restorer if restorer.conditioning == config["conditioning"] else Restorer(
-            restorer.sana, config["conditioning"], config["prediction"], restorer.shift)
-    if config["autoencoder"]:
-        restorer = build_restorer(config)
-        restorer.sana.initialize(generator)
-        return restorer
-    sana = Sana.from_pretrained(find_model(config["name"]) / "transformer", torch.float32)
-    return Restorer(sana, config["conditioning"], config["prediction"], config["shift"])
-
-
-def export(path, out, weights="ema"):
-    """Write a trained restorer as diffusers' SanaTransformer2DModel reads it: in_channels = 2C, the latent and then the
-    condition. The projection P in front of the patch embedding W is one linear map with it: W(Px) = (WP)x."""
-    restorer, _ = load_restorer(path, weights)
-    tensors, sana = restorer.sana.state_dict(), restorer.sana.config
-    if restorer.conditioning == "projection":
-        w, p = tensors["patch_embed.proj.weight"], restorer.projection.weight[:, :, 0, 0].detach()
-        tensors["patch_embed.proj.weight"] = torch.einsum("dcyx,ck->dkyx", w.double(), p.double()).to(w.dtype)
-    about, out = {"_class_name": Sana.CLASS, "_prediction": restorer.prediction}, make_folder(out)
-    if (out / "config.json").exists():
-        raise UserError(f"{out} holds a model already; choose another folder")
-    save_weights(tensors, out / "diffusion_pytorch_model.safetensors")
-    write_text(out / "config.json", json.dumps(about | sana | {"in_channels": 2 * sana["out_channels"]}, indent=1))
-    print(f"{out}: {sum(t.numel() for t in tensors.values()) / 1e6:.2f} M parameters, in_channels {2 * sana['out_channels']}")
+# --------------------------------------------------------------------------------------------------
 
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("command", choices=["export"])
-    parser.add_argument("checkpoint", help="run folder of train.py, or one of its step folders")
-    parser.add_argument("out", help="folder to write: config.json and diffusion_pytorch_model.safetensors")
-    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="the averaged weights, or the last ones")
+    add = parser.add_argument
+    add("command", choices=["export"])
+    add("checkpoint", help="run folder of train.py, or one of its step folders")
+    add("out", help="folder to write: config.json and diffusion_pytorch_model.safetensors")
+    add("--weights", choices=["ema", "model"], default="ema", help="averaged, or the last ones")
     args = parser.parse_args()
     export(args.checkpoint, args.out, args.weights)
 

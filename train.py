@@ -1,15 +1,16 @@
-"""Train an image restorer on pairs of clean and degraded images.
+"""Train an image restorer on pairs of clean and degraded pictures.
 
-    python train.py                                          the built-in demo: procedural images, no files needed
-    python train.py --data pairs/pairs.csv                   your own pairs (see data.py)
+    python train.py                                   the demo: it draws its own pictures
+    python train.py --data pairs/pairs.csv            your own pairs (see data.py)
     python train.py --data photos.csv --degradations gaussian_noise:sigma=25
-    python train.py --data pairs/pairs.csv --model sana1.5-1.6b      from pretrained SANA (the default on a GPU)
-    python train.py --resume out/demo                        go on after Ctrl-C, as if never stopped
-    torchrun --nproc_per_node=8 train.py --data pairs/pairs.csv --batch_size 32      the same steps, shared by eight GPUs
+    python train.py --data pairs/pairs.csv --model sana1.5-1.6b       from pretrained SANA
+    python train.py --resume out/demo                 go on after Ctrl-C, as if never stopped
+    torchrun --nproc_per_node=8 train.py --data pairs/pairs.csv --batch_size 32 --out out/x --resume
+                                                      the same steps, shared by eight GPUs
 
-Writes to out/RUN: config.json, log.jsonl, loss.png, samples/ (degraded | restored | clean), checkpoints step_N/.
+Writes to out/RUN: config.json, log.jsonl, loss.png, samples/ (degraded | restored | clean) and
+checkpoints step_N/. The files latest and best name one of them.
 """
-import contextlib
 import hashlib
 import json
 import math
@@ -27,130 +28,176 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data import (DATA_RANGES, CachedDataset, add_data_flags, build_surroundings, check_device, curriculum, describe_model, fingerprint,
-                  make_datasets, make_loader, seed_for)
-from degrade import (Parser, UserError, check_numbers, draw_grid, draw_panels, keep_freed_memory, make_folder, noted_signals, out_of_memory,
-                     parse_degradations, reading, run_script, save_image, write_text)
-from evaluate import BINS, DEFAULT_STEPS, Meter, evaluate_pairs, mean_loss, mean_of, restore
-from model import PRESETS, build_restorer, draw_sigma, flow_loss, starting_point
-from vae import find_checkpoint, is_run, load_weights, read_run, save_weights
+import data
+import evaluate
+import model
+from data import check_device, seed_for
+from degrade import Parser, UserError, between, explain_errors, run_script
+from vae import load_weights, save_weights, write_text
 
-# flags whose default depends on the model: pixels from scratch, or latents from pretrained weights
+# Flags whose default depends on the model: pixels from scratch, or latents from pretrained weights.
 SCRATCH = {"lr": 5e-3, "steps": 8000, "resolution": 48, "share_at_one": 0.3, "clip": 0.2}
 PRETRAINED = {"lr": 1e-5, "steps": 10000, "resolution": 512, "share_at_one": 0.0, "clip": 0.1}
+DEMO_STEPS = 2500
+OPTIMIZERS = ["adamw", "adamw_bf16", "adamw_sr"]  # fp32; bf16 exact; bf16 stochastic
+
+# Several processes, as torchrun starts them: one a GPU, on one machine or several.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def make_parser():
+    parser = Parser(__doc__, usage="python train.py [flags]")
+    data.add_data_flags(parser)
+    count, share, positive = between(int, 1), between(float, 0, 1), between(float, 0)
+    add = parser.add_argument_group("model and optimizer").add_argument
+    ways = ["projection", "widen", "none"]
+    add("--conditioning", choices=ways, help="how the condition enters, see model.Restorer")
+    add("--steps", type=count, help="default 8000 for tiny, 2500 for the demo, else 10000")
+    add("--batch_size", type=count, default=4, help="of all processes together (default 4)")
+    add("--lr", type=share, help="peak learning rate (default 5e-3 for tiny, else 1e-5)")
+    add("--proj_lr", type=share, help="the projection's (default 100 * lr, at most 0.05)")
+    add("--optimizer", choices=OPTIMIZERS, help="see BF16AdamW (default adamw; bf16 on a GPU)")
+    add("--weight_decay", type=positive, default=0.0, help="AdamW's (default 0)")
+    add("--clip", type=positive, help="largest gradient norm (default 0.2 for tiny, else 0.1)")
+    add("--ema_decay", type=share, default=0.9999, help="of the average (default 0.9999)")
+    add("--ema_every", type=count, default=1, help="average every so many steps (default 1)")
+    add("--ema_device", type=check_device, help="cpu spares a GPU 4 bytes a weight")
+    shift = between(float, -10, 10)
+    add("--sigma_mean", type=shift, default=0.0, help="of training sigmas, see model.draw_sigma")
+    add("--share_at_one", type=share, help="share at sigma = 1 (default 0.3 for tiny, else 0)")
+    add("--condition_dropout", type=share, default=0.0, help="for --condition_guidance (default 0)")
+    add = parser.add_argument_group("time and memory").add_argument
+    add("--curriculum", type=parse_curriculum, metavar="SIDE:STEPS,...", help="512:8000,1024:2000")
+    add("--cache", metavar="FOLDER", help="of python data.py cache, with the same data flags")
+    add("--accumulate", type=count, default=1, help="compute a batch in so many parts (default 1)")
+    add("--checkpointing", action="store_true", help="compute activations twice to save memory")
+    add("--compile", action=BooleanOptionalAction, help="torch.compile (default: on a GPU)")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="run folder (default out/demo, or out/NAME for NAME.csv)")
+    add("--resume", nargs="?", const=True, metavar="RUN", help="go on with it (none yet: begin)")
+    add("--overwrite", action="store_true", help="delete a run that --out holds already")
+    add("--save_every", type=count, default=1000, help="steps between checkpoints (default 1000)")
+    add("--val_every", type=count, default=500, help="steps between validations (default 500)")
+    return parser
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
-    # what to train, and on what
-    add_data_flags(parser)
-    parser.add_argument("--cache", metavar="FOLDER", help="of python data.py cache with the same flags: no autoencoder and text encoder in memory")
-    parser.add_argument("--curriculum", metavar="SIDE:STEPS,...", help="instead of --resolution and --steps, e.g. 512:8000,1024:2000")
-    parser.add_argument("--conditioning", choices=["projection", "widen", "none"], help="how the degraded image enters: a 1x1 convolution in front, or a "
-                        "patch embedding with twice the channels; none: not at all, to pretrain a text-to-image model (default: the preset's)")
-    # optimization
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 8000 for tiny, 2500 for the demo, else 10000)")
-    parser.add_argument("--batch_size", type=int, default=4, help="images in a step, over all processes (default 4)")
-    parser.add_argument("--lr", type=float, help="peak; rises for 2%% of the steps, then falls as a cosine to 0 (default 5e-3 for tiny, else 1e-5)")
-    parser.add_argument("--proj_lr", type=float, help="for --conditioning projection, that layer's (default 100 * lr, at most 0.05)")
-    parser.add_argument("--optimizer", choices=["adamw", "adamw_bf16", "adamw_sr"], help="adamw: fp32, torch's. adamw_bf16: the same "
-                        "steps with weights and moments in bf16 and the weights' lost bits beside them. adamw_sr: bf16 weights, "
-                        "rounded stochastically (default: adamw_bf16 for pretrained models on a GPU, else adamw)")
-    parser.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's (default 0)")
-    parser.add_argument("--clip", type=float, help="largest gradient norm (default 0.2 for tiny, else 0.1, as SANA was trained)")
-    parser.add_argument("--ema_decay", type=float, default=0.9999, help="of the averaged weights that are evaluated (default 0.9999)")
-    parser.add_argument("--ema_every", type=int, default=1, metavar="K", help="average every K-th step, with decay^K (default 1)")
-    parser.add_argument("--ema_device", help="where the averages lie; cpu spares a GPU 4 bytes a weight (default: --device)")
-    parser.add_argument("--sigma_mean", type=float, default=0.0, help="training sigmas: sigmoid of a normal draw with this mean")
-    parser.add_argument("--sigma_std", type=float, default=1.0, help="and this standard deviation, shifted (default 0 and 1, SANA's)")
-    parser.add_argument("--share_at_one", type=float, help="share of training at sigma = 1, where one-step restoration happens (default 0.3 for tiny, else 0)")
-    parser.add_argument("--condition_dropout", type=float, default=0.0, help="share without the degraded image, for evaluate.py --condition_guidance (default 0)")
-    # time and memory
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each batch in N parts, for memory (default 1)")
-    parser.add_argument("--checkpointing", action="store_true", help="compute activations again for the gradient instead of keeping them")
-    parser.add_argument("--compile", action=BooleanOptionalAction, help="torch.compile (default: on a GPU)")
-    # the run
-    parser.add_argument("--out", help="run folder (default out/demo, or out/NAME for NAME.csv)")
-    parser.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="continue that run, or the one in --out; flags given now win")
-    parser.add_argument("--overwrite", action="store_true", help="delete a run that --out holds already")
-    parser.add_argument("--save_every", type=int, default=1000, metavar="STEPS", help="write a checkpoint this often (default 1000)")
-    parser.add_argument("--keep", type=int, default=1, metavar="N", help="newest checkpoints to keep, beside the best by validation (default 1)")
-    parser.add_argument("--val_every", type=int, default=500, metavar="STEPS", help="measure held-out images this often (default 500)")
-
+    """Read the flags. With --resume the run's own are the defaults. Raises UserError."""
+    parser = make_parser()
     given = args = parser.parse_args(argv)
-    args.out = args.resume if isinstance(args.resume, str) else args.out or f"out/{Path(args.data).stem if args.data else 'demo'}"
-    if was_restarted(args.out):
-        args.resume, args.overwrite = True, False
+    out = args.out or f"out/{Path(args.data).stem if args.data else 'demo'}"
+    if isinstance(args.resume, str):
+        out = args.resume
+        if not (Path(out) / "latest").is_file():
+            raise UserError(f"--resume {out}: no run here; give the folder that --out named")
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of them")
-    if args.resume:  # the run's own settings become the defaults
-        saved = read_run(args.out)["args"]
-        if not (Path(args.out) / "latest").is_file() or not saved:
-            raise UserError(f"--resume {args.out}: give the run folder, which goes on from its newest checkpoint")
-        if given.optimizer not in (None, saved.get("optimizer")):
-            raise UserError(f"--optimizer {given.optimizer}: this run was begun with {saved.get('optimizer')}, whose state does not fit")
+    if args.resume and (Path(out) / "latest").is_file():
+        saved = model.read_run(out)["args"]
+        unknown = sorted(saved.keys() - vars(args).keys() - {"data_digest"})
+        if unknown:
+            older = "evaluate.py still restores with it"
+            raise UserError(f"--resume {out}: made by another version ({unknown[0]}); {older}")
+        if given.optimizer not in (None, saved["optimizer"]):
+            begun = f"begun with {saved['optimizer']}, whose state does not fit"
+            raise UserError(f"--optimizer {given.optimizer}: this run was {begun}")
         if given.data:  # given again: as it is now
             saved.pop("data_digest", None)
-        args = parser.parse_args(argv, Namespace(**saved | {"out": args.out, "resume": True, "overwrite": False}))
-        args.out = args.resume if isinstance(args.resume, str) else args.out
-    if args.curriculum and given.steps:
-        raise UserError("--steps: --curriculum sets the number of steps; make that longer")
-    args.job = JOB
-    return fill_args(args)
+        args = parser.parse_args(argv, Namespace(**saved))
+    args.out = out
+    args.resume = given.resume
+    args.overwrite = given.overwrite
+    return fill_defaults(args, given.steps)
 
 
-def fill_args(args):
-    """Defaults that depend on other flags. Raises UserError for a value that makes no sense."""
-    cuda = args.device.startswith("cuda")
-    args.model = args.model or ("sana1.5-1.6b" if args.data and cuda else "tiny")
-    pixels = args.model in PRESETS or is_run(args.model) and bool(read_run(args.model)["model"].get("autoencoder"))
+def fill_defaults(args, given_steps):
+    """Set the defaults that depend on other flags. Raises UserError."""
+    args.model = args.model or data.default_model(args)
+    scratch = args.model in model.PRESETS
+    if model.is_run(args.model):
+        scratch = bool(model.read_run(args.model)["model"]["autoencoder"])
     if args.curriculum:
-        stages = curriculum(args)
-        args.steps, args.resolution = stages[-1][0] // args.batch_size, stages[0][1]
-    for name, value in (SCRATCH | ({} if args.data else {"steps": 2500}) if pixels else PRETRAINED).items():
+        if given_steps:
+            raise UserError("--steps: --curriculum sets the number of steps; make that longer")
+        args.steps = sum(steps for _, steps in args.curriculum)
+        args.resolution = args.curriculum[0][0]
+    if not args.data and scratch:
+        args.steps = args.steps or DEMO_STEPS
+    for name, value in (SCRATCH if scratch else PRETRAINED).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.optimizer = args.optimizer or ("adamw_bf16" if not pixels and cuda else "adamw")
-    args.compile = cuda if args.compile is None else args.compile
-    counts = "steps", "batch_size", "save_every", "val_every", "accumulate", "keep", "ema_every"
-    shares = "lr", "proj_lr", "ema_decay", "condition_dropout", "share_at_one"
-    check_numbers(args, DATA_RANGES | dict.fromkeys(counts, (1, 10**9)) | dict.fromkeys(shares, (0, 1))
-                  | {"weight_decay": (0, 100), "clip": (0, math.inf), "sigma_mean": (-10, 10), "sigma_std": (0, 10)})
+    on_gpu = args.device.startswith("cuda")
+    args.optimizer = args.optimizer or ("adamw" if scratch or not on_gpu else "adamw_bf16")
+    args.ema_device = args.ema_device or args.device
+    if args.compile is None:
+        args.compile = on_gpu
+    if args.proj_lr is None:  # it starts at 0 and has to travel to order 1
+        args.proj_lr = min(100 * args.lr, 0.05)
     if args.batch_size % (args.accumulate * WORLD):
-        raise UserError(f"--accumulate {args.accumulate} times {WORLD} processes: has to be a divisor of --batch_size {args.batch_size}")
+        parts = f"--accumulate {args.accumulate} times {WORLD} processes"
+        raise UserError(f"{parts}: has to be a divisor of --batch_size {args.batch_size}")
     if args.cache and (args.curriculum or not args.data):
-        raise UserError("--cache needs --data, and has one resolution: it cannot be combined with --curriculum")
-    if cuda and WORLD > 1:  # before anything is put on the first GPU by all of them
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    check_device(args.device), check_device(args.ema_device or args.device, "ema_device")
+        raise UserError("--cache needs --data, and has one resolution: no --curriculum")
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Several processes, as torchrun starts them: one a GPU, on one machine or several. Each computes its images of every batch.
-
-RANK, WORLD, JOB = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("TORCHELASTIC_RUN_ID")
-
-
-def was_restarted(run):
-    """Whether torchrun has started the same command again, after a process or machine of the job died."""
-    if WORLD == 1 or not (Path(run) / "latest").is_file():
-        return False
-    same = JOB != "none" and read_run(run)["args"].get("job") == JOB
-    return same or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+def parse_curriculum(text):
+    """argparse type: "512:8000,1024:2000" -> [(512, 8000), (1024, 2000)]."""
+    stages = []
+    for part in text.split(","):
+        side, _, steps = part.partition(":")
+        stages.append((between(int, 1, 2**14)(side), between(int, 1)(steps)))
+    return stages
 
 
-def join_others(args):
-    """Meet the other processes, if there are any."""
+# --------------------------------------------------------------------------------------------------
+# Several processes. FSDP2 (fully_shard) gives each one some rows of every weight, its gradient, its
+# moments and its average, and gathers a block's weights while it is computed.
+
+
+def start_processes(args):
+    """Meet the other processes, if there are any. Only the first one speaks."""
     if WORLD > 1:
-        store, rank, world = next(dist.rendezvous("env://"))
-        if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # after a restart, not the addresses of the dead
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=world)
-        sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout  # one speaks for all
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open to the end
 
 
-def sum_over_all(numbers, device):
+def shard_restorer(restorer, device):
+    """Spread the weights over the processes, in place."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(torch.device(device).type, (WORLD,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    units = [*restorer.sana.transformer_blocks]
+    if restorer.conditioning == "projection":
+        units.append(restorer.projection)  # fp32, where the rest may be bf16
+    for module in [*units, restorer]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def shard(whole):
+    """Return this process's rows of a tensor, as fully_shard cuts it."""
+    rows = -(-len(whole) // WORLD)
+    return whole[RANK * rows : (RANK + 1) * rows]
+
+
+def gather(part, weight):
+    """Return the whole of what is sharded as weight is. All processes call it."""
+    if WORLD == 1:
+        return part
+    from torch.distributed.tensor import DTensor
+
+    bits = part.view(torch.bfloat16) if part.dtype == torch.int16 else part  # NCCL has no int16
+    layout = {"shape": weight.shape, "stride": weight.stride()}
+    bits = bits.to(weight.device)
+    whole = DTensor.from_local(bits, weight.device_mesh, weight.placements, **layout)
+    return whole.full_tensor().view(part.dtype).cpu()
+
+
+def sum_over_processes(numbers, device):
     """[float] of this process -> their sums over all processes."""
     if WORLD == 1:
         return numbers
@@ -159,438 +206,751 @@ def sum_over_all(numbers, device):
     return total.tolist()
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# AdamW in bf16. At lr 1e-5 a step is far below half an ulp of a bf16 weight: rounding to nearest would lose nearly all.
+# --------------------------------------------------------------------------------------------------
+# AdamW in bf16. At a learning rate of 1e-5 a step is far below half a unit in the last place of a
+# bf16 weight: rounded to the nearest, nearly all of it would be lost.
+
 
 def split_fp32(weight):
-    """fp32 -> (nearest bf16, int16: what the fp32 bit pattern has beyond that of the bf16). Nothing is lost."""
+    """fp32 -> nearest bf16, and as int16 what the fp32 bits have beyond it. Nothing is lost."""
     bits = weight.view(torch.int32)
     high = (bits + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+    low = bits - (high << 16)
+    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
 
 
 def join_fp32(high, low):
-    """The inverse of split_fp32."""
+    """Invert split_fp32."""
     return ((high.view(torch.int16).int() << 16) + low).view(torch.float32)
 
 
 def round_stochastically(x, seed, start=0):
-    """fp32 -> bf16, up or down by chance so that the mean is x. seed: two int32. Chance is a hash (lowbias32) of each number's index, from start:
-    integers that are compiled into one parallel pass with the rest, where a Generator draws one number after the other."""
-    noise = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + start ^ seed[0]
+    """Round fp32 to bf16, up or down by chance, so that the mean is x.
+
+    seed: int32 [2]. Chance is a hash (lowbias32) of each number's index, counted from start:
+    integers, compiled into one parallel pass with the rest, where a Generator draws one by one.
+    """
+    noise = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + start
+    noise = noise ^ seed[0]
     noise = (noise ^ noise >> 16 & 0xFFFF) * 0x7FEB352D + seed[1]
-    noise = (noise ^ noise >> 15 & 0x1FFFF) * -0x7B935975  # its upper half is the better one
-    return ((x.view(torch.int32) + (noise >> 16 & 0xFFFF)) >> 16).to(torch.int16).view(torch.bfloat16)
+    noise = (noise ^ noise >> 15 & 0x1FFFF) * -0x7B935975           # its upper half is the better
+    bits = x.view(torch.int32) + (noise >> 16 & 0xFFFF)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-class BF16AdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) with fp32 arithmetic and little memory: a bf16 weight has its low 16 bits beside it (exact=True:
-    the steps are fp32's, 2 + 2 bytes) or is rounded stochastically (exact=False: 2 bytes); moments are bf16, the second one
-    rounded stochastically, because beta2 moves it by less than half an ulp. fp32 weights keep fp32 moments."""
+MOMENTS = "exp_avg", "exp_avg_sq"
 
-    CHUNK = {"cpu": 1 << 16}  # weights at a time, not compiled: what a CPU's cache holds; else 2^24, for few launches
 
-    def __init__(self, groups, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, exact=True, moments=torch.bfloat16, compile=False):
-        super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": weight_decay})
-        # compiled, one pass over memory instead of forty; it may round otherwise in the last place of fp32
-        self.update, self.compiled = torch.compile(self._update, dynamic=True) if compile else self._update, compile
-        for p in (p for group in self.param_groups for p in group["params"]):
+def adamw_update(weight, low, grad, exp_avg, exp_avg_sq, seed, start, numbers, betas, eps):
+    """Do one AdamW step (arXiv 1711.05101) of a flat piece of a tensor, in place, in fp32.
+
+    weight, exp_avg, exp_avg_sq: bf16 or fp32, [n]. low: int16 [n], the bits that the bf16 weight
+    lacks, or None. seed: int32 [4]; start: index of the first weight, for stochastic rounding.
+    numbers: tensor of 1 - lr * weight decay, -lr / (1 - beta1^t), sqrt(1 - beta2^t), and the factor
+    of the gradient. (Compiled code would take Python numbers for constants.)
+    """
+    decay, rate, correction, scale = numbers
+    if low is not None:
+        w = join_fp32(weight, low)
+    else:
+        w = weight.float()  # of fp32, the weight itself
+    g = grad.float() * scale
+    m = exp_avg.float().lerp_(g, 1 - betas[0])
+    v = exp_avg_sq.float().mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    w.mul_(decay).add_(rate * m / (v.sqrt() / correction).add_(eps))
+    exp_avg.copy_(m)
+    if exp_avg_sq.dtype == torch.bfloat16:  # beta2 moves it by less than half a unit
+        v = round_stochastically(v, seed[:2], start)
+    exp_avg_sq.copy_(v)
+    if low is not None:
+        high, rest = split_fp32(w)
+        weight.copy_(high)
+        low.copy_(rest)
+    elif weight.dtype == torch.bfloat16:
+        weight.copy_(round_stochastically(w, seed[2:], start))
+
+
+class BF16AdamW:
+    """AdamW for bf16 weights, with fp32 arithmetic and little memory ("adamw_bf16", "adamw_sr").
+
+    groups: [{"params": [...], "lr": float}], plain tensors with a gradient. exact: each bf16 weight
+    has its low 16 bits beside it, so the steps are fp32's (2 + 2 bytes). Else it is rounded
+    stochastically (2 bytes). Moments are bf16. fp32 weights have fp32 moments.
+    """
+
+    betas = 0.9, 0.99
+    eps = 1e-8
+
+    def __init__(self, groups, weight_decay=0.0, exact=True, moments=torch.bfloat16, compile=False):
+        self.param_groups = groups
+        self.weight_decay = weight_decay
+        # Compiled: one pass over memory instead of forty. It may round fp32's last place otherwise.
+        self.update = torch.compile(adamw_update, dynamic=True) if compile else adamw_update
+        self.state = {}
+        for p in [p for group in groups for p in group["params"]]:
             half = p.dtype == torch.bfloat16
-            self.state[p] = {key: torch.zeros_like(p, dtype=moments if half else p.dtype) for key in ("exp_avg", "exp_avg_sq")}
+            dtype = moments if half else p.dtype
+            self.state[p] = {key: torch.zeros_like(p, dtype=dtype) for key in MOMENTS}
             if half and exact:
                 self.state[p]["low"] = torch.zeros_like(p, dtype=torch.int16)
 
     @torch.no_grad()
     def step(self, count, seeds, scale=1.0):
-        """The count-th step (from 1). seeds: parameter -> seed of its rounding. scale: factor of the gradients (clipping)."""
+        """Do the count-th step (from 1). seeds: parameter -> seed of its rounding.
+
+        scale: factor of the gradients, for clipping.
+        """
         for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            numbers = 1 - lr * group["weight_decay"], -lr / (1 - beta1**count), math.sqrt(1 - beta2**count), float(scale)
+            decay = 1 - group["lr"] * self.weight_decay
+            rate = -group["lr"] / (1 - self.betas[0] ** count)
+            correction = math.sqrt(1 - self.betas[1] ** count)
             for p in group["params"]:
-                seed = torch.randint(-2**31, 2**31, (4,), dtype=torch.int32, generator=torch.Generator().manual_seed(seeds[p])).to(p.device)
-                now = torch.tensor(numbers, device=p.device)  # a tensor, because compiled code takes a number for a constant
-                chunk = 1 << 24 if self.compiled else self.CHUNK.get(p.device.type, 1 << 24)
-                for i, parts in enumerate(zip(*(t.view(-1).split(chunk) for t in (p.data, p.grad.contiguous(), *self.state[p].values())))):
-                    self.update((beta1, beta2, group["eps"]), now, seed, torch.full((), i * chunk, dtype=torch.int32, device=p.device), *parts)
+                numbers = torch.tensor([decay, rate, correction, scale], device=p.device)
+                self.step_tensor(p, seeds[p], numbers)
 
-    @staticmethod
-    def _update(constants, now, seed, start, weight, grad, exp_avg, exp_avg_sq, low=None):
-        (beta1, beta2, eps), (decay, rate, correction, scale) = constants, now
-        grad = grad.float() * scale
-        w = weight if weight.dtype == torch.float32 else weight.float() if low is None else join_fp32(weight, low)
-        m = exp_avg.float().lerp_(grad, 1 - beta1)
-        v = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        w.mul_(decay).add_(rate * m / (v.sqrt() / correction).add_(eps))
-        exp_avg.copy_(m)
-        exp_avg_sq.copy_(v if exp_avg_sq.dtype == v.dtype else round_stochastically(v, seed[:2], start))
-        if low is not None:
-            for kept, new in zip((weight, low), split_fp32(w)):
-                kept.copy_(new)
-        elif w is not weight:
-            weight.copy_(round_stochastically(w, seed[2:], start))
+    def step_tensor(self, p, seed, numbers):
+        """Update a tensor in pieces: what a CPU's cache holds, or 2^24 weights for few launches."""
+        generator = torch.Generator().manual_seed(seed)
+        limits = -(2**31), 2**31
+        seed = torch.randint(*limits, (4,), dtype=torch.int32, generator=generator).to(p.device)
+        state = self.state[p]
+        low = state["low"].view(-1) if "low" in state else None
+        weight, grad = p.detach().view(-1), p.grad.contiguous().view(-1)
+        exp_avg, exp_avg_sq = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+        cached = p.device.type == "cpu" and self.update is adamw_update
+        size = 2**16 if cached else 2**24
+        for i in range(0, len(weight), size):
+            piece = slice(i, i + size)
+            start = torch.full((), i, dtype=torch.int32, device=p.device)
+            self.update(
+                weight[piece],
+                None if low is None else low[piece],
+                grad[piece],
+                exp_avg[piece],
+                exp_avg_sq[piece],
+                seed,
+                start,
+                numbers,
+                self.betas,
+                self.eps,
+            )
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# State. A checkpoint holds everything that the next step depends on; randomness needs no state (see seed_for).
-
-CURVES = {"loss": "training loss", "restored_psnr": "validation PSNR, dB", "condition_norm": "norm of the condition's weights"}
-STEPS = "step_" + "[0-9]" * 6  # what a checkpoint folder is called
+# --------------------------------------------------------------------------------------------------
+# State: what the next step depends on. Randomness needs none (see seed_for).
 
 
 class State:
-    """Weights, their moving average, AdamW's moments and the number of steps done; and what stands around them.
+    """The weights, their moving average, AdamW's moments, and the number of steps done.
 
-    Several processes: all have the weights; the average and the moments of a tensor are kept by the process that owns it,
-    which alone receives its gradient, updates it and hands the new weight to the others (ZeRO stage 2, arXiv 1910.02054)."""
+    config: "model" of config.json, which restorer was built of.
+    parts: {name: this process's part of the weight}, a plain tensor, which the optimizer updates in
+    place. With one process it is the weight itself.
+    """
 
-    def __init__(self, config, autoencoder, prompts, args):
-        self.step, self.config, self.autoencoder, self.prompts, self.args = 0, config, autoencoder, prompts, args
+    def __init__(self, config, restorer, args):
+        self.config = config
+        self.args = args
+        self.step = 0
+        self.whole = True  # False while an update is under way
+        self.validation = None  # the last line of validate()
         self.best = [-math.inf, None]  # validation PSNR, name of the checkpoint that had it
-        if args.resume:  # load() fills it
-            with torch.device("meta"):
-                self.restorer = build_restorer(config)
-            self.restorer.to_empty(device="cpu")
-        else:
-            self.restorer = starting_point(args.model, config, torch.Generator().manual_seed(seed_for(args.seed, 0, "weights")))
-        self.restorer.to(args.device).train()
-        self.restorer.sana.checkpointing = args.checkpointing
-        self.parameters, self.owner, load = dict(self.restorer.named_parameters()), {}, [0] * WORLD
-        for name, p in sorted(self.parameters.items(), key=lambda item: -item[1].numel()):
-            self.owner[name] = load.index(min(load))
-            load[self.owner[name]] += p.numel()
-        self.ema_device = args.ema_device or args.device
-        self.ema = {name: p.detach().to(self.ema_device, torch.float32, copy=True) for name, p in self.parameters.items()
-                    if self.owner[name] == RANK}
+        self.restorer = restorer.train()
+        restorer.sana.checkpointing = args.checkpointing
+        exact = {name: shard(p.detach()).float().clone() for name, p in restorer.named_parameters()}
         if args.optimizer != "adamw":
-            self.restorer.sana.to(torch.bfloat16)
-        self.mine = {name: self.parameters[name] for name in self.ema}
-        # the projection starts at 0 and has to travel to order 1: at the common rate it never arrives
-        rates = {False: args.lr, True: min(100 * args.lr, 0.05) if args.proj_lr is None else args.proj_lr}
-        groups = [{"params": [p for name, p in self.mine.items() if name.startswith("projection") == which], "peak": peak}
-                  for which, peak in rates.items()]
-        options = {"betas": (0.9, 0.99), "weight_decay": args.weight_decay}
-        if args.optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(groups, **options, fused=True)
-            for p in self.mine.values():  # what its first step would do: now a checkpoint has all of it from the start
-                self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        else:
-            self.optimizer = BF16AdamW(groups, **options, exact=args.optimizer == "adamw_bf16", compile=args.compile)
-            for name, p in self.mine.items():  # weights from scratch have low bits as well
-                if "low" in self.optimizer.state[p]:
-                    torch._foreach_copy_([p.data, self.optimizer.state[p]["low"]], split_fp32(self.ema[name].to(p.device)))
+            restorer.sana.to(torch.bfloat16)
+        restorer.to(args.device)
         if args.compile:
-            for block in self.restorer.sana.transformer_blocks:
+            for block in restorer.sana.transformer_blocks:
                 block.compile(dynamic=False)
+        if WORLD > 1:
+            shard_restorer(restorer, args.device)
+        self.weights = dict(restorer.named_parameters())
+        self.parts = {name: p.to_local() if WORLD > 1 else p for name, p in self.weights.items()}
+        self.ema = {name: t.to(args.ema_device) for name, t in exact.items()}
+        self.optimizer = self.make_optimizer(args)
+        for name, part in self.parts.items():  # bf16 weights from scratch have low bits as well
+            if "low" in self.optimizer.state[part]:
+                self.optimizer.state[part]["low"].copy_(split_fp32(exact[name])[1])
+
+    def make_optimizer(self, args):
+        groups = [
+            {"params": [], "lr": args.lr, "peak": args.lr},
+            {"params": [], "lr": args.proj_lr, "peak": args.proj_lr},
+        ]
+        for name, p in self.parts.items():
+            group = groups[1] if name.startswith("projection") else groups[0]
+            group["params"].append(p)
+        if args.optimizer != "adamw":
+            exact = args.optimizer == "adamw_bf16"
+            return BF16AdamW(groups, args.weight_decay, exact, compile=args.compile)
+        options = {"betas": BF16AdamW.betas, "weight_decay": args.weight_decay, "fused": True}
+        optimizer = torch.optim.AdamW(groups, **options)
+        for p in self.parts.values():  # as its first step would do: so a checkpoint has them
+            optimizer.state[p] = {key: torch.zeros_like(p) for key in MOMENTS}
+            optimizer.state[p]["step"] = torch.zeros((), device=p.device)
+        return optimizer
+
+    def exact(self, part):
+        """Return the fp32 value of a weight."""
+        low = self.optimizer.state[part].get("low")
+        return part.detach().float() if low is None else join_fp32(part.detach(), low)
 
     def condition_norm(self):
-        """The norm of the weights through which the condition enters: 0 before training."""
-        weight = self.restorer.projection.weight if self.restorer.conditioning == "projection" else self.restorer.sana.patch_embed.proj.weight
-        return weight.detach()[:, self.restorer.sana.config["out_channels"]:].float().norm().item()
+        """Return the norm of the weights through which the condition enters, 0 at first."""
+        if self.restorer.conditioning == "none":
+            return 0.0
+        name = "sana.patch_embed.proj.weight"
+        if self.restorer.conditioning == "projection":
+            name = "projection.weight"
+        channels = self.restorer.sana.config["out_channels"]
+        square = self.parts[name].detach()[:, channels:].float().square().sum().item()
+        return math.sqrt(sum_over_processes([square], self.args.device)[0])
 
-    def fp32(self, p):
-        """The exact value of a weight."""
-        low = self.optimizer.state[p].get("low")
-        return p.detach().float() if low is None else join_fp32(p.detach(), low)
-
-    def share_gradients(self):
-        """Add up each gradient at the process that owns the weight; the others drop theirs."""
-        if WORLD > 1:
-            for work in [dist.reduce(p.grad, self.owner[name], async_op=True) for name, p in self.parameters.items()]:
-                work.wait()
-            for name, p in self.parameters.items():
-                p.grad = p.grad if name in self.mine else None
-
-    def update_weights(self, scale):
-        """One optimizer step with the gradients times scale, and the moving average's: ema <- decay * ema + (1 - decay) * weights.
-        The decay warms up, so that the start is soon forgotten."""
-        self.step += 1
-        args = self.args
-        if args.optimizer == "adamw":
-            torch._foreach_mul_([p.grad for p in self.mine.values()], scale)
-            self.optimizer.step()
-        else:
-            seeds = {p: seed_for(args.seed, self.step, f"rounding of {name}") for name, p in self.mine.items()}
-            self.optimizer.step(self.step, seeds, scale)
-        if WORLD > 1:
-            for work in [dist.broadcast(p.data, self.owner[name], async_op=True) for name, p in self.parameters.items()]:
-                work.wait()
-        if self.step % args.ema_every == 0:
-            decay = min(args.ema_decay, (1 + self.step) / (10 + self.step)) ** args.ema_every
-            for name, p in self.mine.items():
-                self.ema[name].lerp_(self.fp32(p).to(self.ema_device), 1 - decay)
-
-    def gather(self, tensors, dtype=None, only=(torch.float32, torch.bfloat16)):
-        """{name: tensor} of the weights that each process owns -> of all weights, in the first process (in the others, nothing
-        more). dtype: what the tensors have, None for that of the weight. only: of weights of these dtypes."""
-        for name, p in self.parameters.items():
-            if self.owner[name] == 0 or RANK not in (0, self.owner[name]) or p.dtype not in only:
-                continue
-            part = tensors[name].to(p.device).contiguous() if RANK else torch.empty_like(p, dtype=dtype)
-            # as bytes, which every backend can carry
-            (dist.recv if RANK == 0 else dist.send)(part.detach().view(-1).view(torch.uint8), self.owner[name] if RANK == 0 else 0)
-            if RANK == 0:
-                tensors = tensors | {name: part.detach().cpu()}
-        return tensors
-
-    def averaged(self):
-        """A Restorer with the EMA weights, for validation and samples (in the first process; None in the others)."""
-        ema = self.gather(self.ema, torch.float32)
+    def averaged_restorer(self):
+        """Make a Restorer with the averaged weights, in the first process; None in the others."""
+        ema = {name: gather(self.ema[name], p) for name, p in self.weights.items()}
         if RANK > 0:
             return None
         with torch.device("meta"):
-            restorer = build_restorer(self.config).eval()
-        half = self.args.device.startswith("cuda")  # a CPU is slow in bf16
-        restorer.load_state_dict({name: t.to(self.args.device, self.parameters[name].dtype if half else None) for name, t in ema.items()},
-                                 assign=True)  # where nothing has to change: the averages themselves, not a copy
+            restorer = model.build_restorer(self.config).eval()
+        for name, p in self.weights.items():
+            half = p.dtype == torch.bfloat16 and self.args.device.startswith("cuda")
+            ema[name] = ema[name].to(self.args.device, torch.bfloat16 if half else torch.float32)
+        restorer.load_state_dict(ema, assign=True)  # on one device: the averages, not a copy
         return restorer
 
-    def save(self, run, validation):
-        """Write run/step_N beside and rename it into place, then point run/best at the one with the highest validation PSNR and
-        run/latest at it, then delete all but these and the newest --keep. Raises UserError; what was there before stays."""
-        ema, moments = self.gather(self.ema, torch.float32), {}
-        for key in ("exp_avg", "exp_avg_sq", *["low"] * (self.args.optimizer == "adamw_bf16")):
-            mine = {name: self.optimizer.state[p][key] for name, p in self.mine.items() if key in self.optimizer.state[p]}
-            moments |= {f"{key}.{name}": value for name, value in self.gather(mine, *[torch.int16, (torch.bfloat16,)] * (key == "low")).items()}
+    def update(self, scale):
+        """Do one optimizer step with the gradients times scale, and average the weights."""
+        args = self.args
+        self.whole = False
+        self.step += 1
+        if args.optimizer == "adamw":
+            torch._foreach_mul_([p.grad for p in self.parts.values()], scale)
+            self.optimizer.step()
+        else:
+            seeds = {}
+            for name, p in self.parts.items():
+                seeds[p] = seed_for(args.seed, self.step, f"rounding of {name}")
+            self.optimizer.step(self.step, seeds, scale)
+        if self.step % args.ema_every == 0:
+            self.update_ema()
+        self.whole = True
+
+    def update_ema(self):
+        """ema <- decay * ema + (1 - decay) * weights.
+
+        The decay warms up, so that the start is soon forgotten.
+        """
+        args = self.args
+        decay = min(args.ema_decay, (1 + self.step) / (10 + self.step)) ** args.ema_every
+        for name, p in self.parts.items():
+            self.ema[name].lerp_(self.exact(p).to(args.ema_device), 1 - decay)
+
+    def square_of_gradient(self):
+        """Return the square of this process's gradient, and hand it to the parts."""
+        norms = []
+        for name, part in self.parts.items():
+            if WORLD > 1:
+                part.grad = self.weights[name].grad.to_local()
+            norms.append(torch.linalg.vector_norm(part.grad, dtype=torch.float32))
+        return sum(norm**2 for norm in torch.stack(norms).tolist())
+
+    def clear_gradients(self):
+        for name, part in self.parts.items():
+            part.grad = None
+            self.weights[name].grad = None
+
+    def skip(self):
+        """Count a step without an update."""
+        self.step += 1
+        for moments in self.optimizer.state.values():
+            if "step" in moments:
+                moments["step"] += 1
+
+    def save(self, run):
+        """Write run/step_N, then point run/best and run/latest at what they should name.
+
+        The folder is written beside and renamed. Only the newest checkpoint and the best are kept.
+        Raises UserError; what was there before stays.
+        """
+        tensors = {"model": {}, "ema": {}, "optimizer": {}}
+        for name, p in self.weights.items():
+            tensors["model"][name] = gather(self.parts[name].detach(), p)
+            tensors["ema"][name] = gather(self.ema[name], p)
+            for key, value in self.optimizer.state[self.parts[name]].items():
+                if key != "step":
+                    tensors["optimizer"][f"{key}.{name}"] = gather(value, p)
         folder, latest = run / f"step_{self.step:06d}", run / "latest"
-        if RANK > 0 or folder.is_dir() and latest.is_file() and latest.read_text() == folder.name:
+        saved = folder.is_dir() and latest.is_file() and latest.read_text() == folder.name
+        if RANK > 0 or saved:
             return
+        psnr = self.validation["restored_psnr"]
+        if self.validation["step"] == self.step and psnr >= self.best[0]:
+            self.best = [psnr, folder.name]
+        config = {
+            "step": self.step,
+            "model": self.config,
+            "args": vars(self.args),
+            "validation": self.validation,
+            "best": self.best,
+        }
         partial = run / f".{folder.name}.partial"
-        if validation["step"] == self.step and validation["restored_psnr"] >= self.best[0]:
-            self.best = [validation["restored_psnr"], folder.name]
-        config = {"step": self.step, "model": self.config, "args": vars(self.args), "validation": validation, "best": self.best}
         try:
-            for old in (folder, *run.glob(".step_*.partial")):  # of a run that was killed
+            for old in [folder, *run.glob(".step_*.partial")]:  # of a run that was killed
                 shutil.rmtree(old, ignore_errors=True)
-            partial.mkdir()
-            save_weights(self.restorer.state_dict(), partial / "model.safetensors")
-            save_weights(ema, partial / "ema.safetensors")
-            save_weights(moments, partial / "optimizer.safetensors")
+            for name, weights in tensors.items():
+                save_weights(weights, partial / f"{name}.safetensors")
             write_text(partial / "config.json", json.dumps(config, indent=1))
             partial.rename(folder)
         except (OSError, UserError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            before = f"; {run / latest.read_text()} is whole" if latest.is_file() else ""
-            raise UserError(f"cannot write checkpoint {folder}: {error}{before}") from None
+            raise UserError(f"cannot write checkpoint {folder}: {error}") from None
         write_text(run / "best", self.best[1] or folder.name)
         write_text(latest, folder.name)
-        for old in sorted(run.glob(STEPS))[:-self.args.keep]:
-            if old.name not in (folder.name, self.best[1]):  # renamed first: half a checkpoint must not look like one
-                with contextlib.suppress(OSError):
-                    shutil.rmtree(old.rename(run / f".{old.name}.partial"))
+        for old in run.glob("step_*"):
+            if old.name not in (folder.name, self.best[1]):
+                half = old.rename(run / f".{old.name}.partial")  # never half a step_N
+                shutil.rmtree(half, ignore_errors=True)
 
     def load(self, folder):
-        """The inverse of save. Raises UserError for a damaged checkpoint."""
-        load_weights(self.restorer, folder / "model.safetensors")
-        config = read_run(folder)
-        with reading(folder / "optimizer.safetensors", "this checkpoint"):
-            ema, moments = load_file(folder / "ema.safetensors"), load_file(folder / "optimizer.safetensors")
-            self.step, self.best = config["step"], config["best"]
-            for name, p in self.mine.items():
-                self.ema[name].copy_(ema[name])
+        """Invert save, but for the weights. Raises UserError for a damaged checkpoint."""
+        config = model.read_run(folder)
+        self.step = config["step"]
+        self.best = config["best"]
+        with explain_errors(folder / "optimizer.safetensors", "this checkpoint"):
+            ema = load_file(folder / "ema.safetensors")
+            moments = load_file(folder / "optimizer.safetensors")
+            for name, p in self.parts.items():
+                self.ema[name].copy_(shard(ema[name]))
                 for key, value in self.optimizer.state[p].items():
-                    value.copy_(moments[f"{key}.{name}"]) if key != "step" else value.fill_(self.step)
+                    if key == "step":
+                        value.fill_(self.step)
+                    else:
+                        value.copy_(shard(moments[f"{key}.{name}"]))
 
 
-def validate(state, dataset, run):
-    """Fixed pairs, fixed noise, EMA weights -> {"val_loss", and the mean PSNR and SSIM of input and restored}; saves a sample grid."""
-    restorer, result, args = state.averaged(), {}, state.args
-    if RANK == 0:
-        autoencoder = state.autoencoder or build_surroundings(state.config, args.device)[0]  # with a cache, it is only here now
-        how = dict(restorer=restorer, autoencoder=autoencoder, prompts=state.prompts, seed=args.seed)
-        rows, pictures = evaluate_pairs(dataset, {"restored": lambda i, item: restore(
-            pixels=item["condition"][None].to(args.device), captions=[item["caption"]], steps=DEFAULT_STEPS[restorer.prediction], **how)[0].cpu()}, quiet=True)
-        save_image(draw_grid(pictures), run / "samples" / f"step_{state.step:06d}.png")
-        result = {"val_loss": mean_loss(dataset, rows, **how)} | mean_of(rows)
-    box = [{"step": state.step} | result]
-    if WORLD > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+# --------------------------------------------------------------------------------------------------
+# The loop and its parts.
+
+BINS = 4  # of sigma, in which the loss is logged
+LOG_EVERY = 50
+MOST_FAILURES = 20  # steps in a row without a finite loss
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The run.
-
-def prepare_run(args):
-    """Make the run folder, or refuse to take one that is in use. -> its path and the log lines so far."""
-    run, log = Path(args.out), []
-    if RANK == 0:
-        make_folder(run)
-    if args.resume:
-        with contextlib.suppress(FileNotFoundError, ValueError):  # a line that was being written when the machine went down
-            log.extend(map(json.loads, open(run / "log.jsonl", encoding="utf-8")))
-    elif RANK == 0 and (run / "latest").exists() and not args.overwrite:
-        raise UserError(f"{run} holds a run already: --resume continues it, --overwrite deletes it, --out names another")
-    return run, log
+def get_lr(step, steps, peak):
+    """Return the learning rate: it rises for 2% of the steps, then falls as a cosine to 0."""
+    progress = (step + 0.5) / steps
+    return peak * min(1, progress / 0.02) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train_step(state, batch):
-    """One optimizer step -> (the losses of the batch by bin of sigma and how many there were, gradient norm, whether all was finite,
-    how many unreadable images were passed over)."""
-    args, parts = state.args, state.args.accumulate
-    generator = torch.Generator().manual_seed(seed_for(args.seed, state.step, "noise"))
-    x0, condition = (batch[key].to(args.device, non_blocking=True) for key in ("clean", "condition"))
-    if not args.cache:
-        x0, condition = (torch.cat([state.autoencoder.encode(part) for part in x.chunk(parts)]) for x in (x0, condition))
-    state.grid = x0.shape[2:]
-    # every process draws for the whole batch and takes its images: the same whoever computes them
-    noise = torch.randn((args.batch_size, *x0.shape[1:]), generator=generator)[RANK::WORLD].to(args.device)
-    sigma = draw_sigma(args.batch_size, generator, args.share_at_one, state.restorer.shift, args.sigma_mean, args.sigma_std)[RANK::WORLD]
-    kept = (torch.rand(args.batch_size, generator=generator) >= args.condition_dropout)[RANK::WORLD]
+def draw_step(shape, step, args, shift):
+    """Draw what is random in a step -> noise, sigma, and whether the condition is kept.
+
+    Every process draws for the whole batch and takes its pictures: the same whoever computes them.
+    """
+    generator = torch.Generator().manual_seed(seed_for(args.seed, step, "noise"))
+    noise = torch.randn((args.batch_size, *shape), generator=generator)
+    sigma = model.draw_sigma(args.batch_size, generator, args.share_at_one, shift, args.sigma_mean)
+    kept = torch.rand(args.batch_size, generator=generator) >= args.condition_dropout
+    mine = slice(RANK, None, WORLD)
+    return noise[mine], sigma[mine], kept[mine]
+
+
+def compute_gradients(state, batch, autoencoder, prompts):
+    """Add the gradients of a batch -> losses by bin of sigma and how many they are, [2, BINS].
+
+    autoencoder: None for a batch from the cache, which is encoded.
+    """
+    args = state.args
+    x0, condition = batch["clean"].to(args.device), batch["condition"].to(args.device)
+    if autoencoder:
+        x0 = torch.cat([autoencoder.encode(x) for x in x0.chunk(args.accumulate)])
+        condition = torch.cat([autoencoder.encode(x) for x in condition.chunk(args.accumulate)])
+    noise, sigma, kept = draw_step(x0.shape[1:], state.step, args, state.restorer.shift)
+    noise = noise.to(args.device)
     condition = condition * kept.to(args.device)[:, None, None, None]
-    text, text_mask = (t.to(args.device) for t in state.prompts(batch["caption"]))
+    text, text_mask = prompts(batch["caption"])
     if args.compile:  # few lengths, because each is compiled by itself
         more = -text.shape[1] % 32
         text, text_mask = F.pad(text, (0, 0, 0, more)), F.pad(text_mask, (0, more))
-    progress = (state.step + 0.5) / args.steps
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["peak"] * min(1, progress / 0.02) * 0.5 * (1 + math.cos(math.pi * progress))
-    # A changed brightness leaves nothing in the image to tell it by: at full weight that error drowned all learning
-    # (all six degradations, at sigma 25: 20.4 -> 20.4 dB after 1,600 steps, and 26.8 dB after 800 at weight 0.1).
-    jitter = any(name == "color_jitter" for name, _ in parse_degradations(args.degradations))
+    text, text_mask = text.to(args.device), text_mask.to(args.device)
+    jitter = any(word.startswith("color_jitter") for word in args.degradations)
     sums = torch.zeros(2, BINS)
-    for part in range(parts):  # every parts-th image: the gradient is the whole batch's
-        at = slice(part, None, parts)
-        loss = flow_loss(state.restorer, x0[at], condition[at], text[at], text_mask[at], sigma[at].to(args.device), noise[at],
-                         0.1 if jitter else 1.0)
-        if state.restorer.prediction == "residual":
-            # the root of each image's error divides its gradient by that error: the images in the worst state, which
-            # stay far from clean whatever the network does, then do not drown those that need a light touch
-            loss = (loss + 1e-6).sqrt()
-        (loss.sum() / args.batch_size).backward()
-        bins = (sigma[at] * BINS).long().clamp(max=BINS - 1)
+    for i in range(args.accumulate):  # every so many-th picture: together they are the batch
+        part = slice(i, None, args.accumulate)
+        loss = model.flow_loss(
+            state.restorer,
+            x0[part],
+            condition[part],
+            text[part],
+            text_mask[part],
+            sigma[part].to(args.device),
+            noise[part],
+            mean_weight=0.1 if jitter else 1.0,
+        )
+        (loss.sum() * WORLD / args.batch_size).backward()  # FSDP averages over the processes
+        bins = (sigma[part] * BINS).long().clamp(max=BINS - 1)
         sums.index_add_(1, bins, torch.stack([loss.detach().float().cpu(), torch.ones(len(bins))]))
-    state.share_gradients()
-    square = sum(torch.linalg.vector_norm(p.grad, dtype=torch.float32).double().square() for p in state.mine.values())
-    *sums, square, bad = sum_over_all([*sums.flatten().tolist(), square.item(), float(batch["bad"])], args.device)
+    return sums
+
+
+def catch_signals():
+    """Make the first Ctrl-C or SIGTERM a wish: it is added to the list that is returned."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one is the system's
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return caught
+
+
+class Meter:
+    """What a line of the log says of the steps since the line before."""
+
+    def __init__(self, args):
+        self.args = args
+        self.skipped = 0
+        self.failures = 0  # skipped in a row
+        self.bad = 0
+        self.reset()
+
+    def reset(self):
+        self.since = time.monotonic()
+        self.waited = 0.0
+        self.steps = 0
+        self.losses = [0.0] * BINS
+        self.counts = [0.0] * BINS
+
+    def wait_for(self, batches):
+        before = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - before
+        return batch
+
+    def add(self, result):
+        """result: of train_step."""
+        self.steps += 1
+        self.bad += result["bad"]
+        if result["finite"]:
+            self.failures = 0
+            self.losses = [a + b for a, b in zip(self.losses, result["losses"])]
+            self.counts = [a + b for a, b in zip(self.counts, result["counts"])]
+        else:
+            self.skipped += 1
+            self.failures += 1
+
+    def line(self, state, norm):
+        """Return the line, and begin anew."""
+        seconds = time.monotonic() - self.since
+        by_sigma = []
+        for loss, count in zip(self.losses, self.counts):
+            by_sigma.append(loss / count if count else None)
+        line = {
+            "step": state.step,
+            "loss": sum(self.losses) / max(1, sum(self.counts)),
+            "norm": norm,
+            "condition_norm": state.condition_norm(),
+            "loss_by_sigma": by_sigma,
+            "images_per_second": self.steps * self.args.batch_size / seconds,
+            "data_wait": self.waited / seconds,
+            "skipped": self.skipped,
+            "bad_images": self.bad,
+        }
+        if self.args.device.startswith("cuda"):
+            line["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self.reset()
+        return line
+
+
+def validate(state, dataset, run, autoencoder, prompts):
+    """Restore the held-out pictures with the averaged weights, and draw them.
+
+    -> {"step", "val_loss", and the mean PSNR and SSIM of input and restored}. Fixed pairs, fixed
+    noise. The first process does it and tells the others.
+    """
+    restorer = state.averaged_restorer()
+    result = [None]
+    if RANK == 0:
+        args = state.args
+        if not autoencoder:  # beside a cache it is only needed here
+            autoencoder, _ = data.load_frozen(state.config, args.device)
+        pipeline = evaluate.Pipeline(restorer, autoencoder, prompts)
+        captions = [dataset.plan(i)[2] for i in range(len(dataset))]
+        restored = evaluate.restoring_method(pipeline, captions, args.device, seed=args.seed)
+        methods, metrics = {"restored": restored}, evaluate.Metrics(["psnr", "ssim"])
+        rows, pictures = evaluate.evaluate_pairs(dataset, methods, metrics, quiet=True)
+        path = run / f"samples/step_{state.step:06d}.png"
+        data.save_image(evaluate.draw_grid(pictures), path)
+        loss = validation_loss(pipeline, dataset, rows, args)
+        result = [{"step": state.step, "val_loss": loss} | evaluate.mean_of(rows)]
+    if WORLD > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+@torch.no_grad()
+def validation_loss(pipeline, dataset, rows, args):
+    """Return the training loss over the pictures of rows, with fixed noise and sigmas."""
+    restorer, autoencoder = pipeline.restorer, pipeline.autoencoder
+    generator = torch.Generator().manual_seed(seed_for(args.seed, 0, "validation loss"))
+    total = 0.0
+    for row in rows:
+        item = dataset.draw(row["image"])
+        x0 = autoencoder.encode(item["clean"][None].to(args.device))
+        condition = autoencoder.encode(item["condition"][None].to(args.device))
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        sigma = model.draw_sigma(1, generator, shift=restorer.shift).to(x0)
+        text, text_mask = pipeline.prompts([item["caption"]])
+        text, text_mask = text.to(args.device), text_mask.to(args.device)
+        total += model.flow_loss(restorer, x0, condition, text, text_mask, sigma, noise).item()
+    return total / len(rows)
+
+
+CURVES = {
+    "loss": "training loss",
+    "restored_psnr": "validation PSNR, dB",
+    "condition_norm": "norm of the condition's weights",
+}
+
+
+class Log:
+    """log.jsonl, its lines so far, and loss.png. Only the first process writes."""
+
+    def __init__(self, run, resumed_at):
+        self.run = run
+        self.lines = []
+        path = run / "log.jsonl"
+        if resumed_at and path.is_file():
+            for text in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    line = json.loads(text)
+                except ValueError:  # it was being written when the machine went down
+                    break
+                if line["step"] <= resumed_at:
+                    self.lines.append(line)
+        if RANK == 0:
+            write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def add(self, line):
+        self.lines.append(line)
+        if RANK == 0:
+            with open(self.run / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def newest(self, key):
+        """Return the newest line that has key, or None."""
+        lines = [line for line in self.lines if key in line]
+        return lines[-1] if lines else None
+
+    def summary(self):
+        loss, validation = self.newest("loss"), self.newest("restored_psnr")
+        text = f"val {validation['restored_psnr']:.2f} dB"
+        if loss:
+            text = f"loss {loss['loss']:.4f}, {loss['images_per_second']:.0f} img/s, {text}"
+        return text
+
+    def draw(self):
+        charts = []
+        for key, title in CURVES.items():
+            points = [(line["step"], line[key]) for line in self.lines if key in line]
+            charts.append((title, points, key == "loss", None))
+        if RANK == 0:
+            evaluate.draw_charts(charts, self.run / "loss.png")
+
+
+def train_step(state, batch, autoencoder, prompts, stop=()):
+    """Do one step with a batch -> what happened in all processes together.
+
+    {"losses", "counts": by bin of sigma, "norm": of the gradient, "finite": else the step was
+    skipped, "bad": pictures passed over, "stop": whether one of them caught a signal}.
+    """
+    args = state.args
+    for group in state.optimizer.param_groups:
+        group["lr"] = get_lr(state.step, args.steps, group["peak"])
+    sums = compute_gradients(state, batch, autoencoder, prompts)
+    numbers = [*sums.flatten().tolist(), state.square_of_gradient(), batch["bad"], bool(stop)]
+    *sums, square, bad, stopped = sum_over_processes(numbers, args.device)
     norm = math.sqrt(square)
     finite = math.isfinite(sum(sums) + norm)
     if finite:
-        state.update_weights(min(1.0, args.clip / (norm + 1e-6)))
+        state.update(min(1.0, args.clip / (norm + 1e-6)))
     else:
-        state.step += 1  # a step without an update
-        for moments in state.optimizer.state.values():
-            moments |= {"step": moments["step"] + 1} if "step" in moments else {}
-    for p in state.parameters.values():
-        p.grad = None
-    return sums, norm, finite, int(bad)
+        state.skip()
+    state.clear_gradients()
+    return {
+        "losses": sums[:BINS],
+        "counts": sums[BINS:],
+        "norm": norm,
+        "finite": finite,
+        "bad": int(bad),
+        "stop": bool(stopped),
+    }
 
 
-def train(state, loader, val_set, run, log):
-    """Steps on the batches of loader until args.steps or a signal, with log, validation and checkpoints. -> (last validation, that signal or None).
-    Raises UserError, with everything saved, where it cannot go on."""
-    args, start, problem = state.args, state.step, None
-    if not log:
-        log.append(validate(state, val_set, run))
-    validation, line = next(entry for entry in reversed(log) if "restored_psnr" in entry), {"loss": math.nan, "images_per_second": 0}
-    if RANK == 0:
-        write_text(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
-    meter, loader, norm, bad = Meter(state, WORLD), iter(loader), math.nan, 0
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the death of a worker shows where its batch is waited for, not amid an update
-    with (noted_signals() as stop, tqdm(total=args.steps, initial=start, unit="step", smoothing=0.05, dynamic_ncols=True, disable=RANK > 0) as bar,
-          open(run / "log.jsonl" if RANK == 0 else os.devnull, "a", buffering=1) as log_file):
-        while True:
-            batch = meter.wait_for(loader)
-            problem = batch if isinstance(batch, UserError) else problem
-            # all processes end together: after the last step, a signal to one of them, or what one could not do
-            stopped, failed = sum_over_all([float(bool(stop)), float(bool(problem))], args.device)
-            last, entries = batch is None or bool(stopped or failed), []
-            pause = time.monotonic()
-            if state.step > start and (state.step % 50 == 0 or last):
-                entries.append(line := meter.entry(norm))
-            if state.step > start and (state.step % args.val_every == 0 or last and not stopped + failed):  # after SIGTERM there is little time
-                try:
-                    validation = validate(state, val_set, run)
-                except (UserError, MemoryError, RuntimeError):
-                    if WORLD == 1:
-                        state.save(run, validation)
-                    raise
-                entries.append(validation)
-            if entries:
-                bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} img/s, val {validation['restored_psnr']:.2f} dB")
-            log += entries
-            log_file.writelines(json.dumps(entry) + "\n" for entry in entries)
-            if state.step > start and (state.step % args.save_every == 0 or last):
-                state.save(run, validation)
-                if RANK == 0:
-                    draw_panels([(title, [(line["step"], line[key]) for line in log if key in line], key == "loss", None)
-                                 for key, title in CURVES.items()], run / "loss.png")
-            meter.since += time.monotonic() - pause
-            if last:
-                break
-            try:
-                sums, norm, finite, passed_over = train_step(state, batch)
-            except (MemoryError, RuntimeError) as error:
-                if WORLD > 1 or state.step > bar.n or not out_of_memory(error):  # others wait; or the weights are half updated
-                    raise
-                problem = UserError(out_of_memory(error))
-                continue
-            meter.count(sums, finite, passed_over)
-            bar.update()
-            bad = 0 if finite else bad + 1
-            if bad:
-                print(f"\nstep {state.step}: the loss is {sum(sums[:BINS])}, the gradient norm {norm}: skipped", file=sys.stderr)
-            if bad == 20:
-                problem = UserError(f"20 steps in a row without a finite loss; the weights are saved, lower --lr ({args.lr:g})")
-    loader = None  # ends the workers
-    sum_over_all([0.0], args.device)  # nobody leaves before the first one has saved
-    if failed:
-        raise problem or UserError("another process could not go on")
-    return validation, (stop or [signal.SIGTERM])[0] if stopped and state.step < args.steps else None
+def train(state, batches, val_set, run, log, autoencoder, prompts):
+    """Do the steps that are left, with log, validation and checkpoints.
+
+    -> whether a signal ended it before the last step. Raises UserError where it cannot go on.
+    """
+    args = state.args
+    stop = catch_signals()
+    meter = Meter(args)
+    frozen = autoencoder, prompts
+    bar = tqdm(total=args.steps, initial=state.step, unit="step", smoothing=0.05, disable=RANK > 0)
+    while state.step < args.steps:
+        batch = meter.wait_for(batches)
+        result = train_step(state, batch, *frozen, stop)
+        meter.add(result)
+        bar.update()
+        if not result["finite"]:
+            loss = sum(result["losses"])
+            bar.write(f"step {state.step}: loss {loss}, gradient norm {result['norm']}: skipped")
+        done = state.step == args.steps
+        last = done or result["stop"] or meter.failures == MOST_FAILURES
+        if last or state.step % LOG_EVERY == 0:
+            log.add(meter.line(state, result["norm"]))
+        pause = time.monotonic()
+        if done or state.step % args.val_every == 0:
+            state.validation = validate(state, val_set, run, *frozen)
+            log.add(state.validation)
+        if last or state.step % args.save_every == 0:
+            state.save(run)
+            log.draw()
+        meter.since += time.monotonic() - pause
+        bar.set_postfix_str(log.summary())
+        if meter.failures == MOST_FAILURES:
+            raise UserError(
+                f"{MOST_FAILURES} steps in a row without a finite loss; the weights are saved, "
+                f"lower --lr ({args.lr:g})"
+            )
+        if last:
+            break
+    bar.close()
+    return stop and not done
+
+
+def check_data(args, train_set, val_set):
+    """Refuse to go on with other rows than those that the run began with. Raises UserError."""
+    if not args.data:
+        return
+    rows = train_set.source.rows, train_set.rows, val_set.rows
+    digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+    if getattr(args, "data_digest", digest) != digest:
+        again = f"--data {args.data} goes on with it as it is now"
+        raise UserError(f"{args.data} is not what it was when this run began; {again}")
+    args.data_digest = digest
+
+
+def check_resolution(args, autoencoder, config):
+    """Raise UserError for a crop that the model cannot take."""
+    unit = autoencoder.factor * config["sana"].get("patch_size", 1)
+    for side in [args.resolution] + [side for side, _ in args.curriculum or []]:
+        if side % unit:
+            raise UserError(f"--resolution {side}: give a multiple of {unit}, the model's unit")
+
+
+def crop_stages(args):
+    """Return --curriculum as PairedDataset takes it: [(draws before the end, side)]."""
+    stages = []
+    end = 0
+    for side, steps in args.curriculum or []:
+        end += steps * args.batch_size
+        stages.append((end, side))
+    return stages
+
+
+def begin_run(run, args, config):
+    """Make the run folder, empty of an older run, with config.json."""
+    if not args.resume:
+        for name in ["latest", "best", "log.jsonl", "loss.png"]:
+            (run / name).unlink(missing_ok=True)
+        for folder in [run / "samples", *run.glob("step_*")]:
+            shutil.rmtree(folder, ignore_errors=True)
+    write_text(run / "config.json", json.dumps({"model": config, "args": vars(args)}, indent=1))
 
 
 def main():
     args = parse_args()
-    if args.device == "cpu":
-        keep_freed_memory()
-    join_others(args)
-    stages = curriculum(args) if args.curriculum else None
-    train_set, val_set = make_datasets(args, stages)
-    digest = hashlib.sha256(repr((train_set.source.rows, train_set.rows, val_set.rows)).encode()).hexdigest() if args.data else None
-    if getattr(args, "data_digest", digest) != digest:
-        raise UserError(f"{args.data} is not what it was when this run began; --data {args.data} goes on with it as it is now")
-    args.data_digest = digest
-    config, start = None if args.resume else describe_model(args.model, args.conditioning), 0
-    run, log = prepare_run(args)
-    if args.resume:
-        saved = read_run(run)
-        config, start = saved["model"], saved["step"]
+    start_processes(args)
+    run = Path(args.out)
+    checkpoint = None
+    if (run / "latest").is_file() and not args.overwrite:
+        if not args.resume:
+            choices = "--resume continues it, --overwrite deletes it, --out names another"
+            raise UserError(f"{run} holds a run already: {choices}")
+        checkpoint = model.find_checkpoint(run)
+    train_set, val_set = data.make_datasets(args, crop_stages(args))
+    check_data(args, train_set, val_set)
+    start = 0
+    if checkpoint:
+        config, start = model.read_run(checkpoint)["model"], model.read_run(checkpoint)["step"]
         if start >= args.steps:
-            raise UserError(f"{run} is at step {start} of {args.steps} already; --steps sets a later end")
-    autoencoder, prompts = build_surroundings(config, args.device)
-    unit = autoencoder.factor * config["sana"].get("patch_size", 1)
-    wrong = [side for _, side in stages or [(0, args.resolution)] if side % unit]
-    if wrong:
-        raise UserError(f"--resolution {wrong[0]}: a multiple of {unit}, the model's unit")
+            raise UserError(f"{run} is at step {start} of {args.steps} already: --steps more")
+    else:
+        config = model.describe_model(args.model, args.conditioning)
+    autoencoder, prompts = data.load_frozen(config, args.device)
+    check_resolution(args, autoencoder, config)
+
+    # every draw of the run has a number; this process takes every WORLD-th
     draws = range(start * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
     if args.cache:
-        train_set, autoencoder = CachedDataset(args.cache, fingerprint(args, config), len(train_set)), None
-        prompts.known = train_set.prompts
-    elif prompts.folder:  # all captions of the run, before the transformer takes the memory
-        ahead = range(draws.start, draws.stop + 2 * len(train_set)) if args.skip_bad else draws
-        prompts.prepare(["", *(train_set.plan(i)[2] for i in ahead), *(val_set.plan(i)[2] for i in range(len(val_set)))])
-    state = State(config, autoencoder, prompts, args)
-    if args.resume:
-        state.load(find_checkpoint(run))
-        log = [entry for entry in log if entry["step"] <= state.step]
-    sum_over_all([0.0], args.device)  # now all have read what the first one is about to write
+        train_set = data.CachedDataset(args.cache, data.fingerprint(args, config), len(train_set))
+        prompts.known = train_set.prompts()
+        autoencoder = None
+    else:  # all captions of the run, before the transformer takes the memory
+        prompts.prepare(data.captions_of(train_set, draws, val_set))
+    on_gpu = args.device.startswith("cuda")
+    batches = data.load_batches(train_set, args.batch_size // WORLD, draws, args.workers, on_gpu)
+
+    generator = torch.Generator().manual_seed(seed_for(args.seed, 0, "weights"))
+    if checkpoint:
+        with torch.device("meta"):
+            restorer = model.build_restorer(config)
+        load_weights(restorer.to_empty(device="cpu"), checkpoint / "model.safetensors")
+    else:
+        restorer = model.initial_restorer(args.model, config, generator)
+    state = State(config, restorer, args)
+    if checkpoint:
+        state.load(checkpoint)
     if RANK == 0:
-        if not args.resume and (run / "latest").exists():  # --overwrite
-            for old in ("latest", "best", "log.jsonl", "loss.png", "samples", *(path.name for path in run.glob(STEPS))):
-                shutil.rmtree(run / old) if (run / old).is_dir() else (run / old).unlink(missing_ok=True)
-        write_text(run / "config.json", json.dumps({"model": state.config, "args": vars(args)}, indent=1))
-    count = sum(p.numel() for p in state.parameters.values())
-    where = f"on {WORLD} x {args.device}" if WORLD > 1 else f"on {args.device}" + ("" if torch.cuda.is_available() else " (no GPU here)")
-    print(f"model {args.model}, {count / 1e6:.2f} M parameters, {where}: {args.steps - state.step} steps of "
-          f"{args.batch_size} crops of {args.curriculum or args.resolution} pixels from {len(train_set)} images -> {run}")
-    validation, interrupted = train(state, make_loader(train_set, args, draws), val_set, run, log)
-    print(f"{'interrupted at ' if interrupted else ''}step {state.step}, {len(val_set)} held-out images: "
-          f"PSNR {validation['input_psnr']:.2f} -> {validation['restored_psnr']:.2f} dB, "
-          f"SSIM {validation['input_ssim']:.3f} -> {validation['restored_ssim']:.3f}")
-    print(f"pictures {run}/samples/step_{validation['step']:06d}.png (degraded | restored | clean), {run}/loss.png\n"
-          f"log {run}/log.jsonl, checkpoint {run}/step_{state.step:06d}")
-    if interrupted:
+        begin_run(run, args, config)
+    count = sum(p.numel() for p in state.weights.values()) / 1e6
+    where = f"{WORLD} x {args.device}" if WORLD > 1 else args.device
+    where += "" if torch.cuda.is_available() else " (no GPU here)"
+    work = f"{args.steps - start} steps of {args.batch_size} crops of {args.resolution} pixels"
+    print(f"model {args.model}, {count:.2f} M parameters, on {where}")
+    print(f"{work} from {len(train_set)} images -> {run}")
+
+    log = Log(run, start)
+    state.validation = log.newest("restored_psnr")
+    try:
+        if not state.validation:
+            state.validation = validate(state, val_set, run, autoencoder, prompts)
+            log.add(state.validation)
+        stopped = train(state, batches, val_set, run, log, autoencoder, prompts)
+    except Exception:  # a bad picture, a dead worker, no memory: keep what there is
+        if state.whole and state.step > start and WORLD == 1:
+            state.save(run)
+        raise
+    report(state, run, len(val_set))
+    if stopped:
         print(f"python train.py --resume {run} goes on")
-        sys.exit(128 + interrupted)
+        sys.exit(128 + signal.SIGTERM)
+
+
+def report(state, run, count):
+    """Print the last lines: what was reached, and where it lies."""
+    v = state.validation
+    psnr = f"PSNR {v['input_psnr']:.2f} -> {v['restored_psnr']:.2f} dB"
+    ssim = f"SSIM {v['input_ssim']:.3f} -> {v['restored_ssim']:.3f}"
+    print(f"step {state.step}, {count} held-out images: {psnr}, {ssim}")
+    print(f"degraded | restored | clean: {run}/samples/step_{v['step']:06d}.png")
+    print(f"{run}/loss.png, log.jsonl, checkpoint step_{state.step:06d}")
 
 
 if __name__ == "__main__":
