@@ -40,6 +40,7 @@ SCRATCH = {"lr": 5e-3, "steps": 8000, "resolution": 48, "share_at_one": 0.3, "cl
 PRETRAINED = {"lr": 1e-5, "steps": 10000, "resolution": 512, "share_at_one": 0.0, "clip": 0.1}
 DEMO_STEPS = 2500
 OPTIMIZERS = ["adamw", "adamw_bf16", "adamw_sr"]  # fp32; bf16 exact; bf16 stochastic
+STEP_FOLDERS = "step_[0-9]*"
 
 # Several processes, as torchrun starts them: one a GPU, on one machine or several.
 RANK = int(os.environ.get("RANK", 0))
@@ -159,7 +160,12 @@ def parse_curriculum(text):
 def start_processes(args):
     """Meet the other processes, if there are any. Only the first one speaks."""
     if WORLD > 1:
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # on one machine
+            # what torchrun restarts must not meet the addresses of the dead, in the same store
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if args.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open to the end
 
@@ -367,7 +373,9 @@ class State:
         if WORLD > 1:
             shard_restorer(restorer, args.device)
         self.weights = dict(restorer.named_parameters())
-        self.parts = {name: p.to_local() if WORLD > 1 else p for name, p in self.weights.items()}
+        self.parts = dict(self.weights)
+        if WORLD > 1:
+            self.parts = {name: p.detach().to_local() for name, p in self.weights.items()}
         self.ema = {name: t.to(args.ema_device) for name, t in exact.items()}
         self.optimizer = self.make_optimizer(args)
         for name, part in self.parts.items():  # bf16 weights from scratch have low bits as well
@@ -509,7 +517,7 @@ class State:
             raise UserError(f"cannot write checkpoint {folder}: {error}") from None
         write_text(run / "best", self.best[1] or folder.name)
         write_text(latest, folder.name)
-        for old in run.glob("step_*"):
+        for old in run.glob(STEP_FOLDERS):
             if old.name not in (folder.name, self.best[1]):
                 half = old.rename(run / f".{old.name}.partial")  # never half a step_N
                 shutil.rmtree(half, ignore_errors=True)
@@ -801,37 +809,37 @@ def train(state, batches, val_set, run, log, autoencoder, prompts):
     stop = catch_signals()
     meter = Meter(args)
     frozen = autoencoder, prompts
-    bar = tqdm(total=args.steps, initial=state.step, unit="step", smoothing=0.05, disable=RANK > 0)
-    while state.step < args.steps:
-        batch = meter.wait_for(batches)
-        result = train_step(state, batch, *frozen, stop)
-        meter.add(result)
-        bar.update()
-        if not result["finite"]:
-            loss = sum(result["losses"])
-            bar.write(f"step {state.step}: loss {loss}, gradient norm {result['norm']}: skipped")
-        done = state.step == args.steps
-        last = done or result["stop"] or meter.failures == MOST_FAILURES
-        if last or state.step % LOG_EVERY == 0:
-            log.add(meter.line(state, result["norm"]))
-        pause = time.monotonic()
-        if done or state.step % args.val_every == 0:
-            state.validation = validate(state, val_set, run, *frozen)
-            log.add(state.validation)
-        if last or state.step % args.save_every == 0:
-            state.save(run)
-            log.draw()
-        meter.since += time.monotonic() - pause
-        bar.set_postfix_str(log.summary())
-        if meter.failures == MOST_FAILURES:
-            raise UserError(
-                f"{MOST_FAILURES} steps in a row without a finite loss; the weights are saved, "
-                f"lower --lr ({args.lr:g})"
-            )
-        if last:
-            break
-    bar.close()
-    return stop and not done
+    options = {"unit": "step", "smoothing": 0.05, "disable": RANK > 0}
+    with tqdm(total=args.steps, initial=state.step, **options) as bar:
+        while state.step < args.steps:
+            batch = meter.wait_for(batches)
+            result = train_step(state, batch, *frozen, stop)
+            meter.add(result)
+            bar.update()
+            if not result["finite"]:
+                loss, norm = sum(result["losses"]), result["norm"]
+                bar.write(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped")
+            done = state.step == args.steps
+            last = done or result["stop"] or meter.failures == MOST_FAILURES
+            if last or state.step % LOG_EVERY == 0:
+                log.add(meter.line(state, result["norm"]))
+            pause = time.monotonic()
+            if done or state.step % args.val_every == 0:
+                state.validation = validate(state, val_set, run, *frozen)
+                log.add(state.validation)
+            if last or state.step % args.save_every == 0:
+                state.save(run)
+                log.draw()
+            meter.since += time.monotonic() - pause
+            bar.set_postfix_str(log.summary())
+            if meter.failures == MOST_FAILURES:
+                raise UserError(
+                    f"{MOST_FAILURES} steps in a row without a finite loss; the weights are saved, "
+                    f"lower --lr ({args.lr:g})"
+                )
+            if last:
+                break
+    return result["stop"] and not done
 
 
 def check_data(args, train_set, val_set):
@@ -866,10 +874,10 @@ def crop_stages(args):
 
 def begin_run(run, args, config):
     """Make the run folder, empty of an older run, with config.json."""
-    if not args.resume:
+    if (run / "latest").is_file() and not args.resume:
         for name in ["latest", "best", "log.jsonl", "loss.png"]:
             (run / name).unlink(missing_ok=True)
-        for folder in [run / "samples", *run.glob("step_*")]:
+        for folder in [run / "samples", *run.glob(STEP_FOLDERS)]:
             shutil.rmtree(folder, ignore_errors=True)
     write_text(run / "config.json", json.dumps({"model": config, "args": vars(args)}, indent=1))
 
@@ -902,7 +910,7 @@ def main():
         train_set = data.CachedDataset(args.cache, data.fingerprint(args, config), len(train_set))
         prompts.known = train_set.prompts()
         autoencoder = None
-    else:  # all captions of the run, before the transformer takes the memory
+    elif prompts.folder:  # all captions of the run, before the transformer takes the memory
         prompts.prepare(data.captions_of(train_set, draws, val_set))
     on_gpu = args.device.startswith("cuda")
     batches = data.load_batches(train_set, args.batch_size // WORLD, draws, args.workers, on_gpu)
@@ -937,6 +945,8 @@ def main():
         if state.whole and state.step > start and WORLD == 1:
             state.save(run)
         raise
+    finally:
+        batches.close()  # ends the workers
     report(state, run, len(val_set))
     if stopped:
         print(f"python train.py --resume {run} goes on")

@@ -1,16 +1,21 @@
+"""Pictures, pairs and their draws: read, cropped, degraded, and made by the data.py command."""
+
 import csv
+import multiprocessing
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from data import CsvPairs, DeadLeaves, PairedDataset, collate, make_pairs, seed_for, to_image, to_tensor
-from degrade import PHRASES, UserError, parse_degradations
+from data import CsvPairs, DeadLeaves, PairedDataset, load_batches, make_pairs, open_image
+from data import seed_for, to_image, to_tensor
+from degrade import DEGRADATIONS, UserError, parse_degradations
+
+HEADER = "image_path", "condition_image_path", "caption"
 
 
-def write_csv(path, rows, header=("image_path", "condition_image_path", "caption"), encoding="utf-8"):
+def write_csv(path, rows, header=HEADER, encoding="utf-8"):
     with open(path, "w", newline="", encoding=encoding) as file:
         csv.writer(file).writerows([header, *rows])
     return path
@@ -22,154 +27,335 @@ def coordinates(width, height):
     return Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8))
 
 
+def levels(image):
+    return np.asarray(image).astype(int)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures.
+
+
 def test_tensor_and_image_are_inverse_and_round_to_nearest():
-    levels = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
-    tensor = to_tensor(levels)
-    assert tensor.min() == -1 and tensor.max() == 1 and tensor.shape == (3, 16, 16)
-    assert np.array_equal(np.asarray(to_image(tensor)), np.asarray(levels))
-    assert np.array_equal(np.asarray(to_image(tensor + 0.9 / 255)), np.asarray(levels))
-    assert np.asarray(to_image(torch.full((3, 1, 1), 1.7))).max() == 255
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    tensor = to_tensor(image)
+    assert tensor.min() == -1 and tensor.max() == 1
+    assert tensor.shape == (3, 16, 16)
+    assert np.array_equal(levels(to_image(tensor)), levels(image))
+    assert np.array_equal(levels(to_image(tensor + 0.9 / 255)), levels(image))
+    assert levels(to_image(torch.full((3, 1, 1), 1.7))).max() == 255
 
 
-def test_both_images_of_a_pair_get_the_same_crop_and_flip(tmp_path):
-    clean = coordinates(90, 70)
-    condition = np.asarray(clean).copy()
-    condition[..., 2] = 77
-    clean.save(tmp_path / "a.png"), Image.fromarray(condition).save(tmp_path / "b.png")
-    source = CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "b.png", "x")]))
-    dataset, seen = PairedDataset(source, 32), set()
-    for n in range(60):
-        item = dataset[n]
-        clean, condition = (np.asarray(to_image(item[key])).astype(int) for key in ("clean", "condition"))
-        assert np.array_equal(clean[..., :2], condition[..., :2]) and (condition[..., 2] == 77).all()
-        x, y = clean[..., 0], clean[..., 1]
-        step = x[0, 1] - x[0, 0]
-        assert abs(step) == 1 and (np.diff(x) == step).all() and (np.diff(y, axis=0) == 1).all()
-        seen.add((x.min(), y.min(), step))
-    assert len({s[0] for s in seen}) > 20 and len({s[1] for s in seen}) > 15 and {s[2] for s in seen} == {-1, 1}
+MODES_OF_FILES = [
+    ("RGB", "rgb.png", "RGB"),
+    ("L", "grey.png", "L"),
+    ("P", "palette.png", "RGB"),
+    ("1", "one.png", "L"),
+    ("CMYK", "cmyk.jpg", "RGB"),
+    ("LA", "la.png", "LA"),
+    ("RGBA", "rgba.png", "RGBA"),
+]
 
 
-def test_every_row_is_drawn_once_per_epoch_in_a_new_order():
-    dataset = PairedDataset(DeadLeaves(7, 32, 0), 32)
-    epochs = [[int(dataset._row(7 * epoch + i)) for i in range(7)] for epoch in range(4)]
-    assert all(sorted(e) == list(range(7)) for e in epochs) and len({tuple(e) for e in epochs}) == 4
-    assert int(dataset._row(9)) == epochs[1][2]  # any draw can be asked for on its own
+@pytest.mark.parametrize("mode, name, mode_read", MODES_OF_FILES)
+def test_open_image_modes(tmp_path, photo, mode, name, mode_read):
+    photo.crop((0, 0, 20, 10)).convert(mode).save(tmp_path / name)
+    assert open_image(tmp_path / name).mode == mode_read
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_on_the_fly_pairs_do_not_depend_on_the_number_of_workers(workers):
-    def batches(workers, first):
-        loader = DataLoader(PairedDataset(DeadLeaves(5, 48, 0), 32, seed=3), 4, sampler=range(first, 24),
-                            num_workers=workers, collate_fn=collate)
-        return list(loader)
-    alone, split, later = batches(0, 0), batches(workers, 0), batches(workers, 8)
-    for a, b in [*zip(alone, split, strict=True), *zip(alone[2:], later, strict=True)]:
-        assert torch.equal(a["clean"], b["clean"]) and torch.equal(a["condition"], b["condition"]) and a["caption"] == b["caption"]
-    assert not torch.equal(alone[0]["condition"], alone[1]["condition"])
+def test_open_image_scales_16_bits_to_8(tmp_path, capsys):
+    ramp = np.arange(200, dtype=np.uint16).reshape(10, 20)
+    Image.fromarray(ramp * 257).save(tmp_path / "deep.png")
+    image = open_image(tmp_path / "deep.png")
+    assert image.mode == "L"
+    assert np.array_equal(levels(image), ramp)
+    assert capsys.readouterr().err.endswith("deep.png: 16-bit grey is converted to 8 bits\n")
 
 
-def test_seeds_differ_in_each_part():
-    seeds = {seed_for(s, i, w) for s in range(5) for i in range(5) for w in ("noise", "order")}
-    assert len(seeds) == 50 and all(0 <= s < 2**63 for s in seeds)
+def test_open_image_turns_a_picture_upright(tmp_path, photo):
+    small = photo.crop((0, 0, 20, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: rotate by 90 degrees to see it upright
+    small.save(tmp_path / "turned.png", exif=exif)
+    upright = small.transpose(Image.ROTATE_270)
+    assert np.array_equal(levels(open_image(tmp_path / "turned.png")), levels(upright))
 
 
-def test_captions(tmp_path):
-    coordinates(40, 40).save(tmp_path / "a.png")
-    own = CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "", "my words")]))
-    drawn = [PairedDataset(own, 32)[n]["caption"] for n in range(1000)]
-    assert set(drawn) == {"", "my words"} and 70 <= drawn.count("") <= 130
-    auto = CsvPairs(write_csv(tmp_path / "q.csv", [("a.png", "", "")]))
-    dataset = PairedDataset(auto, 32, parse_degradations(["jpeg"]), caption_dropout=0)
-    assert all("JPEG" in c or "compression" in c for c in (dataset[n]["caption"] for n in range(50)))
-    paired = CsvPairs(write_csv(tmp_path / "r.csv", [("a.png", "a.png", "")]))
-    assert PairedDataset(paired, 32, caption_dropout=0)[0]["caption"] == ""
-
-
-def test_degradation_modes(tmp_path):
-    coordinates(40, 40).save(tmp_path / "a.png"), Image.new("RGB", (40, 40), "white").save(tmp_path / "b.png")
-    source = CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "b.png", "")]))
-    white = lambda mode: bool((PairedDataset(source, 32, degradation=mode)[0]["condition"] == 1).all())
-    assert white("auto") and white("paired") and not white("on_the_fly")
-    bare = CsvPairs(write_csv(tmp_path / "q.csv", [("a.png",)], ["image_path"]))
-    assert isinstance(PairedDataset(bare, 32, degradation="paired")[0], UserError)
-    assert not isinstance(PairedDataset(bare, 32)[0], UserError)
-
-
-def test_captions_are_known_without_opening_an_image(photos, tmp_path):
-    rows = [(photos / f"{i:02d}.png", photos / f"{i:02d}.png" if i % 2 else "", "given" if i % 3 else "") for i in range(12)]
-    source = CsvPairs(write_csv(tmp_path / "plan.csv", rows))
-    for options in ({}, {"degradation": "on_the_fly"}, {"training": False}):
-        dataset = PairedDataset(source, 32, seed=3, **options)
-        items = [dataset.draw(i)["caption"] for i in range(12)]
-        source.load, load = None, source.load
-        assert [dataset.plan(i)[2] for i in range(12)] == items and len(set(items)) > 3
-        source.load = load
-
-
-def test_paths_headers_and_encodings(tmp_path):
-    (tmp_path / "deep").mkdir()
-    coordinates(40, 40).save(tmp_path / "é.png"), coordinates(40, 40).save(tmp_path / "deep/b.png")
-    path = write_csv(tmp_path / "deep/p.csv", [("../é.png", "b.png", 'with "quotes", a comma\nand a line'), (tmp_path / "é.png", "", "")],
-                     header=(" image_path", "condition_image_path ", "caption"), encoding="utf-8-sig")
-    source = CsvPairs(path)
-    assert len(source) == 2 and source.peek(0)[1].endswith("and a line") and source.peek(0)[0]
-    assert source.load(1)[1] is None and source.peek(1) == (False, "")
-
-
-def test_bad_csvs_are_refused_with_the_place(tmp_path):
-    coordinates(40, 40).save(tmp_path / "a.png"), coordinates(41, 40).save(tmp_path / "b.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    (tmp_path / "empty.csv").write_bytes(b""), (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x81")
-
-    def refused(rows, words, **options):
-        with pytest.raises(UserError) as error:
-            dataset = PairedDataset(CsvPairs(rows if isinstance(rows, type(tmp_path)) else write_csv(tmp_path / "p.csv", rows, **options)), 32)
-            dataset.draw(0)
-        assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
-    refused(tmp_path / "absent.csv", ["absent.csv", "no such file"])
-    refused(tmp_path / "empty.csv", ["empty.csv", "file is empty"])
-    refused(tmp_path / "binary.csv", ["binary.csv"])
-    refused([], ["no rows"])
-    refused([("a.png",)], ["no column image_path", "photo"], header=["photo"])
-    refused([("a.png", "", ""), ("", "", "x")], ["line 3", "empty"])
-    refused([("gone.png", "", "")], ["line 2", "gone.png"])
-    refused([("broken.png", "", "")], ["line 2", "broken.png"])
-    refused([("a.png", "b.png", "")], ["line 2", "different sizes", "40x40", "41x40"])
-    refused([("a.png", "", "x", "too many")], ["line 2", "more fields"])
-    coordinates(31, 90).save(tmp_path / "small.png")
-    refused([("small.png", "", "")], ["line 2", "31x90", "--resolution 28"])
-
-
-def test_make_pairs_writes_what_training_reads(photos, tmp_path):
-    make_pairs(photos, tmp_path / "pairs", parse_degradations(["gaussian_noise:sigma=25"]), [1], seed=0)
-    source = CsvPairs(tmp_path / "pairs/pairs.csv")
-    assert len(source) == 12
-    errors = []
-    for i, original in enumerate(sorted(photos.iterdir())):
-        (clean, condition, _), (_, caption) = source.load(i), source.peek(i)
-        assert np.array_equal(np.asarray(clean), np.asarray(Image.open(original))) and any(phrase in caption for phrase in PHRASES["gaussian_noise"])
-        errors.append((np.asarray(condition).astype(float) - np.asarray(clean))[32:64].std())
-    assert 18 < np.mean(errors) < 25.5  # clipping takes some of the 25
-    with pytest.raises(UserError, match="exists already"):
-        make_pairs(photos, tmp_path / "pairs", parse_degradations(["jpeg"]), [1], seed=0)
-    again = tmp_path / "again"
-    make_pairs(photos, again, parse_degradations(["gaussian_noise:sigma=25"]), [1], seed=0)
-    for path in (tmp_path / "pairs").rglob("*.png"):
-        assert path.read_bytes() == (again / path.relative_to(tmp_path / "pairs")).read_bytes()
+def test_open_image_names_the_file_that_it_cannot_read(tmp_path, photo):
+    photo.save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    half = whole[: len(whole) // 2]
+    for name, content in [("empty.png", b""), ("text.png", b"hello"), ("cut.png", half)]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            open_image(tmp_path / name)
+    with pytest.raises(UserError, match="no such file"):
+        open_image(tmp_path / "absent.png")
 
 
 def test_dead_leaves_have_the_spectrum_of_photographs(photo):
-    """Power falls about as 1/f^2 along a line of the log-log spectrum, as in the photograph beside it."""
+    """Power falls about as 1/f^2 along a line of the log-log spectrum, as in a photograph."""
+
     def slope(images):
         power = 0
         for image in images:
             grey = np.asarray(image.convert("L"), float)
             window = np.hanning(len(grey))
-            power = power + abs(np.fft.fft2((grey - grey.mean()) * window[:, None] * window)) ** 2
+            windowed = (grey - grey.mean()) * window[:, None] * window
+            power = power + abs(np.fft.fft2(windowed)) ** 2
         n = len(power)
         radius = np.hypot(*np.meshgrid(np.fft.fftfreq(n), np.fft.fftfreq(n)))
-        bins = np.geomspace(4 / n, 0.35, 9)
-        means = [power[(radius >= low) & (radius < high)].mean() for low, high in zip(bins, bins[1:])]
-        return np.polyfit(np.log(np.sqrt(bins[1:] * bins[:-1])), np.log(means), 1)[0]
-    leaves = slope([DeadLeaves(8, 128, 0).load(i)[0] for i in range(8)])
-    assert -3 < leaves < -1.5 and abs(leaves - slope([photo.crop((128, 128, 256, 256))])) < 1.5
+        edges = np.geomspace(4 / n, 0.35, 9)
+        means = []
+        for low, high in zip(edges[:-1], edges[1:]):
+            ring = (radius >= low) & (radius < high)
+            means.append(power[ring].mean())
+        centres = np.sqrt(edges[1:] * edges[:-1])
+        return np.polyfit(np.log(centres), np.log(means), 1)[0]
+
+    source = DeadLeaves(8, 128, 0)
+    leaves = slope([source.load(i)[0] for i in range(8)])
+    assert -3 < leaves < -1.5
+    assert abs(leaves - slope([photo.crop((128, 128, 256, 256))])) < 1.5
+
+
+# --------------------------------------------------------------------------------------------------
+# Draws.
+
+
+def test_both_images_of_a_pair_get_the_same_crop_and_flip(tmp_path):
+    clean = coordinates(90, 70)
+    marked = np.asarray(clean).copy()
+    marked[..., 2] = 77
+    clean.save(tmp_path / "a.png")
+    Image.fromarray(marked).save(tmp_path / "b.png")
+    source = CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "b.png", "x")]))
+    dataset = PairedDataset(source, 32)
+    lefts, tops, steps = set(), set(), set()
+    for n in range(60):
+        item = dataset[n]
+        clean = levels(to_image(item["clean"]))
+        condition = levels(to_image(item["condition"]))
+        assert np.array_equal(clean[..., :2], condition[..., :2])
+        assert (condition[..., 2] == 77).all()
+        x, y = clean[..., 0], clean[..., 1]
+        step = x[0, 1] - x[0, 0]
+        assert abs(step) == 1
+        assert (np.diff(x) == step).all()
+        assert (np.diff(y, axis=0) == 1).all()
+        lefts.add(x.min())
+        tops.add(y.min())
+        steps.add(step)
+    assert len(lefts) > 20
+    assert len(tops) > 15
+    assert steps == {-1, 1}
+
+
+def test_every_row_is_drawn_once_per_epoch_in_a_new_order():
+    dataset = PairedDataset(DeadLeaves(7, 32, 0), 32)
+    epochs = []
+    for epoch in range(4):
+        rows = tuple(int(dataset.row_of(7 * epoch + i)) for i in range(7))
+        assert sorted(rows) == list(range(7))
+        epochs.append(rows)
+    assert len(set(epochs)) == 4
+    assert int(dataset.row_of(9)) == epochs[1][2]  # any draw can be asked for on its own
+
+
+def batches(workers, first):
+    """Draws first to 23 of five pictures, in batches of four."""
+    dataset = PairedDataset(DeadLeaves(5, 48, 0), 32, seed=3)
+    return list(load_batches(dataset, 4, range(first, 24), workers))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_on_the_fly_pairs_do_not_depend_on_the_number_of_workers(workers):
+    alone = batches(0, 0)
+    split = batches(workers, 0)
+    later = batches(workers, 8)
+    assert len(alone) == 6
+    for a, b in [*zip(alone, split, strict=True), *zip(alone[2:], later, strict=True)]:
+        assert torch.equal(a["clean"], b["clean"])
+        assert torch.equal(a["condition"], b["condition"])
+        assert a["caption"] == b["caption"]
+    assert not torch.equal(alone[0]["condition"], alone[1]["condition"])
+
+
+def test_seeds_differ_in_each_part():
+    seeds = set()
+    for seed in range(5):
+        for index in range(5):
+            seeds.add(seed_for(seed, index, "noise"))
+            seeds.add(seed_for(seed, index, "order"))
+    assert len(seeds) == 50
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_captions(tmp_path):
+    coordinates(40, 40).save(tmp_path / "a.png")
+    own = CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "", "my words")]))
+    dataset = PairedDataset(own, 32)
+    drawn = [dataset[n]["caption"] for n in range(1000)]
+    assert set(drawn) == {"", "my words"}
+    assert 70 <= drawn.count("") <= 130
+    auto = CsvPairs(write_csv(tmp_path / "q.csv", [("a.png", "", "")]))
+    dataset = PairedDataset(auto, 32, parse_degradations(["jpeg"]), caption_dropout=0)
+    for n in range(50):
+        caption = dataset[n]["caption"]
+        assert "JPEG" in caption or "compression" in caption
+    paired = CsvPairs(write_csv(tmp_path / "r.csv", [("a.png", "a.png", "")]))
+    assert PairedDataset(paired, 32, caption_dropout=0)[0]["caption"] == ""
+
+
+def test_a_row_without_a_condition_is_degraded_on_the_fly_and_one_with_is_not(tmp_path):
+    coordinates(40, 40).save(tmp_path / "a.png")
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "b.png")
+    paired = CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "b.png", "")]))
+    assert (PairedDataset(paired, 32)[0]["condition"] == 1).all()
+    for rows, header in (([("a.png",)], ["image_path"]), ([("a.png", "", "")], HEADER)):
+        bare = CsvPairs(write_csv(tmp_path / "q.csv", rows, header))
+        item = PairedDataset(bare, 32)[0]
+        assert not (item["condition"] == 1).all()
+        assert not torch.equal(item["condition"], item["clean"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_captions_are_known_without_opening_an_image(photos, tmp_path, training, monkeypatch):
+    rows = []
+    for i in range(12):
+        picture = photos / f"{i:02d}.png"
+        rows.append((picture, picture if i % 2 else "", "given" if i % 3 else ""))
+    source = CsvPairs(write_csv(tmp_path / "plan.csv", rows))
+    dataset = PairedDataset(source, 32, seed=3, training=training)
+    captions = [dataset.draw(i)["caption"] for i in range(12)]
+    monkeypatch.setattr(source, "load", None)
+    assert [dataset.plan(i)[2] for i in range(12)] == captions
+    assert len(set(captions)) > 3
+
+
+# --------------------------------------------------------------------------------------------------
+# CSV files, good and bad.
+
+
+def test_paths_headers_and_encodings(tmp_path):
+    (tmp_path / "deep").mkdir()
+    coordinates(40, 40).save(tmp_path / "é.png")
+    coordinates(40, 40).save(tmp_path / "deep/b.png")
+    caption = 'with "quotes", a comma\nand a line'
+    rows = [("../é.png", "b.png", caption), (tmp_path / "é.png", "", "")]
+    header = " image_path", "condition_image_path ", "caption"
+    source = CsvPairs(write_csv(tmp_path / "deep/p.csv", rows, header, "utf-8-sig"))
+    assert len(source) == 2
+    assert source.peek(0) == (True, caption)
+    assert source.peek(1) == (False, "")
+    clean, condition, _ = source.load(1)
+    assert np.array_equal(levels(clean), levels(coordinates(40, 40)))
+    assert condition is None
+
+
+def refused(path, *words):
+    """Draw the first row of a CSV, which fails in one line with these words."""
+    with pytest.raises(UserError) as error:
+        PairedDataset(CsvPairs(path), 32).draw(0)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """a.png is a good picture, b.png one of another size, broken.png none."""
+    coordinates(40, 40).save(tmp_path / "a.png")
+    coordinates(41, 40).save(tmp_path / "b.png")
+    coordinates(31, 90).save(tmp_path / "small.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    return tmp_path
+
+
+def test_files_that_are_no_csv_are_refused(tmp_path):
+    (tmp_path / "empty.csv").write_bytes(b"")
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x81")
+    refused(tmp_path / "absent.csv", "absent.csv", "no such file")
+    refused(tmp_path / "empty.csv", "empty.csv", "no column image_path in ''")
+    refused(tmp_path / "binary.csv", "binary.csv")
+
+
+def test_bad_headers_are_refused(pictures):
+    path = write_csv(pictures / "p.csv", [("a.png",)], ["photo"])
+    refused(path, "p.csv", "no column image_path", "photo")
+    refused(write_csv(pictures / "p.csv", []), "p.csv", "no row")
+
+
+BAD_ROWS = [
+    ([("a.png", "", ""), ("", "", "x")], ["line 3", "empty"]),
+    ([("gone.png", "", "")], ["line 2", "gone.png"]),
+    ([("broken.png", "", "")], ["line 2", "broken.png"]),
+    ([("a.png", "b.png", "")], ["line 2", "different sizes", "40x40", "41x40"]),
+    ([("a.png", "", "x", "too many")], ["line 2", "more fields"]),
+    ([("small.png", "", "")], ["line 2", "31x90", "--resolution 28"]),
+]
+
+
+@pytest.mark.parametrize("rows, words", BAD_ROWS)
+def test_bad_rows_are_refused_with_the_place(pictures, rows, words):
+    refused(write_csv(pictures / "p.csv", rows), "p.csv", *words)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_name_the_row_that_cannot_be_read_in_one_line(pictures, workers):
+    """From a worker process, too, it is the message and not a page of traceback."""
+    rows = [("a.png", "", ""), ("broken.png", "", "")]
+    path = write_csv(pictures / "p.csv", rows)
+    dataset = PairedDataset(CsvPairs(path), 32, training=False)
+    with pytest.raises(UserError) as error:
+        list(load_batches(dataset, 1, range(2), workers))
+    left = multiprocessing.active_children()
+    for process in left:
+        process.kill()
+    message = str(error.value)
+    assert message.startswith(f"{path}, line 3: {pictures / 'broken.png'}: cannot read")
+    assert "Traceback" not in message
+    assert "\n" not in message
+    with pytest.raises(UserError) as alone:
+        dataset.draw(1)
+    assert message == str(alone.value)
+    assert not left  # a worker ignores SIGTERM: Python would wait for it for ever as it exits
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_with_skip_bad_the_next_row_takes_the_place_and_is_counted(pictures, workers, capfd):
+    rows = [("a.png", "", "good"), ("broken.png", "", "bad")]
+    source = CsvPairs(write_csv(pictures / "p.csv", rows))
+    dataset = PairedDataset(source, 32, caption_dropout=0, skip_bad=True)
+    seen = list(load_batches(dataset, 2, range(6), workers))
+    assert [batch["caption"] for batch in seen] == [["good", "good"]] * 3
+    assert sum(batch["bad"] for batch in seen) >= 3  # once an epoch, or more
+    assert capfd.readouterr().err.count("left out: ") == 1  # said once
+
+
+# --------------------------------------------------------------------------------------------------
+# The command.
+
+
+def test_make_pairs_writes_what_training_reads(photos, tmp_path):
+    choices = parse_degradations(["gaussian_noise:sigma=25"])
+    made = tmp_path / "pairs"
+    make_pairs(photos, made, choices, [1], seed=0)
+    source = CsvPairs(made / "pairs.csv")
+    assert len(source) == 12
+    errors = []
+    for i, original in enumerate(sorted(photos.iterdir())):
+        clean, condition, _ = source.load(i)
+        _, caption = source.peek(i)
+        assert np.array_equal(levels(clean), levels(Image.open(original)))
+        assert any(phrase in caption for phrase in DEGRADATIONS["gaussian_noise"].phrases)
+        errors.append((levels(condition) - levels(clean))[32:64].std())
+    assert 18 < np.mean(errors) < 25.5  # clipping takes some of the 25
+    with pytest.raises(UserError, match="exists already"):
+        make_pairs(photos, made, parse_degradations(["jpeg"]), [1], seed=0)
+    again = tmp_path / "again"
+    make_pairs(photos, again, choices, [1], seed=0)
+    written = sorted(made.rglob("*.png"))
+    assert len(written) == 24
+    for path in written:
+        assert path.read_bytes() == (again / path.relative_to(made)).read_bytes()

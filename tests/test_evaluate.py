@@ -1,145 +1,385 @@
+"""The restoring of pictures of any mode and size, in tiles or whole, and what is printed of it."""
+
+import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageCms
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import evaluate
 from data import CsvPairs, PairedDataset, Prompts, seed_for, to_tensor
-from degrade import draw_grid
-from evaluate import mean_of, psnr, restore, restore_files, restore_image, ssim
+from degrade import UserError
+from evaluate import Pipeline, draw_grid, mean_of, psnr, restore_files, ssim
 from model import PRESETS, build_restorer
-from vae import PixelAE, blend_tiles, tile_starts
+from vae import PixelAE, blend_tiles, save_weights, tile_starts
+
+
+def random_pixels(*shape, seed=1):
+    """Uniform in [-1, 1]."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def levels(image):
+    return np.asarray(image)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A Pipeline of the tiny preset with random weights, also in the last layer."""
+    restorer = build_restorer(PRESETS["tiny"])
+    generator = torch.Generator().manual_seed(0)
+    restorer.sana.initialize(generator)
+    torch.nn.init.normal_(restorer.sana.proj_out.weight, std=0.05, generator=generator)
+    return Pipeline(restorer.eval(), PixelAE(2), Prompts())
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny, tmp_path_factory):
+    """The same as a run of train.py leaves it."""
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint = folder / "step_000001"
+    save_weights(tiny.restorer.state_dict(), checkpoint / "ema.safetensors")
+    config = {"step": 1, "model": PRESETS["tiny"], "args": {}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (folder / "latest").write_text("step_000001")
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------
+# PSNR and SSIM.
 
 
 @pytest.mark.parametrize("size", [(512, 512), (11, 11), (37, 64)])
 @pytest.mark.parametrize("sigma", [1, 25, 120])
 def test_psnr_and_ssim_are_scikit_images(photo, size, sigma):
     clean = np.asarray(photo.crop((50, 80, 50 + size[0], 80 + size[1])))
-    noisy = np.clip(np.rint(clean + np.random.default_rng(0).normal(0, sigma, clean.shape)), 0, 255).astype(np.uint8)
-    a, b = (to_tensor(Image.fromarray(x))[None] for x in (clean, noisy))
-    assert psnr(a, b).item() == pytest.approx(peak_signal_noise_ratio(clean, noisy), abs=1e-5)
-    expected = structural_similarity(clean, noisy, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-                                     data_range=255, channel_axis=2)
+    noise = np.random.default_rng(0).normal(0, sigma, clean.shape)
+    noisy = np.clip(np.rint(clean + noise), 0, 255).astype(np.uint8)
+    a = to_tensor(Image.fromarray(clean))[None]
+    b = to_tensor(Image.fromarray(noisy))[None]
+    expected = peak_signal_noise_ratio(clean, noisy)
+    assert psnr(a, b).item() == pytest.approx(expected, abs=1e-5)
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = structural_similarity(clean, noisy, data_range=255, channel_axis=2, **window)
     assert ssim(a, b).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_metrics_by_closed_form():
     a = torch.zeros(2, 3, 16, 16)
-    assert psnr(a, a).tolist() == [math.inf] * 2 and ssim(a, a).tolist() == [1, 1]
-    assert torch.allclose(psnr(a, a + 0.02), torch.full((2,), 40.0, dtype=torch.float64))
+    assert psnr(a, a).tolist() == [math.inf] * 2
+    assert ssim(a, a).tolist() == [1, 1]
+    forty = torch.full((2,), 40.0, dtype=torch.float64)
+    assert torch.allclose(psnr(a, a + 0.02), forty)
     c1 = 0.02**2  # two flat images: only the luminance term is left
-    assert ssim(a - 0.5, a - 0.9).tolist() == pytest.approx([(2 * 0.05 + c1) / (0.25 + 0.01 + c1)] * 2)
-    with pytest.raises(ValueError):
+    expected = (2 * 0.05 + c1) / (0.25 + 0.01 + c1)
+    assert ssim(a - 0.5, a - 0.9).tolist() == pytest.approx([expected] * 2)
+    with pytest.raises(ValueError, match="SSIM needs 11x11 pixels, not 10x16"):
         ssim(a[..., :10], a[..., :10])
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    restorer = build_restorer(PRESETS["tiny"])
-    generator = torch.Generator().manual_seed(0)
-    restorer.sana.initialize(generator)
-    torch.nn.init.normal_(restorer.sana.proj_out.weight, std=0.05, generator=generator)
-    return restorer.eval(), PixelAE(2), Prompts()
+# --------------------------------------------------------------------------------------------------
+# Pipeline.restore: tensors.
 
 
 def test_an_image_is_restored_alike_whatever_is_beside_it(tiny):
-    pixels = torch.rand(3, 3, 21, 30, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    pixels = random_pixels(3, 3, 21, 30)
     captions = ["", "Remove JPEG artifacts.", "Fix the gaussian noise and the blur."]
-    together = restore(*tiny, pixels, captions, steps=3, seed=5)
+    together = tiny.restore(pixels, captions, steps=3, seed=5)
+    assert together.shape == pixels.shape
+    assert together.abs().max() <= 1
     for i in range(3):
-        assert torch.allclose(together[i], restore(*tiny, pixels[i:i + 1], captions[i:i + 1], steps=3, seed=5)[0], atol=1e-5)
-    assert together.shape == pixels.shape and together.abs().max() <= 1
-    assert not torch.allclose(together, restore(*tiny, pixels, captions, steps=3, seed=6), atol=1e-3)
-    assert not torch.allclose(together, restore(*tiny, pixels, ["", "", ""], steps=3, seed=5), atol=1e-3)
+        alone = tiny.restore(pixels[i : i + 1], captions[i : i + 1], steps=3, seed=5)
+        assert torch.allclose(together[i], alone[0], atol=1e-5)
+    other_seed = tiny.restore(pixels, captions, steps=3, seed=6)
+    assert not torch.allclose(together, other_seed, atol=1e-3)
+    no_captions = tiny.restore(pixels, ["", "", ""], steps=3, seed=5)
+    assert not torch.allclose(together, no_captions, atol=1e-3)
+
+
+def test_restore_refuses_integers_and_values_outside_its_range(tiny):
+    pixels = random_pixels(1, 3, 8, 8)
+    refused = [
+        torch.full((1, 3, 8, 8), 1, dtype=torch.uint8),
+        torch.full((1, 3, 8, 8), 1, dtype=torch.int64),
+        torch.full((1, 3, 8, 8), 255.0),
+        torch.full((1, 3, 8, 8), -1.001),
+        pixels.index_fill(3, torch.tensor([5]), 1.001),  # one column alone
+        torch.full((1, 3, 8, 8), math.inf),
+        torch.full((1, 3, 8, 8), math.nan),
+    ]
+    for wrong in refused:
+        with pytest.raises(ValueError, match=r"give floats in \[-1, 1\]"):
+            tiny.restore(wrong, [""])
+    for edge in (-1.0, 1.0):
+        assert tiny.restore(torch.full((1, 3, 8, 8), edge), [""]).shape == (1, 3, 8, 8)
+
+
+def test_averaging_and_guidance(tiny):
+    """The mean over seeds; and both guidances by their formula.
+
+    On one Euler step, which shows the velocity.
+    """
+    prompt = "Remove JPEG artifacts."
+    how = {"captions": [prompt], "seed": 3}
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) - 0.5
+    condition = tiny.autoencoder.encode(pixels)
+    nothing = torch.zeros_like(condition)
+
+    def predict(noise, text, condition):
+        timestep = torch.full((1,), 1000.0)
+        with torch.no_grad():
+            return noise - tiny.restorer(noise, condition, timestep, *tiny.prompts([text]))
+
+    singles = []
+    for k in range(3):
+        generator = torch.Generator().manual_seed(seed_for(3, k, "restore"))
+        noise = torch.randn(12, 8, 8, generator=generator)[None]
+        full = predict(noise, prompt, condition)
+        singles.append(tiny.autoencoder.decode(full))
+        if k > 0:
+            continue
+        restored = tiny.restore(pixels, **how)
+        assert torch.allclose(restored, singles[0].clamp(-1, 1), atol=1e-5)
+        plain = predict(noise, "", condition)
+        blind = predict(noise, "", nothing)
+        assert not torch.allclose(full, plain, atol=1e-3)
+        guided = tiny.autoencoder.decode(blind + 1.3 * (plain - blind) + 2.5 * (full - plain))
+        restored = tiny.restore(pixels, **how, guidance=2.5, condition_guidance=1.3)
+        assert torch.allclose(restored, guided.clamp(-1, 1), atol=1e-4)
+    mean = sum(singles) / 3
+    restored = tiny.restore(pixels, **how, average=3)
+    assert torch.allclose(restored, mean.clamp(-1, 1), atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tiles.
 
 
 def test_tiles_of_a_local_function_give_what_it_gives_untiled():
-    """A 5x5 convolution sees 2 positions around each: tiles that overlap by 16, blended, agree but near the tiles' own borders."""
-    x, kernel = torch.randn(1, 1, 100, 60, generator=torch.Generator().manual_seed(0)), torch.randn(1, 1, 5, 5, generator=torch.Generator().manual_seed(1))
-    whole = torch.nn.functional.conv2d(x, kernel, padding=2)
-    tiled = blend_tiles(lambda at: torch.nn.functional.conv2d(x[at], kernel, padding=2), (100, 60), 48, 16)
-    assert torch.allclose(tiled[..., 2:12, 2:12], whole[..., 2:12, 2:12], atol=1e-5) and tiled.shape == whole.shape
-    assert torch.allclose(blend_tiles(lambda at: x[at] * 3, (100, 60), 48, 16), x * 3, atol=1e-6)  # without borders, exactly
+    """A 5x5 convolution sees two positions around each.
+
+    Tiles that overlap by 16, blended, agree but near the tiles' own borders.
+    """
+    x = torch.randn(1, 1, 100, 60, generator=torch.Generator().manual_seed(0))
+    kernel = torch.randn(1, 1, 5, 5, generator=torch.Generator().manual_seed(1))
+    whole = F.conv2d(x, kernel, padding=2)
+    tiled = blend_tiles(lambda at: F.conv2d(x[at], kernel, padding=2), (100, 60), 48, 16)
+    assert tiled.shape == whole.shape
+    assert torch.allclose(tiled[..., 2:12, 2:12], whole[..., 2:12, 2:12], atol=1e-5)
+    tripled = blend_tiles(lambda at: x[at] * 3, (100, 60), 48, 16)
+    assert torch.allclose(tripled, x * 3, atol=1e-6)  # without borders, exactly
 
 
 def test_tiles_cover_the_image_without_seams(tiny, monkeypatch):
-    """With an untrained last layer the answer is the input itself, in tiles too; with weights, tiles stay close."""
-    pixels = torch.rand(1, 3, 210, 333, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    whole = restore(*tiny, pixels, [""])
-    monkeypatch.setattr(evaluate, "TILE", 128), monkeypatch.setattr(evaluate, "OVERLAP", 32)
-    assert tile_starts(334, 128, 32) == [0, 96, 192, 206] and tile_starts(128, 128, 32) == [0]
-    tiled = restore(*tiny, pixels, [""])
-    assert psnr(tiled, whole) > 30 and not torch.equal(tiled, whole)
-    identity = build_restorer(PRESETS["tiny"])
-    identity.sana.initialize(torch.Generator().manual_seed(0))
-    assert torch.allclose(restore(identity, *tiny[1:], pixels, [""]), pixels, atol=1e-6)
+    """With an untrained last layer the answer is the input itself, in tiles too.
+
+    With weights, tiles stay close.
+    """
+    pixels = random_pixels(1, 3, 210, 333)
+    whole = tiny.restore(pixels, [""])
+    monkeypatch.setattr(evaluate, "TILE", 128)
+    monkeypatch.setattr(evaluate, "OVERLAP", 32)
+    assert tile_starts(334, 128, 32) == [0, 96, 192, 206]
+    assert tile_starts(128, 128, 32) == [0]
+    tiled = tiny.restore(pixels, [""])
+    assert psnr(tiled, whole) > 30
+    assert not torch.equal(tiled, whole)
+    untrained = build_restorer(PRESETS["tiny"])
+    untrained.sana.initialize(torch.Generator().manual_seed(0))
+    identity = Pipeline(untrained, tiny.autoencoder, tiny.prompts)
+    assert torch.allclose(identity.restore(pixels, [""]), pixels, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pipeline(picture) and evaluate.py: pictures of any size and mode.
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
 @pytest.mark.parametrize("size", [(33, 22), (1, 1), (7, 300)])
 def test_modes_and_sizes_are_kept(tiny, photo, mode, size):
     image = photo.resize(size).convert(mode)
-    if "A" in mode:
+    if mode.endswith("A"):
         image.putalpha(Image.linear_gradient("L").resize(size))
-    restored = restore_image(image, "", **dict(zip(("restorer", "autoencoder", "prompts"), tiny)), steps=1)
-    assert restored.mode == mode and restored.size == size
-    if "A" in mode:
-        assert np.array_equal(np.asarray(restored.getchannel("A")), np.asarray(image.getchannel("A")))
+    restored = tiny(image, steps=1)
+    assert restored.mode == mode
+    assert restored.size == size
+    if mode.endswith("A"):
+        alpha = restored.getchannel("A")
+        assert np.array_equal(levels(alpha), levels(image.getchannel("A")))
     if size != (1, 1):
-        assert not np.array_equal(np.asarray(restored), np.asarray(image))
+        assert not np.array_equal(levels(restored), levels(image))
 
 
-def test_means_leave_out_what_is_not_finite_and_grids_show_the_centre(photo):
-    rows = [{"image": "a", "p": 20.0, "q": math.inf}, {"image": "b", "p": 30.0, "q": math.inf}, {"image": "c", "p": math.nan, "q": 5.0}]
-    assert mean_of(rows) == {"p": 25, "q": 5} and mean_of(rows[:2])["q"] == math.inf
-    grid = draw_grid([[("a", photo), ("b", photo), ("c", photo)]] * 2, tile=64)
-    assert np.array_equal(np.asarray(grid.crop((68, 16, 132, 80))), np.asarray(photo.crop((224, 224, 288, 288))))
+def file_of_mode(mode):
+    return f"{mode}.tif" if mode == "CMYK" else f"{mode}.png"
 
 
-def test_averaging_and_guidance(tiny):
-    """The mean over seeds; and both guidances by their formula, on one Euler step, which shows the velocity."""
-    pixels, how = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) - 0.5, dict(captions=["Remove JPEG artifacts."], seed=3)
-    singles = []
-    restorer, autoencoder, prompts = tiny
-    for k in range(3):
-        noise = torch.randn(12, 8, 8, generator=torch.Generator().manual_seed(seed_for(3, k, "restore")))[None]
-        condition = autoencoder.encode(pixels)
+def picture_of_mode(photo, mode):
+    """A 40x28 part of the photo in one of MODES."""
+    part = photo.resize((120, 120)).crop((40, 20, 80, 48))
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(part.convert("L")).astype(np.uint16) * 257)
+    if mode == "P, transparent":
+        palette = part.convert("P")
+        palette.info["transparency"] = palette.getpixel((0, 0))
+        return palette
+    picture = part.convert(mode)
+    if mode in ("LA", "RGBA"):
+        picture.putalpha(Image.linear_gradient("L").resize(part.size))
+    return picture
 
-        def x0(text, condition):
-            return noise - restorer(noise, condition, torch.full((1,), 1000.0), *prompts([text]))
-        with torch.no_grad():
-            full, plain, blind = x0(how["captions"][0], condition), x0("", condition), x0("", torch.zeros_like(condition))
-        singles.append(autoencoder.decode(full))
-        if k == 0:
-            assert torch.allclose(restore(*tiny, pixels, **how), singles[0].clamp(-1, 1), atol=1e-5)
-            guided = blind + 1.3 * (plain - blind) + 2.5 * (full - plain)
-            assert torch.allclose(restore(*tiny, pixels, **how, guidance=2.5, condition_guidance=1.3), autoencoder.decode(guided).clamp(-1, 1), atol=1e-4)
-            assert not torch.allclose(full, plain, atol=1e-3)
-    assert torch.allclose(restore(*tiny, pixels, **how, average=3), (sum(singles) / 3).clamp(-1, 1), atol=1e-5)
+
+# mode, and that of the restored picture
+MODES = {
+    "L": "L",
+    "LA": "LA",
+    "RGB": "RGB",
+    "RGBA": "RGBA",
+    "P": "RGB",
+    "P, transparent": "RGBA",
+    "CMYK": "RGB",
+    "1": "L",
+    "I;16": "L",
+}
+
+
+@pytest.fixture(scope="module")
+def evaluated(photo, run_folder, tmp_path_factory):
+    """Pictures of all MODES, and what the command evaluate.py makes of them -> two folders."""
+    before = tmp_path_factory.mktemp("before")
+    after = tmp_path_factory.mktemp("after")
+    for mode in MODES:
+        picture_of_mode(photo, mode).save(before / file_of_mode(mode))
+    command = ["evaluate.py", "--checkpoint", run_folder, "--input", before, "--output", after]
+    command += ["--prompt", "Remove JPEG artifacts.", "--steps", 2, "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(word) for word in command])
+        evaluate.main()
+    return before, after
+
+
+@pytest.fixture(scope="module")
+def loaded(run_folder):
+    """A function that restores as that command did, with a Pipeline loaded from the run."""
+    pipeline = Pipeline.load(run_folder)
+    return lambda picture: pipeline(picture, "Remove JPEG artifacts.", steps=2)
+
+
+def assert_same(image, path):
+    expected = Image.open(path)
+    assert image.mode == expected.mode
+    assert np.array_equal(levels(image), levels(expected))
+
+
+@pytest.mark.parametrize("mode, mode_restored", MODES.items())
+def test_a_path_is_restored_as_evaluate_does(evaluated, loaded, mode, mode_restored):
+    before, after = evaluated
+    path = before / file_of_mode(mode)
+    restored = loaded(path)
+    assert restored.mode == mode_restored
+    assert restored.size == (40, 28)
+    assert_same(restored, after / path.name)
+    assert_same(loaded(str(path)), after / path.name)
+
+
+@pytest.mark.parametrize("mode, mode_restored", MODES.items())
+def test_a_pil_image_is_restored_as_evaluate_does(evaluated, loaded, mode, mode_restored):
+    before, after = evaluated
+    path = before / file_of_mode(mode)
+    picture = Image.open(path)
+    assert picture.mode == mode.split(",")[0]
+    restored = loaded(picture)
+    assert restored.mode == mode_restored
+    assert restored.size == (40, 28)
+    assert_same(restored, after / path.name)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_an_array_is_restored_as_evaluate_does(evaluated, loaded, mode):
+    before, after = evaluated
+    path = before / file_of_mode(mode)
+    array = np.asarray(Image.open(path))
+    assert array.shape == ((28, 40) if mode == "L" else (28, 40, 3))
+    assert array.dtype == np.uint8
+    assert_same(loaded(array), after / path.name)
+
+
+def test_a_pil_image_that_was_photographed_sideways_is_restored_upright(loaded, photo, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    photo.resize((20, 14)).save(tmp_path / "turned.png", exif=turned)
+    from_path = loaded(tmp_path / "turned.png")
+    from_image = loaded(Image.open(tmp_path / "turned.png"))
+    assert from_path.size == (14, 20)
+    assert from_image.size == (14, 20)
+    assert np.array_equal(levels(from_image), levels(from_path))
+
+
+def test_a_file_that_is_no_picture_is_refused(loaded, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("text.png", "absent.png"):
+        with pytest.raises(UserError, match=name):
+            loaded(tmp_path / name)
 
 
 def test_colour_profiles_stay_with_pictures_they_fit(tiny, photo, tmp_path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    how = dict(zip(("restorer", "autoencoder", "prompts"), tiny)) | {"caption": ""}
+    profile_of_cmyk = profile[:16] + b"CMYK" + profile[20:]
     small = photo.resize((20, 14))
-    small.save(tmp_path / "rgb.png", icc_profile=profile), small.convert("CMYK").save(tmp_path / "cmyk.tif", icc_profile=profile[:16] + b"CMYK" + profile[20:])
     turned = Image.Exif()
     turned[0x0112] = 6
+    small.save(tmp_path / "rgb.png", icc_profile=profile)
+    small.convert("CMYK").save(tmp_path / "cmyk.tif", icc_profile=profile_of_cmyk)
     small.save(tmp_path / "turned.jpg", exif=turned, icc_profile=profile)
-    work = [(tmp_path / name, tmp_path / "out" / name) for name in ("rgb.png", "cmyk.tif", "turned.jpg")]
-    assert restore_files(work, **how) == 0
-    out = {path.name: Image.open(path) for _, path in work}
-    assert out["rgb.png"].info["icc_profile"] == out["turned.jpg"].info["icc_profile"] == profile and "icc_profile" not in out["cmyk.tif"].info
-    assert out["turned.jpg"].size == (14, 20) and 0x0112 not in out["turned.jpg"].getexif() and out["cmyk.tif"].mode == "RGB"
+    names = "rgb.png", "cmyk.tif", "turned.jpg"
+    work = [(tmp_path / name, tmp_path / "out" / name) for name in names]
+    assert restore_files(tiny, work) == 0
+    rgb, cmyk, turned = (Image.open(out) for _, out in work)
+    assert rgb.info["icc_profile"] == profile
+    assert turned.info["icc_profile"] == profile
+    assert turned.size == (14, 20)
+    assert 0x0112 not in turned.getexif()
+    assert "icc_profile" not in cmyk.info
+    assert cmyk.mode == "RGB"
+
+
+# --------------------------------------------------------------------------------------------------
+# What is measured and drawn.
+
+
+def test_means_leave_out_what_is_not_finite():
+    rows = [
+        {"image": "a", "p": 20.0, "q": math.inf},
+        {"image": "b", "p": 30.0, "q": math.inf},
+        {"image": "c", "p": math.nan, "q": 5.0},
+    ]
+    assert mean_of(rows) == {"p": 25, "q": 5}
+    assert mean_of(rows[:2])["q"] == math.inf
+
+
+def test_grids_show_the_centre(photo):
+    row = [("a", photo), ("b", photo), ("c", photo)]
+    grid = draw_grid([row, row], tile=64)
+    second = grid.crop((68, 16, 132, 80))
+    assert np.array_equal(levels(second), levels(photo.crop((224, 224, 288, 288))))
 
 
 def test_what_was_done_to_an_image_is_read_from_recipe_column_or_caption(photos, tmp_path):
-    (tmp_path / "a.csv").write_text("image_path,condition_image_path,caption,degradation\n" + "\n".join(
-        f"{photos}/00.png,{condition},{caption},{written}" for condition, caption, written in (
-            ("", "", ""), (photos / "01.png", "x", "rain:amount=3 jpeg:quality=20"), (photos / "01.png", "Undo soft focus and JPEG blocking.", ""),
-            (photos / "01.png", "Make it nice.", ""))))
-    dataset = PairedDataset(CsvPairs(tmp_path / "a.csv"), None, [("jpeg", {})], training=False)
-    assert [dataset.name_degradations(i) for i in range(4)] == ["jpeg", "rain jpeg", "jpeg gaussian_blur", ""]
+    clean, condition = photos / "00.png", photos / "01.png"
+    lines = [
+        "image_path,condition_image_path,caption,degradation",
+        f"{clean},,,",
+        f"{clean},{condition},x,rain:amount=3 jpeg:quality=20",
+        f"{clean},{condition},Undo soft focus and JPEG blocking.,",
+        f"{clean},{condition},Make it nice.,",
+    ]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    source = CsvPairs(tmp_path / "a.csv")
+    dataset = PairedDataset(source, None, [("jpeg", {})], training=False)
+    named = [dataset.name_degradations(i) for i in range(4)]
+    assert named == ["jpeg", "rain jpeg", "jpeg gaussian_blur", ""]

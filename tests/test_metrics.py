@@ -1,5 +1,7 @@
 """The metrics against their peers, on photographs and random weights of the peers' own classes."""
+
 import math
+from pathlib import Path
 
 import lpips
 import numpy as np
@@ -7,17 +9,18 @@ import pytest
 import pytorch_fid.fid_score
 import pytorch_fid.inception
 import torch
-import torchmetrics.functional.image
+import torch.nn.functional as F
 from PIL import Image
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchmetrics.functional import image as torchmetrics
 
 from data import dead_leaves, to_image, to_tensor
 from degrade import UserError
-from evaluate import FID, LPIPS, Inception, Metrics, bootstrap, frechet_distance, luma, psnr, ssim
-from vae import read_published
+from evaluate import FID, INCEPTION, LPIPS, LPIPS_HEADS, LPIPS_TRUNK, Inception, Metrics
+from evaluate import bootstrap, frechet_distance, luma, psnr, read_published, ssim
 
-SSIM = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+SSIM = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
 
 
 def pair(photo, size, sigma, seed=0):
@@ -25,8 +28,15 @@ def pair(photo, size, sigma, seed=0):
     rng = np.random.default_rng(seed)
     left, top = (rng.integers(0, 513 - side) for side in size)
     clean = np.asarray(photo.crop((left, top, left + size[0], top + size[1])))
-    noisy = np.clip(np.rint(clean + rng.normal(0, sigma, clean.shape)), 0, 255).astype(np.uint8)
-    return clean, noisy, *(to_tensor(Image.fromarray(x))[None] for x in (clean, noisy))
+    noisy = np.rint(clean + rng.normal(0, sigma, clean.shape))
+    noisy = np.clip(noisy, 0, 255).astype(np.uint8)
+    a = to_tensor(Image.fromarray(clean))[None]
+    b = to_tensor(Image.fromarray(noisy))[None]
+    return clean, noisy, a, b
+
+
+# --------------------------------------------------------------------------------------------------
+# PSNR, SSIM and luma.
 
 
 def test_psnr_and_ssim_are_scikit_images_on_200_sizes_and_contents(photo):
@@ -36,71 +46,111 @@ def test_psnr_and_ssim_are_scikit_images_on_200_sizes_and_contents(photo):
         size, sigma = rng.integers(11, 160, 2), 10 ** rng.uniform(-0.5, 2.5)
         clean, noisy, a, b = pair(photo, size, sigma, seed)
         if np.array_equal(clean, noisy):
-            assert psnr(a, b) == math.inf and ssim(a, b) == 1
+            assert psnr(a, b) == math.inf
+            assert ssim(a, b) == 1
             continue
-        worst = max(worst, abs(psnr(a, b).item() - peak_signal_noise_ratio(clean, noisy)),
-                    abs(ssim(a, b).item() - structural_similarity(clean, noisy, data_range=255, channel_axis=2, **SSIM)))
+        expected_psnr = peak_signal_noise_ratio(clean, noisy)
+        expected_ssim = structural_similarity(clean, noisy, data_range=255, channel_axis=2, **SSIM)
+        worst = max(worst, abs(psnr(a, b).item() - expected_psnr))
+        worst = max(worst, abs(ssim(a, b).item() - expected_ssim))
     assert worst < 1e-5  # of float32 pixels
 
 
 def test_psnr_and_ssim_are_torchmetrics(photo):
     _, _, a, b = pair(photo, (200, 151), 25)
     a, b = a.double(), b.double()
-    assert psnr(a, b).item() == pytest.approx(torchmetrics.functional.image.peak_signal_noise_ratio(a, b, data_range=(-1.0, 1.0)).item(), abs=1e-6)
+    expected = torchmetrics.peak_signal_noise_ratio(a, b, data_range=(-1.0, 1.0))
+    assert psnr(a, b).item() == pytest.approx(expected.item(), abs=1e-6)
+    expected = torchmetrics.structural_similarity_index_measure(
+        (a + 1) / 2, (b + 1) / 2, data_range=1.0
+    )
     # it counts the borders too, where it mirrors the picture
-    padded = (torch.nn.functional.pad(x, (5, 5, 5, 5), mode="reflect") for x in (a, b))
-    theirs = torchmetrics.functional.image.structural_similarity_index_measure((a + 1) / 2, (b + 1) / 2, data_range=1.0)
-    assert ssim(*padded).item() == pytest.approx(theirs.item(), abs=1e-6)
+    padded_a = F.pad(a, (5, 5, 5, 5), mode="reflect")
+    padded_b = F.pad(b, (5, 5, 5, 5), mode="reflect")
+    assert ssim(padded_a, padded_b).item() == pytest.approx(expected.item(), abs=1e-6)
     assert ssim(a.float(), b.float()).item() == pytest.approx(ssim(a, b).item(), abs=1e-6)
 
 
 def test_luma_is_scikit_images(photo):
     clean, noisy, a, b = pair(photo, (97, 64), 25)
-    y = [rgb2ycbcr(x)[..., 0] for x in (clean, noisy)]
-    assert np.allclose((luma(a)[0, 0].numpy() + 1) * 127.5, y[0], atol=1e-4)
-    assert psnr(luma(a), luma(b)).item() == pytest.approx(peak_signal_noise_ratio(*y, data_range=255), abs=1e-5)
-    assert ssim(luma(a), luma(b)).item() == pytest.approx(structural_similarity(*y, data_range=255, **SSIM), abs=1e-6)
-    metrics = Metrics(("psnr", "ssim"), y_channel=True)
-    assert metrics(a[0], b[0], "x")["psnr"] == pytest.approx(peak_signal_noise_ratio(*y, data_range=255), abs=1e-5)
+    clean_y = rgb2ycbcr(clean)[..., 0]
+    noisy_y = rgb2ycbcr(noisy)[..., 0]
+    assert np.allclose((luma(a)[0, 0].numpy() + 1) * 127.5, clean_y, atol=1e-4)
+    expected_psnr = peak_signal_noise_ratio(clean_y, noisy_y, data_range=255)
+    expected_ssim = structural_similarity(clean_y, noisy_y, data_range=255, **SSIM)
+    assert psnr(luma(a), luma(b)).item() == pytest.approx(expected_psnr, abs=1e-5)
+    assert ssim(luma(a), luma(b)).item() == pytest.approx(expected_ssim, abs=1e-6)
+    scores = Metrics(["psnr", "ssim"], y_channel=True)(a[0], b[0], "x")
+    assert scores["psnr"] == pytest.approx(expected_psnr, abs=1e-5)
+    assert scores["ssim"] == pytest.approx(expected_ssim, abs=1e-6)
+
+
+# scikit-image 0.26's PSNR and SSIM of a procedural picture and of simple changes to it
+GOLDEN = {
+    "darker": (15.168144, 0.930423),
+    "shifted": (20.724615, 0.739467),
+    "grey": (10.98546, 0.253242),
+}
 
 
 def test_golden_numbers():
-    """Of a procedural picture and of simple changes to it, as scikit-image 0.26 gave them."""
     clean = dead_leaves(96, np.random.default_rng(7))
-    other = np.asarray(clean).astype(int)
-    changed = {"darker": other * 3 // 4, "shifted": np.roll(other, 1, 1), "grey": np.full_like(other, 128)}
-    for name, value in GOLDEN.items():
-        a, b = (to_tensor(x)[None] for x in (clean, Image.fromarray(changed[name].astype(np.uint8))))
-        assert (psnr(a, b).item(), ssim(a, b).item()) == pytest.approx(value, abs=1e-5), name
+    levels = np.asarray(clean).astype(int)
+    changed = {
+        "darker": levels * 3 // 4,
+        "shifted": np.roll(levels, 1, 1),
+        "grey": np.full_like(levels, 128),
+    }
+    a = to_tensor(clean)[None]
+    for name, expected in GOLDEN.items():
+        b = to_tensor(Image.fromarray(changed[name].astype(np.uint8)))[None]
+        assert (psnr(a, b).item(), ssim(a, b).item()) == pytest.approx(expected, abs=1e-5), name
 
 
-GOLDEN = {"darker": (15.168144, 0.930423), "shifted": (20.724615, 0.739467), "grey": (10.98546, 0.253242)}
+# --------------------------------------------------------------------------------------------------
+# LPIPS.
 
 
-@pytest.mark.parametrize("net", ["alex", "vgg"])
-def test_lpips_is_that_of_its_authors(net, photo, published, monkeypatch):
-    trunk = read_published(net, published[net])
-    ours = LPIPS(trunk, read_published(f"{net} heads", published[f"{net} heads"]), net)
-    theirs = lpips.LPIPS(net=net, pretrained=True, pnet_rand=True, verbose=False).eval()
-    for name, t in trunk.items():  # their slices hold torchvision's layers under their old numbers
-        layer = name.split(".")[1]
-        module = next(getattr(s, layer) for s in (getattr(theirs.net, f"slice{i}") for i in range(1, 6)) if hasattr(s, layer))
-        getattr(module, name.split(".")[2]).data.copy_(t)
+def set_trunk(theirs, trunk):
+    """Fill their network: its slices hold torchvision's layers under their old numbers."""
+    layers = {}
+    for i in range(1, 6):
+        layers.update(getattr(theirs.net, f"slice{i}").named_children())
+    for name, tensor in trunk.items():
+        _, number, part = name.split(".")
+        getattr(layers[number], part).data.copy_(tensor)
+
+
+def test_lpips_is_that_of_its_authors(photo, published):
+    trunk = read_published(LPIPS_TRUNK, published["alex"])
+    ours = LPIPS(trunk, read_published(LPIPS_HEADS, published["alex heads"]))
+    theirs = lpips.LPIPS(net="alex", pretrained=True, pnet_rand=True, verbose=False).eval()
+    set_trunk(theirs, trunk)
     for size, sigma in (((64, 64), 25), ((201, 97), 10), ((130, 255), 60)):
         _, _, a, b = pair(photo, size, sigma)
         with torch.no_grad():
             expected = theirs(a, b).flatten()
-        assert expected.item() > 1e-3 and torch.allclose(ours(a, b), expected, rtol=1e-5, atol=1e-6)
-    a = torch.cat([pair(photo, (80, 80), 9, seed)[2] for seed in range(3)])
-    assert ours(a, a).tolist() == [0, 0, 0] and torch.allclose(ours(a, a.flip(3))[1:2], ours(a[1:2], a[1:2].flip(3)), rtol=1e-4)
+        assert expected.item() > 1e-3
+        assert torch.allclose(ours(a, b), expected, rtol=1e-5, atol=1e-6)
+    several = torch.cat([pair(photo, (80, 80), 9, seed)[2] for seed in range(3)])
+    mirrored = several.flip(3)
+    assert ours(several, several).tolist() == [0, 0, 0]
+    one = ours(several[1:2], mirrored[1:2])
+    assert torch.allclose(ours(several, mirrored)[1:2], one, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# FID.
 
 
 @pytest.fixture(scope="module")
 def inceptions(published):
-    weights = read_published("inception", published["inception"])
+    weights = read_published(INCEPTION, published["inception"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: weights)
-        return Inception(weights), pytorch_fid.inception.InceptionV3([3]).eval()
+        name = "load_state_dict_from_url"
+        patch.setattr(pytorch_fid.inception, name, lambda *_, **__: weights)
+        theirs = pytorch_fid.inception.InceptionV3([3]).eval()
+    return Inception(weights), theirs
 
 
 def test_inception_is_that_of_pytorch_fid(inceptions, photo):
@@ -109,25 +159,40 @@ def test_inception_is_that_of_pytorch_fid(inceptions, photo):
         x = torch.cat([pair(photo, size, 25, seed)[3] for seed in range(2)])
         with torch.no_grad():
             expected = theirs((x + 1) / 2)[0].flatten(1)
-        assert expected.std() > 1e-2 and (ours(x) - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert expected.std() > 1e-2
+        assert (ours(x) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_fid_is_that_of_pytorch_fid_with_fewer_images_than_features(inceptions, photo):
-    """24 images in batches of 5: covariances of rank 23, where theirs adds an epsilon if the root is singular."""
+    """24 images in batches of 5: covariances of rank 23.
+
+    pytorch-fid adds an epsilon there if the root is singular.
+    """
     ours, theirs = inceptions
-    fid, features = FID(ours), {"clean": [], "noisy": []}
-    clean, noisy = (torch.cat(x) for x in zip(*(pair(photo, (75, 75), 50, seed)[2:] for seed in range(24))))
-    for which, images in (("clean", clean), ("noisy", noisy)):
+    fid = FID(ours)
+    pairs = [pair(photo, (75, 75), 50, seed) for seed in range(24)]
+    clean = torch.cat([tensors[2] for tensors in pairs])
+    noisy = torch.cat([tensors[3] for tensors in pairs])
+    features = {}
+    for name, images in (("clean", clean), ("noisy", noisy)):
+        found = []
         for batch in images.split(5):
-            fid.add(which, batch)
+            fid.add(name, batch)
             with torch.no_grad():
-                features[which].append(theirs((batch + 1) / 2)[0].flatten(1).double().numpy())
-    sets = [np.concatenate(x) for x in features.values()]
-    basis = np.linalg.qr(np.concatenate(sets).T)[0]  # of the 48 directions in which anything lies: the same distance, and a root of 48x48, not of 2048x2048
-    (m1, s1), (m2, s2) = (((x @ basis).mean(0), np.cov(x @ basis, rowvar=False)) for x in sets)
-    expected = pytorch_fid.fid_score.calculate_frechet_distance(m1, s1, m2, s2)
-    assert fid.distance("clean", "noisy") == pytest.approx(expected, rel=1e-3) and expected > 1
-    assert np.allclose(fid.sets["noisy"][1], sets[1].mean(0), rtol=1e-3) and fid.sets["noisy"][0] == 24
+                found.append(theirs((batch + 1) / 2)[0].flatten(1).double().numpy())
+        features[name] = np.concatenate(found)
+    # In the 48 directions in which anything lies: the same distance, and a root of 48x48, not of
+    # 2048x2048.
+    basis = np.linalg.qr(np.concatenate([features["clean"], features["noisy"]]).T)[0]
+    statistics = []
+    for x in (features["clean"] @ basis, features["noisy"] @ basis):
+        statistics += [x.mean(0), np.cov(x, rowvar=False)]
+    expected = pytorch_fid.fid_score.calculate_frechet_distance(*statistics)
+    assert expected > 1
+    assert fid.distance("clean", "noisy") == pytest.approx(expected, rel=1e-3)
+    count, mean, _ = fid.sets["noisy"]
+    assert count == 24
+    assert np.allclose(mean, features["noisy"].mean(0), rtol=1e-3)
     assert fid.distance("clean", "clean") == pytest.approx(0, abs=1e-6)
     fid.add("one", clean[:1])
     assert math.isnan(fid.distance("clean", "one"))
@@ -138,60 +203,105 @@ def test_frechet_distance_is_scipys(count):
     """64 features: fewer samples than features, as many, and more."""
     rng = np.random.default_rng(count)
     mix = rng.normal(size=(64, 64)) / 8
-    sets = [rng.normal(size=(count, 64)) @ mix + 0.1, rng.normal(size=(count, 64)) * 1.5]
-    statistics = [(x.mean(0), np.cov(x, rowvar=False)) for x in sets]
-    ours = frechet_distance(*(torch.from_numpy(x) for pair in statistics for x in pair))
-    assert ours == pytest.approx(pytorch_fid.fid_score.calculate_frechet_distance(*statistics[0], *statistics[1]), rel=1e-3)
-    same = [torch.from_numpy(x) for x in statistics[0]]
-    assert frechet_distance(*same, *same) == pytest.approx(0, abs=1e-9 if count > 64 else 1e-5)
+    first = rng.normal(size=(count, 64)) @ mix + 0.1
+    second = rng.normal(size=(count, 64)) * 1.5
+    statistics = []
+    for x in (first, second):
+        statistics += [x.mean(0), np.cov(x, rowvar=False)]
+    expected = pytorch_fid.fid_score.calculate_frechet_distance(*statistics)
+    mean_a, cov_a, mean_b, cov_b = (torch.from_numpy(x) for x in statistics)
+    distance = frechet_distance(mean_a, cov_a, mean_b, cov_b)
+    assert distance == pytest.approx(expected, rel=1e-3)
+    allowed = 1e-9 if count > 64 else 1e-5
+    assert frechet_distance(mean_a, cov_a, mean_a, cov_a) == pytest.approx(0, abs=allowed)
 
 
 def test_frechet_distance_by_closed_form():
     """Diagonal covariances commute: |m1 - m2|^2 + sum (s1 - s2)^2."""
-    m, s = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([4.0, 9.0, 0.0]).double()
-    assert frechet_distance(m, s.diag(), m + 1, torch.diag(torch.tensor([1.0, 1.0, 4.0]).double())) == pytest.approx(3 + 1 + 4 + 4)
+    mean = torch.tensor([1.0, 2.0, 3.0]).double()
+    cov_a = torch.diag(torch.tensor([4.0, 9.0, 0.0])).double()
+    cov_b = torch.diag(torch.tensor([1.0, 1.0, 4.0])).double()
+    distance = frechet_distance(mean, cov_a, mean + 1, cov_b)
+    assert distance == pytest.approx(3 + 1 + 4 + 4)
 
 
-def test_weights_that_are_something_else_are_refused(published, tmp_path, monkeypatch):
-    alex, vgg, heads = (read_published(name, published[name]) for name in ("alex", "vgg", "alex heads"))
-    for arguments in ((vgg, heads), (alex, alex), (alex, read_published("vgg heads", published["vgg heads"]))):
+# --------------------------------------------------------------------------------------------------
+# Weights, and what is scored.
+
+
+def test_weights_that_do_not_fit_lpips_are_refused(published):
+    trunk = read_published(LPIPS_TRUNK, published["alex"])
+    heads = read_published(LPIPS_HEADS, published["alex heads"])
+    vgg = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
+    heads_of_vgg = read_published(LPIPS_HEADS, vgg)
+    wider = {name: torch.cat([t, t]) for name, t in trunk.items()}
+    less = dict(list(trunk.items())[1:])
+    more = trunk | {"features.28.weight": torch.zeros(1)}
+    for other_trunk in (wider, less, more):
         with pytest.raises(UserError, match="not the weights of LPIPS"):
-            LPIPS(*arguments)(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))
-    for weights in (alex, {"Conv2d_1a_3x3.conv.weight": torch.zeros(1)}):
-        with pytest.raises(UserError, match="Inception"):
-            Inception(weights)
-    (tmp_path / "junk.pth").write_bytes(b"junk")
-    with pytest.raises(UserError, match="junk.pth"):
-        read_published("alex", tmp_path / "junk.pth")
+            LPIPS(other_trunk, heads)
+    for other_heads in (trunk, heads_of_vgg):
+        with pytest.raises(UserError, match="not the weights of LPIPS"):
+            LPIPS(trunk, other_heads)
 
-    class Attack:
-        def __reduce__(self):
-            return print, ("unpickled",)
+
+def test_weights_that_do_not_fit_inception_are_refused(published):
+    alex = read_published(LPIPS_TRUNK, published["alex"])
+    for weights in (alex, {"Conv2d_1a_3x3.conv.weight": torch.zeros(1)}):
+        with pytest.raises(UserError, match="not the weights of FID's Inception"):
+            Inception(weights)
+
+
+class Attack:
+    """Unpickling it calls a function."""
+
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+def test_files_that_hold_no_tensors_are_refused(tmp_path, capsys):
+    (tmp_path / "junk.pth").write_bytes(b"junk")
     torch.save({"x": Attack()}, tmp_path / "attack.pth")
-    with pytest.raises(UserError, match="attack.pth"):
-        read_published("alex", tmp_path / "attack.pth")
+    for name in ("junk.pth", "attack.pth"):
+        with pytest.raises(UserError, match=name):
+            read_published(LPIPS_TRUNK, tmp_path / name)
+    assert "unpickled" not in capsys.readouterr().out
 
 
 def test_without_weights_the_other_metrics_go_on(photo, monkeypatch):
     def no_network(*_, **__):
         raise OSError("no route to host")
+
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    metrics = Metrics(("psnr", "ssim", "lpips", "fid"))
-    assert metrics.missing.keys() == {"lpips", "fid"} and "no route to host" in metrics.missing["fid"] and metrics.fid is None
-    clean, _, a, b = pair(photo, (64, 64), 25)
-    values = metrics(a[0], b[0], "x")
-    assert math.isnan(values["lpips"]) and values["psnr"] == psnr(b, a).item()
+    metrics = Metrics(["psnr", "ssim", "lpips", "fid"])
+    assert metrics.missing.keys() == {"lpips", "fid"}
+    assert "no route to host" in metrics.missing["lpips"]
+    assert "no route to host" in metrics.missing["fid"]
+    assert metrics.fid is None
+    _, _, a, b = pair(photo, (64, 64), 25)
+    scores = metrics(a[0], b[0], "x")
+    assert math.isnan(scores["lpips"])
+    assert scores["psnr"] == psnr(b, a).item()
 
 
 def test_what_is_scored_is_what_is_saved(photo):
-    """Half a level above the clean image rounds to it."""
-    a = to_tensor(photo.resize((64, 64)))
-    assert Metrics()(a, a + 0.3 / 127.5, "x") == {"psnr": math.inf, "ssim": 1.0}
-    assert Metrics()(a, torch.full_like(a, 3.0), "x")["psnr"] == pytest.approx(psnr(to_tensor(to_image(torch.ones_like(a)))[None], a[None]).item())
+    """0.3 levels above the clean image round to it; what is beyond white is white."""
+    clean = to_tensor(photo.resize((64, 64)))
+    metrics = Metrics(["psnr", "ssim"])
+    assert metrics(clean, clean + 0.3 / 127.5, "x") == {"psnr": math.inf, "ssim": 1.0}
+    white = to_tensor(to_image(torch.ones_like(clean)))
+    expected = psnr(white[None], clean[None]).item()
+    beyond = metrics(clean, torch.full_like(clean, 3.0), "x")
+    assert beyond["psnr"] == pytest.approx(expected)
 
 
 def test_the_bootstrap_covers_the_mean_19_times_of_20():
     rng = np.random.default_rng(0)
-    hits = sum(low < 30 < high for low, high in (bootstrap((30 + 2 * rng.standard_normal(40)).tolist(), 300) for _ in range(200)))
+    hits = 0
+    for _ in range(200):
+        values = 30 + 2 * rng.standard_normal(40)
+        low, high = bootstrap(values.tolist(), 300)
+        hits += low < 30 < high
     assert 178 <= hits <= 199
-    assert bootstrap([1.0, 2.0, 3.0]) == bootstrap([1.0, math.inf, 2.0, 3.0]) and all(map(math.isnan, bootstrap([5.0])))
+    assert bootstrap([1.0, 2.0, 3.0]) == bootstrap([1.0, math.inf, 2.0, 3.0])
+    assert all(math.isnan(end) for end in bootstrap([5.0]))

@@ -1,8 +1,13 @@
-"""A pipeline folder that diffusers wrote: the same images from it as diffusers makes, loading and its errors, the hub, export,
-and the two commands that train and restore with it."""
+"""A pipeline folder that diffusers wrote, and what is made of it.
+
+The same images as diffusers makes, loading and its errors, the hub, export, and the two commands
+that train and restore with it.
+"""
+
+import hashlib
 import json
+import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -18,324 +23,608 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from degrade import UserError
-from model import GemmaTokenizer, Gemma2, Restorer, Sana, encode_prompts, guided, load_restorer, pad_text, sample
+from model import SAMPLERS, Gemma2, GemmaTokenizer, Restorer, Sana, encode_prompts, guided
+from model import load_restorer, pad_text
 from pipeline import SANA
 from test_commands import run
-from vae import DCAE, find_model, needed_files
+from vae import DCAE, needed_files
 
-TRAIN = ["--resolution", "32", "--batch_size", "2", "--val_every", "2", "--save_every", "2", "--steps", "4"]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TRAIN = ["--resolution", 32, "--batch_size", 2, "--val_every", 2, "--save_every", 2, "--steps", 4]
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def write_pairs(photos, folder):
+    """Write a CSV of the twelve photos, of which every second one has a caption."""
+    lines = ["image_path,condition_image_path,caption"]
+    for i in range(12):
+        caption = "a picture" if i % 2 else ""
+        lines.append(f"{photos / f'{i:02d}.png'},,{caption}")
+    (folder / "pairs.csv").write_text("\n".join(lines))
+    return folder / "pairs.csv"
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# --------------------------------------------------------------------------------------------------
 # Text to image, as a whole.
+
+
+def sample_as_diffusers(pipeline, sampler, steps, noise, guidance, prompt):
+    """Return the latents of its pipeline."""
+    options = {"num_inference_steps": steps}
+    if sampler == "euler":
+        options = {"sigmas": np.linspace(1, 0, steps + 1)[:-1].tolist()}
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt,
+        height=64,
+        width=96,
+        guidance_scale=guidance,
+        latents=noise,
+        output_type="latent",
+        use_resolution_binning=False,
+        **options,
+    ).images
+
 
 @pytest.mark.parametrize("sampler", ["euler", "dpm"])
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
-def test_the_pipeline_makes_the_latents_that_diffusers_makes(pipeline, pipeline_folder, sampler, guidance):
+def test_the_pipeline_makes_the_latents_that_diffusers_makes(
+    pipeline, pipeline_folder, monkeypatch, sampler, guidance
+):
+    tokenizer = GemmaTokenizer(pipeline_folder / "tokenizer")
+    gemma = Gemma2.from_pretrained(pipeline_folder / "text_encoder")
     sana = Sana.from_pretrained(pipeline_folder / "transformer")
-    prompts = ["a small red cat", ""]
-    rows = encode_prompts(GemmaTokenizer(pipeline_folder / "tokenizer"), Gemma2.from_pretrained(pipeline_folder / "text_encoder"), prompts)
-    prompt, empty = (pad_text([row]) for row in rows)
-    noise = torch.randn(1, 8, 16, 24, generator=torch.Generator().manual_seed(0))
-    own, pipeline.scheduler = pipeline.scheduler, (FlowMatchEulerDiscreteScheduler(shift=3.0) if sampler == "euler" else pipeline.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
+    text, nothing = encode_prompts(tokenizer, gemma, ["a small red cat", ""])
+    prompt, empty = pad_text([text]), pad_text([nothing])
+    noise = torch.randn(1, 8, 16, 24, generator=seeded())
+    velocity = guided(Restorer(sana, "none"), None, prompt, empty, guidance)
+    if sampler == "euler":
+        monkeypatch.setattr(pipeline, "scheduler", FlowMatchEulerDiscreteScheduler(shift=3.0))
     for steps in (1, 2, 20):
-        options = {"sigmas": np.linspace(1, 0, steps + 1)[:-1].tolist()} if sampler == "euler" else {"num_inference_steps": steps}
-        expected = pipeline(prompts[0], height=64, width=96, guidance_scale=guidance, latents=noise, output_type="latent",
-                            use_resolution_binning=False, **options).images
-        got = sample(guided(sana, prompt, empty, guidance), noise, steps, sampler)
-        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max(), steps
-    pipeline.scheduler = own
+        peer = sample_as_diffusers(pipeline, sampler, steps, noise, guidance, "a small red cat")
+        got = SAMPLERS[sampler](velocity, noise, steps)
+        assert (got - peer).abs().max() <= 1e-4 * peer.abs().max(), steps
+
+    # the projection, at step 0, is not there
     restorer = Restorer(sana, "projection")
-    again = sample(guided(lambda x, *rest: restorer(x, noise.flip(1), *rest), prompt, empty, guidance), noise, 20, sampler)
-    assert torch.equal(again, got)  # the projection, at step 0, is not there
+    velocity = guided(restorer, noise.flip(1), prompt, empty, guidance)
+    assert torch.equal(SAMPLERS[sampler](velocity, noise, 20), got)
 
 
 def test_decoded_pictures_are_the_pipelines(pipeline, pipeline_folder):
-    latents = torch.randn(1, 8, 5, 6, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(1, 8, 5, 6, generator=seeded(1))
     with torch.no_grad():
         expected = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     got = DCAE.from_pretrained(pipeline_folder / "vae").decode(latents)
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+# --------------------------------------------------------------------------------------------------
 # Loading.
 
-def test_shards_and_variants_load_as_the_single_file_does(pipeline, pipeline_folder, tmp_path):
-    whole = Sana.from_pretrained(pipeline_folder / "transformer").state_dict()
-    pipeline.transformer.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    pipeline.transformer.save_pretrained(tmp_path / "both")
-    half = SanaTransformer2DModel.from_pretrained(pipeline_folder / "transformer", torch_dtype=torch.bfloat16)
-    half.save_pretrained(tmp_path / "both", variant="bf16")
-    half.save_pretrained(tmp_path / "sharded", variant="bf16", max_shard_size="30KB")
+
+def assert_same_tensors(got, expected):
+    """Both are networks; the second one's weights may have more digits."""
+    got, expected = got.state_dict(), expected.state_dict()
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+
+
+def test_shards_load_as_the_single_file_does(pipeline, pipeline_folder, tmp_path):
+    pipeline.transformer.save_pretrained(tmp_path / "sana", max_shard_size="50KB")
     pipeline.text_encoder.save_pretrained(tmp_path / "gemma", max_shard_size="60KB")
-    shards = Sana.from_pretrained(tmp_path / "shards").state_dict()
-    assert all(torch.equal(whole[name], shards[name]) for name in whole)
-    for folder in ("both", "sharded"):  # bf16 wins
-        assert all(torch.equal(whole[name].bfloat16(), t) for name, t in Sana.from_pretrained(tmp_path / folder).state_dict().items())
-    assert all(t.dtype == torch.float32 for t in Sana.from_pretrained(tmp_path / "both", torch.float32).parameters())
-    one, several = (Gemma2.from_pretrained(f).state_dict() for f in (pipeline_folder / "text_encoder", tmp_path / "gemma"))
-    assert all(torch.equal(one[name], several[name]) for name in one)
+    for network, part, shards in ((Sana, "transformer", "sana"), (Gemma2, "text_encoder", "gemma")):
+        assert len(list((tmp_path / shards).glob("*.safetensors"))) > 1
+        whole = network.from_pretrained(pipeline_folder / part)
+        assert_same_tensors(network.from_pretrained(tmp_path / shards), whole)
 
 
-def test_what_does_not_fit_is_named(pipeline, pipeline_folder, tmp_path):
-    def refused(change, *words, cls=Sana, part="transformer"):
-        folder = tmp_path / "f"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(pipeline_folder / part, folder)
-        change(folder)
-        with pytest.raises(UserError) as error:
-            cls.from_pretrained(folder)
-        assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+def test_of_two_variants_bf16_is_loaded(pipeline, pipeline_folder, tmp_path):
+    whole = Sana.from_pretrained(pipeline_folder / "transformer")
+    half = SanaTransformer2DModel.from_pretrained(
+        pipeline_folder / "transformer", torch_dtype=torch.bfloat16
+    )
+    pipeline.transformer.save_pretrained(tmp_path / "both")
+    half.save_pretrained(tmp_path / "both", variant="bf16")
+    half.save_pretrained(tmp_path / "shards", variant="bf16", max_shard_size="30KB")
+    for folder in ("both", "shards"):
+        loaded = Sana.from_pretrained(tmp_path / folder)
+        assert loaded.proj_out.weight.dtype == torch.bfloat16
+        assert_same_tensors(loaded, whole)
+    for tensor in Sana.from_pretrained(tmp_path / "both", torch.float32).parameters():
+        assert tensor.dtype == torch.float32
 
-    def edit(**changes):
-        return lambda folder: (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
 
-    def rewrite(change):
-        def apply(folder):
-            path = next(folder.glob("*.safetensors"))
-            save_file(change(load_file(path)), path)
-        return apply
-    refused(lambda f: (f / "config.json").unlink(), "config.json")
-    refused(lambda f: (f / "config.json").write_text("{"), "config.json")
-    refused(edit(_class_name="FluxTransformer2DModel"), "config.json", "FluxTransformer2DModel", "SanaTransformer2DModel")
-    refused(lambda f: None, "SanaTransformer2DModel", "AutoencoderDC", cls=DCAE)
-    refused(edit(num_layers="two"), "config.json", "SanaTransformer2DModel")
-    refused(edit(guidance_embeds=True), "guidance_embeds")
-    refused(lambda f: next(f.glob("*.safetensors")).unlink(), "no diffusion_pytorch_model.safetensors")
-    refused(rewrite(lambda t: {k: v for k, v in t.items() if k != "proj_out.bias"}), "missing", "proj_out.bias")
-    refused(rewrite(lambda t: t | {"extra.weight": torch.zeros(1)}), "unexpected", "extra.weight")
-    refused(rewrite(lambda t: t | {"proj_out.bias": torch.zeros(9)}), "proj_out.bias", "[9]", "[8]")
-    path = "diffusion_pytorch_model.safetensors"
-    refused(lambda f: (f / path).write_bytes((f / path).read_bytes()[:-1000]), path)
-    refused(lambda f: (f / path).write_bytes(b"\x10\0\0\0\0\0\0\0garbage, no header"), path)
+@pytest.fixture
+def sana_folder(pipeline_folder, tmp_path):
+    """A transformer/ folder to damage."""
+    return shutil.copytree(pipeline_folder / "transformer", tmp_path / "deep/er/transformer")
 
-    def shards(folder):
-        pipeline.transformer.save_pretrained(folder, max_shard_size="50KB")
-        (folder / path).unlink()
-        sorted(folder.glob("*.safetensors"))[1].unlink()
-    refused(shards, "00002-of-")
-    refused(lambda f: (f / f"{path}.index.json").write_text('{"weight_map": {"a": "../../secret.safetensors"}}'), "index.json", "outside")
+
+def assert_refused(folder, *words, network=Sana):
+    with pytest.raises(UserError) as error:
+        network.from_pretrained(folder)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_config_that_does_not_fit_is_named(sana_folder):
+    path = sana_folder / "config.json"
+    original = path.read_text()
+    assert_refused(sana_folder, "SanaTransformer2DModel", "AutoencoderDC", network=DCAE)
+    for change, *words in (
+        ({"_class_name": "Flux"}, "config.json", "Flux", "SanaTransformer2DModel"),
+        ({"num_layers": "two"}, "config.json", "SanaTransformer2DModel"),
+        ({"guidance_embeds": True}, "config.json", "guidance_embeds"),
+    ):
+        path.write_text(original)
+        edit_json(path, **change)
+        assert_refused(sana_folder, *words)
+    path.write_text("{")
+    assert_refused(sana_folder, "config.json")
+    path.unlink()
+    assert_refused(sana_folder, "config.json")
+
+
+def test_weights_that_do_not_fit_are_named(sana_folder):
+    path = sana_folder / WEIGHTS
+    tensors = load_file(path)
+    bias = tensors["proj_out.bias"]
+    for changed, *words in (
+        ({"extra.weight": torch.zeros(1)}, "unexpected", "extra.weight"),
+        ({"proj_out.bias": torch.zeros(9)}, "proj_out.bias", "[9]", "[8]"),
+        ({"proj_out.bias": bias.int()}, "proj_out.bias", "int32"),
+        ({"proj_out.bias": bias / 0}, "proj_out.bias", "not finite"),
+    ):
+        save_file(tensors | changed, path)
+        assert_refused(sana_folder, WEIGHTS, *words)
+    del tensors["proj_out.bias"]
+    save_file(tensors, path)
+    assert_refused(sana_folder, WEIGHTS, "missing", "proj_out.bias")
+
+
+def test_damaged_weight_files_are_named(sana_folder):
+    path = sana_folder / WEIGHTS
+    for content in (path.read_bytes()[:-1000], b"\x10\0\0\0\0\0\0\0garbage, no header", b""):
+        path.write_bytes(content)
+        assert_refused(sana_folder, WEIGHTS)
+    path.unlink()
+    assert_refused(sana_folder, f"no {WEIGHTS}")
+
+
+def test_a_missing_shard_is_named(pipeline, sana_folder):
+    (sana_folder / WEIGHTS).unlink()
+    pipeline.transformer.save_pretrained(sana_folder, max_shard_size="50KB")
+    sorted(sana_folder.glob("*.safetensors"))[1].unlink()
+    assert_refused(sana_folder, "00002-of-")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"weight_map": []}', '{"weight_map": {}}'])
+def test_a_damaged_index_is_named(sana_folder, content):
+    (sana_folder / f"{WEIGHTS}.index.json").write_text(content)
+    assert_refused(sana_folder, f"{WEIGHTS}.index.json")
+
+
+def test_an_index_reads_no_file_outside_its_folder(sana_folder):
+    secret = sana_folder.parent.parent / "secret.safetensors"
+    shutil.copy(sana_folder / WEIGHTS, secret)
+    assert (sana_folder / "../../secret.safetensors").is_file()
+    index = {"weight_map": {"a": "../../secret.safetensors"}}
+    (sana_folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    assert_refused(sana_folder, str(sana_folder / "secret.safetensors"), "no such file")
+
+
+LOAD = """
+import re
+import sys
+
+import torch
+
+sys.path.insert(0, sys.argv[1])
+from model import Sana
+
+
+def peak():  # kB
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+
+before = peak()
+sana = Sana.from_pretrained(sys.argv[2])
+assert all(p.amax().isfinite() for p in sana.parameters())
+print(peak() - before)
+"""
 
 
 def test_loading_takes_little_more_memory_than_the_file(tmp_path):
-    """290 MB of random weights, every byte of them read: at most 1.15 times the file, and no second copy."""
-    config = SANA | {"num_attention_heads": 32, "attention_head_dim": 32, "num_layers": 4, "cross_attention_dim": 1024, "cross_attention_head_dim": 512}
+    """290 MB of random weights, every byte of them read: there is no second copy of them."""
+    config = SANA | {
+        "num_attention_heads": 32,
+        "attention_head_dim": 32,
+        "num_layers": 4,
+        "cross_attention_dim": 1024,
+        "cross_attention_head_dim": 512,
+    }
     SanaTransformer2DModel(**config).save_pretrained(tmp_path)
-    script = """if 1:
-        import re, sys, torch
-        sys.path.insert(0, sys.argv[1])
-        from model import Sana
-        peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])  # kB
-        before = peak()
-        sana = Sana.from_pretrained(sys.argv[2])
-        assert all(p.amax().isfinite() for p in sana.parameters())
-        print(peak() - before)"""
-    output = subprocess.run([sys.executable, "-c", script, ROOT, tmp_path], capture_output=True, text=True, check=True).stdout
-    size = (tmp_path / "diffusion_pytorch_model.safetensors").stat().st_size / 1024
-    assert size > 200_000 and 0.9 * size < int(output) < 1.15 * size
+    command = [sys.executable, "-c", LOAD, ROOT, tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    size = (tmp_path / WEIGHTS).stat().st_size / 1024
+    assert size > 200_000
+    assert 0.9 * size < int(result.stdout) < 1.15 * size
 
 
+# --------------------------------------------------------------------------------------------------
 # The hub, on loopback.
 
-SHA, REPOSITORY = "0123456789abcdef0123456789abcdef01234567", "someone/Toy_SANA_diffusers"
+SHA = "0123456789abcdef0123456789abcdef01234567"
+REPOSITORY = "someone/Toy_SANA_diffusers"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Of the hub's endpoints those that a download uses. The first answer for a weight file breaks off in the middle."""
+    """Of the hub's endpoints those that a download uses.
+
+    The first answer for a weight file breaks off in the middle.
+    server: has the folder of the repository, the list sent of what was asked for, (name, first
+    byte), and the set broken of the names whose answer broke off.
+    """
+
     protocol_version = "HTTP/1.1"
 
-    def answer(self, body=b"", status=200, send=True, headers=()):
-        self.send_response(status)
-        for name, value in (("Content-Length", len(body)), *headers):
-            self.send_header(name, str(value))
-        self.end_headers()
-        if send:
-            self.wfile.write(body)
-
     def do_HEAD(self):
-        self.do_GET(send=False)
+        self.answer(with_body=False)
 
-    def do_GET(self, send=True):
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body):
         path = self.path.split("?")[0]
-        files = {p.relative_to(self.server.folder).as_posix(): p for p in self.server.folder.rglob("*") if p.is_file()}
-        if path == "/":
-            return self.answer(send=send)
+        files = {}
+        for file in self.server.folder.rglob("*"):
+            if file.is_file():
+                files[file.relative_to(self.server.folder).as_posix()] = file
+        name = path.removeprefix(f"/{REPOSITORY}/resolve/{SHA}/")
         if path.startswith(f"/api/models/{REPOSITORY}/tree/"):
-            return self.answer(json.dumps([{"type": "file", "path": n, "size": p.stat().st_size, "oid": f"{abs(hash(n)):040x}"[:40]} for n, p in files.items()]).encode())
-        if path.startswith(f"/api/models/{REPOSITORY}"):
-            return self.answer(json.dumps({"id": REPOSITORY, "sha": SHA, "siblings": [{"rfilename": n} for n in files]}).encode())
-        name = path.split(f"/resolve/{SHA}/")[-1]
-        if not path.startswith(f"/{REPOSITORY}/") or name not in files:
-            return self.answer(b'{"error": "Repository not found"}', 404, send, [("X-Error-Code", "RepoNotFound"), ("X-Error-Message", "Repository not found")])
-        body = files[name].read_bytes()
-        headers = [("ETag", f'"{abs(hash(name)):040x}"'), ("X-Repo-Commit", SHA), ("Accept-Ranges", "bytes")]
-        if not send:
-            return self.answer(body, send=False, headers=headers)
+            self.send_json(list_tree(files))
+        elif path.startswith(f"/api/models/{REPOSITORY}"):
+            siblings = [{"rfilename": name} for name in files]
+            self.send_json({"id": REPOSITORY, "sha": SHA, "siblings": siblings})
+        elif name in files:
+            self.send_file(name, files[name].read_bytes(), with_body)
+        else:
+            reason = "Repository not found"
+            headers = {"X-Error-Code": "RepoNotFound", "X-Error-Message": reason}
+            self.send_json({"error": reason}, 404, headers)
+
+    def send_json(self, content, status=200, headers=None):
+        body = json.dumps(content).encode()
+        self.send_head(status, len(body), headers or {})
+        self.wfile.write(body)
+
+    def send_file(self, name, body, with_body):
+        headers = {
+            "ETag": f'"{object_id(name)}"',
+            "X-Repo-Commit": SHA,
+            "Accept-Ranges": "bytes",
+        }
+        if not with_body:
+            self.send_head(200, len(body), headers)
+            return
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         self.server.sent.append((name, start))
         if name.endswith(".safetensors") and name not in self.server.broken:
             self.server.broken.add(name)
-            self.send_response(200)
-            for key, value in (("Content-Length", len(body)), *headers):
-                self.send_header(key, str(value))
-            self.end_headers()
-            self.wfile.write(body[:len(body) // 2])
+            self.send_head(200, len(body), headers)
+            self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
             self.close_connection = True
-            return self.connection.shutdown(2)
-        self.answer(body[start:], 206 if start else 200, headers=headers + ([("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")] if start else []))
+            self.connection.shutdown(2)
+            return
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        self.send_head(206 if start else 200, len(body) - start, headers)
+        self.wfile.write(body[start:])
+
+    def send_head(self, status, length, headers):
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
 
     def log_message(self, *args):
         pass
 
 
+def list_tree(files):
+    entries = []
+    for name, file in files.items():
+        size = file.stat().st_size
+        entries.append({"type": "file", "path": name, "size": size, "oid": object_id(name)})
+    return entries
+
+
+def object_id(name):
+    return hashlib.sha1(name.encode()).hexdigest()
+
+
+def stop(server):
+    server.shutdown()
+    server.server_close()
+
+
+def use_hub(monkeypatch, endpoint, cache):
+    """Make endpoint the hub of the commands that the test runs."""
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setenv("HF_HOME", str(cache))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+
+
 @pytest.fixture
-def hub(pipeline, pipeline_folder, tmp_path):
-    shutil.copytree(pipeline_folder, tmp_path / "remote")
-    pipeline.transformer.save_pretrained(tmp_path / "remote/transformer", variant="fp16")
-    (tmp_path / "remote/README.md").write_text("# not needed"), (tmp_path / "remote/asset.png").write_bytes(bytes(1000))
-    path = tmp_path / "remote/vae/diffusion_pytorch_model.safetensors"  # the hub's client resumes from whole chunks of 10 MB
+def hub(pipeline, pipeline_folder, tmp_path, monkeypatch):
+    """A server that has the pipeline and more, which is the hub of this test's commands."""
+    remote = shutil.copytree(pipeline_folder, tmp_path / "remote")
+    pipeline.transformer.save_pretrained(remote / "transformer", variant="fp16")
+    (remote / "README.md").write_text("# not needed")
+    (remote / "asset.png").write_bytes(bytes(1000))
+    # the hub's client goes on from whole chunks of 10 MB
+    path = remote / "vae" / WEIGHTS
     save_file(load_file(path), path, metadata={"padding": "x" * 30_000_000})
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.sent, server.broken = tmp_path / "remote", [], set()
+    server.folder = remote
+    server.sent = []
+    server.broken = set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server, {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    server.shutdown(), server.server_close()
+    use_hub(monkeypatch, f"http://127.0.0.1:{server.server_port}", tmp_path / "cache")
+    yield server
+    stop(server)
 
 
-def test_a_model_is_downloaded_once_through_a_broken_connection(hub, photos, tmp_path, monkeypatch):
-    server, environment = hub
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_a_model_is_downloaded_once_through_a_broken_connection(hub, photos, tmp_path):
+    flags = "--data", write_pairs(photos, tmp_path), "--model", REPOSITORY, *TRAIN
+    assert "4 steps" in run("train.py", *flags, "--out", "run", cwd=tmp_path)
+    assert {name for name, _ in hub.sent} == {
+        "transformer/config.json",
+        f"transformer/{WEIGHTS}",
+        "vae/config.json",
+        f"vae/{WEIGHTS}",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "scheduler/scheduler_config.json",
+    }
+    assert len(hub.broken) == 3
+    assert max(start for _, start in hub.sent) >= 10_000_000  # it went on, it did not begin again
+    count = len(hub.sent)
+    run("train.py", *flags, "--out", "again", cwd=tmp_path)
+    assert len(hub.sent) == count
+
+
+def test_what_is_in_the_cache_needs_no_network(hub, photos, tmp_path, monkeypatch):
     data = write_pairs(photos, tmp_path)
-    assert "4 steps" in run("train.py", "--data", data, "--model", REPOSITORY, *TRAIN, cwd=tmp_path)
-    fetched = {name for name, _ in server.sent}
-    assert fetched == {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors", "vae/config.json",
-                       "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json",
-                       "scheduler/scheduler_config.json"}
-    assert len(server.broken) == 3 and max(start for _, start in server.sent) >= 10_000_000  # resumed, not begun again
-    count = len(server.sent)
-    run("train.py", "--data", data, "--model", REPOSITORY, *TRAIN, "--out", "again", cwd=tmp_path)
-    assert len(server.sent) == count
-    line = run("train.py", "--data", data, "--model", "someone/Absent", *TRAIN, "--out", "new", cwd=tmp_path, status=2)
-    assert "someone/Absent" in line and "--model tiny" in line and "repository not found" in line.lower()
-    server.shutdown(), server.server_close()
-    run("train.py", "--data", data, "--model", REPOSITORY, *TRAIN, "--out", "offline", cwd=tmp_path)  # from the cache
+    flags = "--data", data, "--model", REPOSITORY, *TRAIN
+    run("train.py", *flags, "--out", "online", cwd=tmp_path)
+    stop(hub)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    run("evaluate.py", "--checkpoint", "offline", "--data", data, "--steps", 1, cwd=tmp_path)
-    start = time.monotonic()
-    line = run("train.py", "--data", data, "--model", "sana1.5-1.6b", *TRAIN, "--out", "new", cwd=tmp_path, status=2)
-    assert "HF_HUB_OFFLINE is set, and it is not in the cache" in line
+    run("train.py", *flags, "--out", "offline", cwd=tmp_path)
+    words = "--checkpoint", "offline", "--data", data, "--steps", 1, "--metrics", "psnr"
+    run("evaluate.py", *words, cwd=tmp_path)
+    # the same without being told that there is no network
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    line = run("train.py", "--data", data, "--model", "sana1.5-1.6b", *TRAIN, "--out", "new", cwd=tmp_path, status=2)
-    assert "no answer from" in line and "give its folder" in line and "--model tiny" in line and time.monotonic() - start < 30
-    assert "hub id" in run("train.py", "--data", data, "--model", "nonsense", *TRAIN, "--out", "new", cwd=tmp_path, status=2)
+    run("evaluate.py", *words, cwd=tmp_path)
 
 
-def test_a_silent_network_is_given_up_within_ten_seconds(monkeypatch, tmp_path):
-    """Connections are accepted and never answered."""
-    import huggingface_hub
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        start = time.monotonic()
-        with pytest.raises(UserError, match="no answer from .* not in the cache.*--model tiny"):
-            find_model("someone/Never_Downloaded")
-        assert 5 < time.monotonic() - start < 10
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_nothing_cached_and_no_network_is_one_line(photos, tmp_path, monkeypatch, offline):
+    """Nobody listens at port 9; HF_HUB_OFFLINE tells the hub's client not to try."""
+    use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    flags = "--data", write_pairs(photos, tmp_path), "--model", "sana1.5-1.6b", *TRAIN
+    start = time.monotonic()
+    line = run("train.py", *flags, cwd=tmp_path, status=2)
+    assert time.monotonic() - start < 30
+    assert line.startswith("error: --model sana1.5-1.6b: ")
+    assert "not in the cache" in line
+    assert "give its folder" in line
+    assert "--model tiny" in line
+    assert ("HF_HUB_OFFLINE" in line) == (offline == "1")
+    assert os.listdir(tmp_path) == ["pairs.csv"]
+
+
+def test_a_model_that_does_not_exist_is_one_line(hub, photos, tmp_path):
+    data = write_pairs(photos, tmp_path)
+    flags = "--data", data, *TRAIN
+    line = run("train.py", *flags, "--model", "someone/Absent", cwd=tmp_path, status=2)
+    assert "someone/Absent" in line
+    assert "repository not found" in line.lower()
+    assert "--model tiny" in line
+    line = run("train.py", *flags, "--model", "nonsense", cwd=tmp_path, status=2)
+    assert "hub id" in line
+
+
+IN_THE_HUB = [
+    "README.md",
+    "model_index.json",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors.index.json",
+    "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
+    "transformer/diffusion_pytorch_model.safetensors.index.bf16.json",
+    "transformer/diffusion_pytorch_model.bf16-00001-of-00002.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.fp16.safetensors",
+    "vae/diffusion_pytorch_model.bin",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer.model",
+]
 
 
 def test_of_a_repository_only_what_is_needed_is_fetched():
-    names = ["README.md", "model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors.index.json",
-             "transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "transformer/diffusion_pytorch_model.safetensors.index.bf16.json",
-             "transformer/diffusion_pytorch_model.bf16-00001-of-00002.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
-             "vae/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bin", "tokenizer/tokenizer.json", "tokenizer/tokenizer.model"]
-    assert set(needed_files(names)) == {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors.index.bf16.json",
-                                        "transformer/diffusion_pytorch_model.bf16-00001-of-00002.safetensors", "vae/config.json",
-                                        "vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"}
+    around = {
+        "transformer/config.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "tokenizer/tokenizer.json",
+    }
+    transformer = {
+        "transformer/diffusion_pytorch_model.safetensors.index.bf16.json",
+        "transformer/diffusion_pytorch_model.bf16-00001-of-00002.safetensors",
+    }
+    assert set(needed_files(IN_THE_HUB)) == around | transformer
+    assert set(needed_files(IN_THE_HUB, ["vae", "text_encoder"])) == around
 
 
+# --------------------------------------------------------------------------------------------------
 # From a folder to a restorer.
 
-def write_pairs(photos, folder):
-    lines = [f"{photos / f'{i:02d}.png'},,{'a picture' if i % 2 else ''}" for i in range(12)]
-    (folder / "pairs.csv").write_text("image_path,condition_image_path,caption\n" + "\n".join(lines))
-    return folder / "pairs.csv"
+
+@pytest.fixture
+def base(pipeline_folder, tmp_path):
+    """The folder "base", to train from with --model base."""
+    return shutil.copytree(pipeline_folder, tmp_path / "base")
+
+
+def assert_exported_computes_the_same(exported, restorer):
+    theirs = SanaTransformer2DModel.from_pretrained(exported).eval()
+    assert theirs.config.in_channels == 16
+    assert theirs.config.out_channels == 8
+    generator = seeded()
+    latents = torch.randn(2, 8, 6, 5, generator=generator)
+    condition = torch.randn(2, 8, 6, 5, generator=generator)
+    text = torch.randn(2, 7, 32, generator=generator)
+    timestep = torch.tensor([10.0, 700.0])
+    mask = torch.arange(7) < torch.tensor([7, 3])[:, None]
+    both = torch.cat([latents, condition], 1)
+    with torch.no_grad():
+        got = restorer(latents, condition, timestep, text, mask)
+        peer = theirs(both, text, timestep, encoder_attention_mask=mask.float()).sample
+    assert (got - peer).abs().max() <= 1e-5 * peer.abs().max()
 
 
 @pytest.mark.parametrize("conditioning", ["projection", "widen"])
-def test_train_restore_and_export_from_a_folder(pipeline_folder, photos, tmp_path, conditioning):
+def test_train_restore_and_export_from_a_folder(base, photos, tmp_path, conditioning):
     data = write_pairs(photos, tmp_path)
-    shutil.copytree(pipeline_folder, tmp_path / "base")
-    flags = ["--data", data, "--model", "base", *TRAIN, "--conditioning", conditioning, "--lr", "1e-3"]
-    output = run("train.py", *flags, "--out", "run", cwd=tmp_path)
-    assert "4 steps" in output and (tmp_path / "run/samples/step_000004.png").is_file()
-    run("evaluate.py", "--checkpoint", "run", "--input", photos / "03.png", "--output", "r.png", "--steps", 2, "--sampler", "dpm",
-        "--prompt", "Remove noise.", cwd=tmp_path)
+    flags = "--data", data, "--model", "base", *TRAIN
+    more = "--conditioning", conditioning, "--lr", "1e-3", "--out", "run"
+    assert "4 steps" in run("train.py", *flags, *more, cwd=tmp_path)
+    assert (tmp_path / "run/samples/step_000004.png").is_file()
+    restore = "evaluate.py", "--checkpoint", "run"
+    words = "--input", photos / "03.png", "--output", "r.png", "--steps", 2, "--sampler", "dpm"
+    run(*restore, *words, "--prompt", "Remove noise.", cwd=tmp_path)
     assert Image.open(tmp_path / "r.png").size == (96, 80)
-    run("evaluate.py", "--checkpoint", "run", "--data", data, "--steps", 1, cwd=tmp_path)
+    run(*restore, "--data", data, "--steps", 1, cwd=tmp_path)
+
     run("model.py", "export", "run", "exported", cwd=tmp_path)
-    theirs = SanaTransformer2DModel.from_pretrained(tmp_path / "exported").eval()
-    assert theirs.config.in_channels == 16 and theirs.config.out_channels == 8
     restorer, config = load_restorer(tmp_path / "run")
-    assert config["name"] == str((tmp_path / "base").resolve()) and config["conditioning"] == conditioning
+    assert config["name"] == str(base.resolve())
+    assert config["conditioning"] == conditioning
     if conditioning == "projection":
         assert restorer.projection.weight[:, 8:].abs().max() > 1e-3  # it has moved
-    g = torch.Generator().manual_seed(0)
-    latents, condition, text = torch.randn(2, 8, 6, 5, generator=g), torch.randn(2, 8, 6, 5, generator=g), torch.randn(2, 7, 32, generator=g)
-    timestep, mask = torch.tensor([10.0, 700.0]), torch.arange(7) < torch.tensor([7, 3])[:, None]
-    with torch.no_grad():
-        ours = restorer(latents, condition, timestep, text, mask)
-        exported = theirs(torch.cat([latents, condition], 1), text, timestep, encoder_attention_mask=mask.float()).sample
-    assert (ours - exported).abs().max() <= 1e-5 * exported.abs().max()
-    # the last weights differ from their average; and what was exported can be trained further
+    assert_exported_computes_the_same(tmp_path / "exported", restorer)
+
+    # the last weights differ from their average
     run("model.py", "export", "run", "last", "--weights", "model", cwd=tmp_path)
-    last = load_file(tmp_path / "last/diffusion_pytorch_model.safetensors")
-    assert any(not torch.equal(t, last[n]) for n, t in load_file(tmp_path / "exported/diffusion_pytorch_model.safetensors").items())
-    shutil.rmtree(tmp_path / "base/transformer"), shutil.copytree(tmp_path / "exported", tmp_path / "base/transformer")
-    run("train.py", "--data", data, "--model", "base", *TRAIN, "--out", "further", cwd=tmp_path)
-    assert load_restorer(tmp_path / "further")[1]["conditioning"] == "widen"
+    last = load_file(tmp_path / "last" / WEIGHTS)
+    averaged = load_file(tmp_path / "exported" / WEIGHTS)
+    assert any(not torch.equal(tensor, last[name]) for name, tensor in averaged.items())
+
+    # what was exported can be trained further
+    shutil.rmtree(base / "transformer")
+    shutil.copytree(tmp_path / "exported", base / "transformer")
+    run("train.py", *flags, "--out", "further", cwd=tmp_path)
+    _, config = load_restorer(tmp_path / "further")
+    assert config["conditioning"] == "widen"
 
 
-def test_a_pretrained_run_resumes_and_restores_elsewhere(pipeline_folder, photos, tmp_path):
+def test_a_pretrained_run_resumes_and_restores_elsewhere(base, photos, tmp_path):
     """The base's transformer is no longer needed then, and the rest may have moved."""
-    data = write_pairs(photos, tmp_path)
-    shutil.copytree(pipeline_folder, tmp_path / "base")
-    flags = ["--data", data, "--model", "base", "--lr", "1e-3", *TRAIN]
+    flags = "--data", write_pairs(photos, tmp_path), "--model", "base", "--lr", "1e-3", *TRAIN
     run("train.py", *flags, "--out", "whole", cwd=tmp_path)
     run("train.py", *flags, "--out", "first", "--steps", 2, cwd=tmp_path)
-    shutil.rmtree(tmp_path / "base/transformer")
-    run("train.py", "--resume", "--out", "first", "--steps", 4, "--lr", "1e-3", cwd=tmp_path)
-    for name in ("model", "ema"):  # the schedule knew of two steps only, so the weights differ, but not their names
-        whole, resumed = (load_file(tmp_path / f"{r}/step_000004/{name}.safetensors") for r in ("whole", "first"))
-        assert whole.keys() == resumed.keys() and all(t.isfinite().all() for t in resumed.values())
-    (tmp_path / "base").rename(tmp_path / "moved")
-    command = ["evaluate.py", "--checkpoint", "first", "--input", photos / "03.png", "--steps", 2, "--prompt", "Remove noise."]
-    assert "base" in run(*command, "--output", "a.png", cwd=tmp_path, status=2)
-    run(*command, "--output", "a.png", "--model", "moved", cwd=tmp_path)
-    run(*command, "--output", "b.png", "--model", "moved", "--guidance", 4, cwd=tmp_path)
-    a, b = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
-    assert a.shape == (80, 96, 3) and not np.array_equal(a, b)
+    shutil.rmtree(base / "transformer")
+    resume = "--resume", "--out", "first", "--steps", 4, "--lr", "1e-3"
+    run("train.py", *resume, cwd=tmp_path)
+    # the schedule knew of two steps only, so the weights differ, but not their names
+    for name in ("model", "ema"):
+        whole = load_file(tmp_path / f"whole/step_000004/{name}.safetensors")
+        resumed = load_file(tmp_path / f"first/step_000004/{name}.safetensors")
+        assert whole.keys() == resumed.keys()
+        assert all(tensor.isfinite().all() for tensor in resumed.values())
+
+    base.rename(tmp_path / "moved")
+    restore = ["evaluate.py", "--checkpoint", "first", "--input", photos / "03.png"]
+    restore += ["--steps", 2, "--prompt", "Remove noise."]
+    assert "base" in run(*restore, "--output", "a.png", cwd=tmp_path, status=2)
+    restore += ["--model", "moved"]
+    run(*restore, "--output", "a.png", cwd=tmp_path)
+    run(*restore, "--output", "b.png", "--guidance", 4, cwd=tmp_path)
+    a = np.asarray(Image.open(tmp_path / "a.png"))
+    b = np.asarray(Image.open(tmp_path / "b.png"))
+    assert a.shape == (80, 96, 3)
+    assert not np.array_equal(a, b)
 
 
-def test_bad_pretrained_folders_get_one_line(pipeline_folder, photos, tmp_path):
-    data = write_pairs(photos, tmp_path)
+def empty(base):
+    shutil.rmtree(base)
+    base.mkdir()
+
+
+def empty_weights(base):
+    (base / "vae" / WEIGHTS).write_bytes(b"")
+
+
+def two_layers(base):
+    edit_json(base / "transformer/config.json", num_layers="two")
+
+
+def list_for_config(base):
+    (base / "vae/config.json").write_text("[]")
+
+
+def other_captions(base):
+    edit_json(base / "transformer/config.json", caption_channels=31)
+
+
+def widened(base):
+    edit_json(base / "transformer/config.json", in_channels=16)
+
+
+def untouched(base):
+    pass
+
+
+BAD_FOLDERS = [
+    (empty, [], ["transformer", "config.json"]),
+    (empty_weights, [], ["vae", WEIGHTS]),
+    (two_layers, [], ["transformer/config.json", "SanaTransformer2DModel"]),
+    (list_for_config, [], ["vae/config.json", "JSON object"]),
+    (other_captions, [], ["texts of 31", "text encoder give 8 and 32"]),
+    (widened, ["--conditioning", "projection"], ["--conditioning widen"]),
+    (untouched, ["--resolution", "30"], ["--resolution 30", "multiple of 4"]),
+]
+
+
+@pytest.mark.parametrize("damage, flags, words", BAD_FOLDERS)
+def test_bad_pretrained_folders_get_one_line(base, photos, tmp_path, damage, flags, words):
+    damage(base)
+    begin = "train.py", "--data", write_pairs(photos, tmp_path), "--model", "base"
+    line = run(*begin, "--resolution", "32", *flags, cwd=tmp_path, status=2)
+    for word in words:
+        assert word in line
+
+
+def test_export_refuses_what_is_no_checkpoint(tmp_path):
     (tmp_path / "empty").mkdir()
-    for name in ("half", "strange", "listed", "other", "widened"):
-        shutil.copytree(pipeline_folder, tmp_path / name)
-    next((tmp_path / "half/vae").glob("*.safetensors")).write_bytes(b"")
-
-    def edit(path, **changes):
-        (tmp_path / path).write_text(json.dumps(json.loads((tmp_path / path).read_text()) | changes))
-    edit("strange/transformer/config.json", num_layers="two"), (tmp_path / "listed/vae/config.json").write_text("[]")
-    edit("other/transformer/config.json", caption_channels=31), edit("widened/transformer/config.json", in_channels=16)
-    for command, words in ((["train.py", "--data", data, "--resolution", "32", "--model", "empty"], ["transformer", "config.json"]),
-                           (["train.py", "--data", data, "--resolution", "32", "--model", "half"], ["vae", "diffusion_pytorch_model.safetensors"]),
-                           (["train.py", "--data", data, "--resolution", "32", "--model", "strange"], ["transformer/config.json", "SanaTransformer2DModel"]),
-                           (["train.py", "--data", data, "--resolution", "32", "--model", "listed"], ["vae/config.json", "JSON object"]),
-                           (["train.py", "--data", data, "--resolution", "32", "--model", "other"], ["texts of 31", "text encoder 32"]),
-                           (["train.py", "--data", data, "--resolution", "32", "--model", "widened", "--conditioning", "projection"], ["--conditioning widen"]),
-                           (["train.py", "--data", data, "--model", pipeline_folder, "--resolution", "30", "--out", "o"], ["--resolution", "multiple of 4"]),
-                           (["model.py", "export", "empty", "out"], ["empty", "no checkpoint"]),
-                           (["model.py", "import", "empty", "out"], ["export"])):
-        line = run(*command, cwd=tmp_path, status=2)
-        assert all(word in line for word in words), line
+    line = run("model.py", "export", "empty", "out", cwd=tmp_path, status=2)
+    assert "empty" in line
+    assert "no checkpoint" in line
+    assert "export" in run("model.py", "import", "empty", "out", cwd=tmp_path, status=2)

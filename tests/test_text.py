@@ -1,4 +1,8 @@
-"""The tokenizer against the tokenizers library, Gemma-2 against transformers, prompt encoding against diffusers."""
+"""Text against its peers: the tokenizer against tokenizers, Gemma-2 against transformers.
+
+And the encoding of prompts against diffusers.
+"""
+
 import inspect
 import json
 import random
@@ -6,37 +10,86 @@ import random
 import pytest
 import torch
 from diffusers import SanaPipeline
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import processors
 from transformers import Gemma2Config, Gemma2Model
 
 from degrade import UserError
 from model import INSTRUCTION, Gemma2, GemmaTokenizer, Sana, encode_prompts, pad_text
 from pipeline import CORPUS, GEMMA, randomize, vocabulary
 
-ADDED = ["<start_of_turn>", "<unused0>", "\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁▁", "\t", "<b>", "</b>", "<bos>", "<pad>"]
+# --------------------------------------------------------------------------------------------------
+# The tokenizer.
+
+ADDED = [
+    "<start_of_turn>",
+    "<unused0>",
+    "\n",
+    "\n\n",
+    "\n\n\n",
+    "▁▁",
+    "▁▁▁▁",
+    "\t",
+    "<b>",
+    "</b>",
+    "<bos>",
+    "<pad>",
+]
 
 
 def peer_tokenizer(split):
-    """As a Gemma tokenizer.json, split or not at the spaces that the normalizer leaves none of."""
+    """Make what a Gemma tokenizer.json describes.
+
+    split: at the spaces, of which the normalizer leaves none.
+    """
     vocab, merges = vocabulary()
-    peer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    options = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    peer = Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
     peer.normalizer = normalizers.Replace(" ", "▁")
     if split:
         peer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    peer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    peer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    peer.decoder = decoders.Sequence(steps)
+    peer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
     peer.add_tokens([AddedToken(content, normalized=False) for content in ADDED])
     return peer
 
 
-def fuzzed(count, seed=0):
-    """Strings of words, spaces, newlines, added tokens inside words, control bytes, emoji, and any code point."""
+WORDS = " ".join(CORPUS).split()
+
+
+def draw_piece(rng):
+    """Draw what a prompt may hold, and what it hardly does: each of nine kinds as often."""
+    kind = rng.randrange(9)
+    if kind == 0:
+        return rng.choice(WORDS)
+    if kind == 1:
+        return " " * rng.randint(1, 9)
+    if kind == 2:
+        return "\n" * rng.randint(1, 5)
+    if kind == 3:
+        return rng.choice(ADDED)
+    if kind == 4:
+        return rng.choice(ADDED)[:-1]
+    if kind == 5:
+        return chr(rng.randint(0, 31))
+    if kind == 6:  # what lies between are surrogates, which are no characters
+        low, high = rng.choice([(32, 0xD7FF), (0xE000, 0x10FFFF)])
+        return chr(rng.randint(low, high))
+    if kind == 7:
+        return rng.choice("😀👨‍👩‍👧🏽é한▁")
+    return "".join(rng.choices("abcdetnorsi ", k=rng.randint(1, 30)))
+
+
+def fuzzed(count, seed):
     rng = random.Random(seed)
-    words = " ".join(CORPUS).split()
-    pieces = [lambda: rng.choice(words), lambda: " " * rng.randint(1, 9), lambda: "\n" * rng.randint(1, 5), lambda: rng.choice(ADDED),
-              lambda: rng.choice(ADDED)[:-1], lambda: chr(rng.randint(0, 31)), lambda: chr(rng.choice([rng.randint(32, 0xD7FF), rng.randint(0xE000, 0x10FFFF)])),
-              lambda: rng.choice("😀👨‍👩‍👧🏽é한▁"), lambda: "".join(rng.choice("abcdetnorsi ") for _ in range(rng.randint(1, 30)))]
-    return ["".join(rng.choice(pieces)() for _ in range(rng.randint(0, 12))) for _ in range(count)]
+    texts = []
+    for _ in range(count):
+        pieces = [draw_piece(rng) for _ in range(rng.randint(0, 12))]
+        texts.append("".join(pieces))
+    return texts
 
 
 @pytest.mark.parametrize("split, merges_as_strings", [(True, False), (False, True)])
@@ -47,85 +100,146 @@ def test_tokenizer_gives_the_ids_of_the_tokenizers_library(tmp_path, split, merg
         spec["model"]["merges"] = [" ".join(merge) for merge in spec["model"]["merges"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     ours = GemmaTokenizer(tmp_path)
-    texts = fuzzed(5000, seed=int(split)) + ["", " ", "\ud7ff", INSTRUCTION * 3]
-    for text in texts:
-        assert ours.encode(text) == peer.encode(text).ids, repr(text)
-    used = {i for text in texts for i in ours.encode(text)}
+    used = set()
+    for text in fuzzed(5000, seed=int(split)) + ["", " ", "\ud7ff", INSTRUCTION * 3]:
+        ids = ours.encode(text)
+        assert ids == peer.encode(text).ids, repr(text)
+        used.update(ids)
     assert len(used) > 300  # of 571: most merges are steps to longer ones
 
 
 def test_tokenizers_of_another_kind_are_refused(tmp_path):
     spec = json.loads(peer_tokenizer(True).to_str())
-    changes = [(spec | {"normalizer": None}, "normalizer"), (spec | {"pre_tokenizer": {"type": "ByteLevel"}}, "pre_tokenizer"),
-               (spec | {"model": spec["model"] | {"vocab": {"a": 0}}}, "tokenizer"), (spec | {"model": spec["model"] | {"ignore_merges": True}}, "ignore_merges"),
-               (spec | {"added_tokens": spec["added_tokens"] + [{"id": 9, "content": "x", "lstrip": True}]}, "'x'"), ({}, "model")]
-    for changed, word in changes:
-        (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+    stripping = {"id": 9, "content": "x", "lstrip": True}
+    changes = [
+        ({"normalizer": None}, "normalizer"),
+        ({"pre_tokenizer": {"type": "ByteLevel"}}, "pre_tokenizer"),
+        ({"model": spec["model"] | {"type": "Unigram"}}, "Unigram"),
+        ({"model": spec["model"] | {"vocab": {"a": 0}}}, "tokenizer"),
+        ({"model": spec["model"] | {"ignore_merges": True}}, "ignore_merges"),
+        ({"added_tokens": spec["added_tokens"] + [stripping]}, "'x'"),
+    ]
+    texts = [(json.dumps(spec | change), word) for change, word in changes]
+    for text, word in [*texts, ("{}", "model"), ("{", "tokenizer.json")]:
+        (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(UserError, match=word):
             GemmaTokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer.json"):
-        GemmaTokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{}, {"num_attention_heads": 4, "num_key_value_heads": 4}, {"hidden_size": 52, "head_dim": 8},
-                                    {"attn_logit_softcapping": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}])
+# --------------------------------------------------------------------------------------------------
+# Gemma-2.
+
+CHANGES = [
+    {},
+    {"num_attention_heads": 4, "num_key_value_heads": 4},
+    {"hidden_size": 52, "head_dim": 8},
+    {"attn_logit_softcapping": None},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_gemma_computes_what_transformers_computes(tmp_path, change):
-    theirs = randomize(Gemma2Model(Gemma2Config(vocab_size=90, attn_implementation="eager", **GEMMA | change)), scale=0.4)
+    eager = {"attn_implementation": "eager"}
+    config = Gemma2Config(vocab_size=90, **eager, **GEMMA | change)
+    theirs = randomize(Gemma2Model(config), scale=0.4)
     theirs.save_pretrained(tmp_path)
-    ours = Gemma2.from_pretrained(tmp_path)
     ids = torch.randint(0, 90, (3, 21), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(21) < torch.tensor([21, 13, 1])[:, None]
+
+    def compute(network):
+        return network(ids, attention_mask=mask.long()).last_hidden_state[mask]
+
     with torch.no_grad():
-        expected, got = theirs(ids, attention_mask=mask.long()).last_hidden_state[mask], ours(ids, mask)[mask]
+        expected = compute(theirs)
+        got = Gemma2.from_pretrained(tmp_path)(ids, mask)[mask]
         assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
         # in bf16 every rounding falls on the same place: bit for bit
-        theirs = Gemma2Model.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
+        theirs = Gemma2Model.from_pretrained(tmp_path, dtype=torch.bfloat16, **eager)
         half = Gemma2.from_pretrained(tmp_path, torch.bfloat16)(ids, mask)[mask]
-        assert half.dtype == torch.bfloat16 and torch.equal(half, theirs(ids, attention_mask=mask.long()).last_hidden_state[mask])
+        assert half.dtype == torch.bfloat16
+        assert torch.equal(half, compute(theirs))
 
 
 def test_full_size_gemma_has_the_published_number_of_tensors_and_parameters():
     with torch.device("meta"):
         full = Gemma2({})
-    assert len(full.state_dict()) == 288 and sum(p.numel() for p in full.parameters()) == 2_614_341_888
+    assert len(full.state_dict()) == 288
+    assert sum(p.numel() for p in full.parameters()) == 2_614_341_888
 
 
-def test_gemma_refuses_what_it_does_not_compute(tmp_path):
-    for change, word in ({"hidden_activation": "relu"}, "hidden_activation"), ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"):
-        with pytest.raises(UserError, match=word):
-            Gemma2(GEMMA | {"vocab_size": 9} | change)
-    with pytest.raises(ValueError, match="5 tokens"):
-        Gemma2(GEMMA | {"vocab_size": 9, "sliding_window": 4})(torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 5))
+NOT_BUILT = [
+    ({"hidden_activation": "relu"}, "hidden_activation"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+    ({"attention_bias": True}, "attention_bias"),
+]
+
+
+@pytest.mark.parametrize("change, word", NOT_BUILT)
+def test_gemma_refuses_what_it_does_not_compute(change, word):
+    with pytest.raises(ValueError, match=word):
+        Gemma2(GEMMA | {"vocab_size": 9} | change)
+
+
+def test_gemma_refuses_more_tokens_than_its_sliding_window():
+    gemma = Gemma2(GEMMA | {"vocab_size": 9, "sliding_window": 4})
+    with pytest.raises(UserError, match="5 tokens"):
+        gemma(torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 5))
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts.
 
 
 def test_instruction_is_the_pipelines():
-    default = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-    assert INSTRUCTION == "\n".join(default)
+    parameters = inspect.signature(SanaPipeline.__call__).parameters
+    default = parameters["complex_human_instruction"].default
+    assert "\n".join(default) == INSTRUCTION
 
 
-def test_prompts_are_encoded_as_the_pipeline_does_and_padding_changes_nothing(pipeline, pipeline_folder, capsys):
+def encode_as_diffusers(pipeline, prompt):
+    """Return the embedding and its mask, 300 positions of which the last are padding."""
+    options = {"complex_human_instruction": INSTRUCTION.split("\n")}
+    if prompt:
+        text, mask, *_ = pipeline.encode_prompt([prompt], False, **options)
+    else:  # only the negative prompt stands without the instruction
+        options["negative_prompt"] = ""
+        _, _, text, mask = pipeline.encode_prompt(["x"], True, **options)
+    assert text.shape[1] == mask.shape[1] == 300
+    return text[0], mask[0].bool()
+
+
+def encode_here(pipeline_folder, prompts):
+    tokenizer = GemmaTokenizer(pipeline_folder / "tokenizer")
+    gemma = Gemma2.from_pretrained(pipeline_folder / "text_encoder")
+    return encode_prompts(tokenizer, gemma, prompts, batch_size=3)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(pipeline, pipeline_folder, capsys):
     prompts = ["  Remove NOISE\nand jpeg   artifacts. ", "a", "", "café 日本", "sharp " * 400]
-    tokenizer, gemma = GemmaTokenizer(pipeline_folder / "tokenizer"), Gemma2.from_pretrained(pipeline_folder / "text_encoder")
-    rows = encode_prompts(tokenizer, gemma, prompts, batch_size=3)
+    rows = encode_here(pipeline_folder, prompts)
     assert "cut to 298 tokens" in capsys.readouterr().err
-    instruction = INSTRUCTION.split("\n")
-    padded = []
     for prompt, row in zip(prompts, rows):
-        if prompt:
-            text, mask, *_ = pipeline.encode_prompt([prompt], False, complex_human_instruction=instruction)
-        else:
-            _, _, text, mask = pipeline.encode_prompt(["x"], True, negative_prompt="", complex_human_instruction=instruction)
-        assert text.shape[1] == mask.shape[1] == 300
-        padded.append((text[0], mask[0]))
-        expected = text[0][mask[0].bool()]
-        assert row.shape == expected.shape and (row - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert [len(row) for row in rows][2] == 1 and len(rows[4]) == 300
-    # dropping the padding is exact: the same velocity from 300 masked positions and from the shortest that hold the batch
+        text, mask = encode_as_diffusers(pipeline, prompt)
+        expected = text[mask]
+        assert row.shape == expected.shape
+        assert (row - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert len(rows[2]) == 1
+    assert len(rows[4]) == 300
+
+
+def test_leaving_out_the_padding_changes_nothing(pipeline, pipeline_folder):
+    """The velocity from 300 masked positions is that from the fewest that hold the batch."""
+    prompts = ["  Remove NOISE\nand jpeg   artifacts. ", "a"]
     sana = Sana.from_pretrained(pipeline_folder / "transformer")
-    latents, timestep = torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([300.0, 900.0])
-    text, mask = pad_text([rows[0], rows[1]])
-    long_text, long_mask = (torch.stack([padded[i][k] for i in (0, 1)]) for k in (0, 1))
+    latents = torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(0))
+    timestep = torch.tensor([300.0, 900.0])
+    text, mask = pad_text(encode_here(pipeline_folder, prompts))
+    padded = [encode_as_diffusers(pipeline, prompt) for prompt in prompts]
+    long_text = torch.stack([text for text, _ in padded])
+    long_mask = torch.stack([mask for _, mask in padded])
     with torch.no_grad():
-        a, b = sana(latents, timestep, text, mask), sana(latents, timestep, long_text, long_mask.bool())
-    assert text.shape[1] < 60 and (a - b).abs().max() <= 2e-6 * a.abs().max()
+        short = sana(latents, timestep, text, mask)
+        long = sana(latents, timestep, long_text, long_mask)
+    assert text.shape[1] < 60
+    assert (short - long).abs().max() <= 2e-6 * short.abs().max()
