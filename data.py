@@ -13,9 +13,11 @@ import contextlib
 import csv
 import hashlib
 import json
+import os
 import signal
 import sys
 import warnings
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,29 +64,37 @@ def to_image(tensor):
 
 
 def open_image(path, notice=True):
-    """Read a picture upright (EXIF orientation applied) as L, LA, RGB or RGBA, 8 bits a channel.
+    """Read a picture as plain_image makes it. Raises UserError.
 
-    16-bit grey is scaled to 8 bits, with a notice on stderr. Raises UserError.
+    notice: say on stderr that 16-bit grey is scaled to 8 bits.
     """
-    with explain_errors(path, "this picture"), warnings.catch_warnings(action="ignore"):
-        image = Image.open(path)
+    quiet = warnings.catch_warnings(action="ignore")
+    with explain_errors(path, "this picture"), quiet, Image.open(path) as image:
         if image.format == "EPS":  # Pillow would have Ghostscript run it
             raise ValueError("PostScript is a program, not a picture")
         image.load()
-        with contextlib.suppress(Exception):  # damaged EXIF: then as it is stored
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no fixed range; save it with 8 or 16 bits")
-        if image.mode.startswith("I"):
-            image = image.convert("I")
-            low, high = image.getextrema()
-            if low < 0 or high > 65535:
-                raise ValueError("its values go beyond 16 bits; save it with 8 or 16 bits")
-            if notice:
-                print(f"{path}: 16-bit grey is converted to 8 bits", file=sys.stderr)
-            return image.point([round(level / 257) for level in range(65536)], "L")
-        mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-        return image.convert(mode + "A" if image.has_transparency_data else mode)
+        if notice and image.mode.startswith("I"):
+            print(f"{path}: 16-bit grey is converted to 8 bits", file=sys.stderr)
+        return plain_image(image)
+
+
+def plain_image(image):
+    """Turn a PIL image upright (EXIF orientation) -> L, LA, RGB or RGBA, 8 bits a channel.
+
+    16-bit grey is scaled. It may change the image that it is given. Raises UserError.
+    """
+    with contextlib.suppress(Exception):  # damaged EXIF: then as it is stored
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F":
+        raise UserError("floating-point pixels have no fixed range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = image.convert("I")
+        low, high = image.getextrema()
+        if low < 0 or high > 65535:
+            raise UserError("its values go beyond 16 bits; save it with 8 or 16 bits")
+        return image.point([round(level / 257) for level in range(65536)], "L")
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    return image.convert(mode + "A" if image.has_transparency_data else mode)
 
 
 def save_image(image, path, **options):
@@ -145,11 +155,11 @@ class CsvPairs:
             reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             lines = [(reader.line_num, fields) for fields in reader]
         header = ",".join(reader.fieldnames)
-        if "image_path" not in reader.fieldnames:
+        if reader.fieldnames.count("image_path") != 1:
             wanted = "image_path,condition_image_path,caption"
             raise UserError(f"{path}: no column image_path in {header!r}; the header is {wanted}")
         if "condition_image_path" not in reader.fieldnames and "," in header:
-            print(f"{path}: no column condition_image_path in {header}: conditions are made here")
+            print(f"{path}: no column condition_image_path in {header!r}: conditions are made here")
         for line, fields in lines:
             try:
                 self.rows.append(self.check(line, fields))
@@ -170,7 +180,7 @@ class CsvPairs:
         if values.get("condition_image_path"):
             condition = self.path.parent / values["condition_image_path"]
         for path in (clean, condition):
-            if path and not path.is_file():
+            if path and not os.path.isfile(path):  # of any text: too long, with a NUL
                 raise UserError(f"{where}: no file {path}")
         caption, degradation = values.get("caption", ""), values.get("degradation", "")
         return Row(line, clean, condition, caption, degradation)
@@ -473,10 +483,14 @@ def load_batches(dataset, batch_size, draws, workers, pin_memory=False):
         worker_init_fn=ignore_signals,
         pin_memory=pin_memory,
     )
+    batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except UserError as error:  # from a worker it brings its traceback, whose end is the message
         raise UserError(str(error).split("UserError: ")[-1].strip()) from None
+    finally:
+        if workers:  # they ignore SIGTERM: Python would wait for them for ever as it exits
+            batches._shutdown_workers()
 
 
 def ignore_signals(_):
@@ -491,9 +505,10 @@ def ignore_signals(_):
 
 def add_data_flags(parser):
     """Add the flags that train.py and the cache have in common."""
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--data", metavar="CSV", help="pairs (default: the demo, which draws its own pictures)")
-    add_degradations_flag(parser)
+    add_degradations_flag(group)
     add("--max_degradations", type=between(int, 1), default=3, help="1 to this many (default 3)")
     add("--skip_bad", action="store_true", help="leave out rows that cannot be read")
     side = between(int, 1, 2**14)
@@ -505,7 +520,7 @@ def add_data_flags(parser):
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")
     workers = between(int, 0, 1000)
     add("--workers", type=workers, default=1, help="processes that prepare pictures (default 1)")
-    add_device_flag(parser)
+    add_device_flag(group)
 
 
 def add_degradations_flag(parser):
@@ -520,11 +535,11 @@ def add_device_flag(parser):
 
 
 def check_device(name):
-    """Return name if this machine has that torch device. Raises UserError if not."""
+    """Return name if this machine has that torch device. Raises ArgumentTypeError if not."""
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name}: not on this machine ({error})") from None
+        raise ArgumentTypeError(f"{name}: not on this machine ({error})") from None
     return name
 
 
@@ -680,7 +695,9 @@ class CachedDataset(Dataset):
         self.rows = rows
         self.seed = expected["seed"]
         index = read_json(self.folder / "index.json")
-        self.epochs = index.pop("epochs", 0)
+        self.epochs = index.pop("epochs", None)
+        if type(self.epochs) is not int or self.epochs < 1:
+            raise UserError(f"{self.folder / 'index.json'}: not the index of a cache")
         for name, value in expected.items():
             if index.get(name) != value:
                 other = f"was made with --{name} {index.get(name)}, this run has {value}"
@@ -708,6 +725,9 @@ class CachedDataset(Dataset):
         path = draw_path(self.folder, epoch % self.epochs * self.rows + position)
         with explain_errors(path, "this part of the cache"), safe_open(path, "pt") as file:
             item = {key: file.get_tensor(key).float() for key in ("clean", "condition")}
+            clean, condition = item["clean"], item["condition"]
+            if clean.shape != condition.shape or not (clean + condition).isfinite().all():
+                raise ValueError("not a pair of latents")
             return item | {"caption": file.metadata()["caption"], "bad": 0}
 
 
@@ -760,15 +780,16 @@ def make_cache(args):
         named = {f"caption {caption}": row for caption, row in prompts.known.items()}
         save_weights(named, out / "prompts.safetensors")
     todo = [n for n in range(count) if not draw_path(out, n).exists()]
-    batches = load_batches(train_set, 8, todo, args.workers)
-    with tqdm(total=count, initial=count - len(todo), unit="img", desc="cache") as bar:
+    numbers = iter(todo)
+    bar = tqdm(total=count, initial=count - len(todo), unit="img", desc="cache")
+    with bar, contextlib.closing(load_batches(train_set, 8, todo, args.workers)) as batches:
         for batch in batches:
             clean = autoencoder.encode(batch["clean"].to(args.device))
             condition = autoencoder.encode(batch["condition"].to(args.device))
             for i, caption in enumerate(batch["caption"]):
                 # half precision: its rounding is a hundredth of what the autoencoder loses
                 latents = {"clean": clean[i].half(), "condition": condition[i].half()}
-                save_weights(latents, draw_path(out, todo.pop(0)), caption=caption)
+                save_weights(latents, draw_path(out, next(numbers)), caption=caption)
             bar.update(len(batch["caption"]))
     made = f"{count} draws ({args.epochs} epochs of {len(train_set)} pictures) in {out}"
     print(f"{made}: python train.py --data {args.data} --cache {out}")

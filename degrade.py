@@ -153,7 +153,10 @@ class Degradation:
     phrases: tuple
 
     def draw_strengths(self, rng, given):
-        """Return all strengths: those given, checked, and the others drawn."""
+        """Return all strengths: those given, checked, and the others drawn. Raises ValueError."""
+        for key in given:
+            if key not in self.strengths:
+                raise ValueError(f"no strength {key!r}; there is {', '.join(self.strengths)}")
         drawn = {}
         for key, strength in self.strengths.items():
             if given.get(key) is None:
@@ -372,9 +375,12 @@ def run_script(main):
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that is not writable
         fail(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        reason = " ".join(str(error).split())[:200]
+        if "DataLoader worker" in reason:
+            fail(f"a --workers process ended, as it does where memory runs out: {reason}")
+        if isinstance(error, RuntimeError) and "memory" not in reason:
             raise
-        fail(f"out of memory: use smaller batches, crops or pictures, or see the README ({error})")
+        fail(f"out of memory: use smaller batches, crops or pictures, or see the README ({reason})")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -415,7 +421,10 @@ def main():
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     with explain_errors(args.image, "this picture"):
-        image = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
+        image = Image.open(args.image)
+        if image.format == "EPS" or image.mode[0] in "IF":
+            raise ValueError("give a picture with 8 bits a channel")
+        image = ImageOps.exif_transpose(image).convert("RGB")
     if args.preview:
         result = contact_sheet(image, rng)
     else:

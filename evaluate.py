@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import CsvPairs, PairedDataset, add_degradations_flag, add_device_flag, list_images
 from data import load_frozen, open_image, report_bad, save_image, seed_for, size_of, to_image
-from data import PICTURES, to_tensor, write_csv
+from data import PICTURES, plain_image, to_tensor, write_csv
 from degrade import Parser, UserError, between, explain_errors, parse_degradations, run_script
 from model import SAMPLERS, guided, load_restorer
 from vae import PixelAE, blend_tiles, pad_to_multiple, write_text
@@ -117,7 +117,10 @@ def read_published(published, path=None):
         with explain_errors(path, "these weights"):
             return dict(torch.load(path, **options))
     url, name = published
-    return torch.hub.load_state_dict_from_url(url, file_name=name, check_hash=True, **options)
+    try:
+        return torch.hub.load_state_dict_from_url(url, file_name=name, check_hash=True, **options)
+    except Exception as error:  # no network, another hash, a damaged file
+        raise OSError(" ".join(str(error).split())[:200]) from None
 
 
 class LPIPS(nn.Module):
@@ -146,12 +149,16 @@ class LPIPS(nn.Module):
             nn.Conv2d(256, 256, 3, padding=1),
             nn.ReLU(),
         )
-        trunk = {name: t for name, t in trunk.items() if name.startswith("features.")}
+        widths = 64, 192, 384, 256, 256
+        self.heads = nn.ParameterList(torch.empty(1, width, 1, 1) for width in widths)
+        weights = {name: t for name, t in trunk.items() if name.startswith("features.")}
         try:
-            self.load_state_dict(trunk)
-            self.heads = [heads[f"lin{i}.model.1.weight"] for i in range(5)]  # [1, C, 1, 1] each
+            for i in range(5):
+                weights[f"heads.{i}"] = heads[f"lin{i}.model.1.weight"]
+            self.load_state_dict(weights)
         except (KeyError, RuntimeError) as error:
-            raise UserError(f"not the weights of LPIPS alex: {str(error)[:200]}") from None
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"not the weights of LPIPS alex: {reason}") from None
         self.eval().requires_grad_(False)
 
     def forward(self, a, b):
@@ -166,7 +173,7 @@ class LPIPS(nn.Module):
             if i in self.TAPS:
                 unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
                 first, second = unit.chunk(2)
-                head = self.heads[self.TAPS.index(i)].to(x.device)
+                head = self.heads[self.TAPS.index(i)]
                 total = total + ((first - second).square() * head).sum(1).mean((1, 2))
         return total
 
@@ -475,10 +482,10 @@ class Pipeline:
         """
         if isinstance(picture, np.ndarray):
             picture = Image.fromarray(picture)
-        if not isinstance(picture, Image.Image):
+        if isinstance(picture, Image.Image):
+            picture = plain_image(picture.copy())
+        else:
             picture = open_image(picture)
-        elif picture.mode not in ("L", "LA", "RGB", "RGBA"):
-            picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
         pixels = to_tensor(picture)[None].to(next(self.restorer.parameters()).device)
         restored = to_image(self.restore(pixels, [prompt], **sampling)[0])
         restored = restored.convert(picture.mode.rstrip("A"))
@@ -508,7 +515,7 @@ class Pipeline:
         comes out the same whatever is beside it. steps None: DEFAULT_STEPS. average: the mean of so
         many answers from different noise. Raises ValueError for other pixels.
         """
-        if not pixels.is_floating_point() or pixels.abs().max() > 1:
+        if not (pixels.is_floating_point() and pixels.abs().max() <= 1):  # nan is not, either
             raise ValueError("pixels: give floats in [-1, 1], as data.to_tensor makes them")
         restorer, autoencoder, f = self.restorer, self.autoencoder, self.autoencoder.factor
         height, width = pixels.shape[2:]

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from degrade import Parser, UserError, explain_errors, run_script
-from vae import load_config, load_pretrained, load_weights, read_config, read_json
+from vae import PixelAE, load_config, load_pretrained, load_weights, read_config, read_json
 from vae import resolve_model, save_weights, write_text
 
 # --------------------------------------------------------------------------------------------------
@@ -570,7 +570,7 @@ def build_restorer(config):
     c = read_config("model", config, MODEL_DEFAULTS, supported={})
     sana = Sana(c["sana"])
     channels = sana.config["out_channels"]
-    if c["autoencoder"] and 3 * c["autoencoder"]["factor"] ** 2 != channels:
+    if c["autoencoder"] and PixelAE(**c["autoencoder"]).channels != channels:
         raise ValueError(f"autoencoder {c['autoencoder']} does not give {channels} channels")
     return Restorer(sana, c["conditioning"], c["prediction"], c["shift"])
 
@@ -673,6 +673,7 @@ def load_restorer(path, weights="ema"):
     folder = find_checkpoint(path)
     config = read_run(folder)["model"]
     with explain_errors(folder / "config.json", "this restorer"), torch.device("meta"):
+        config = MODEL_DEFAULTS | config
         restorer = build_restorer(config)
     return load_weights(restorer, folder / f"{weights}.safetensors").eval(), config
 
@@ -739,8 +740,8 @@ class GemmaTokenizer:
                 left, right = merge.split(" ") if isinstance(merge, str) else merge
                 pair = self.vocab[left], self.vocab[right]
                 self.merges[pair] = rank, self.vocab[left + right]
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self.pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+            longest_first = sorted(self.added, key=len, reverse=True)
+            self.pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def encode(self, text):
         """text -> [<bos>, ...] token ids."""

@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import time
-from argparse import BooleanOptionalAction, Namespace
+from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from pathlib import Path
 
 import torch
@@ -148,7 +148,10 @@ def parse_curriculum(text):
     stages = []
     for part in text.split(","):
         side, _, steps = part.partition(":")
-        stages.append((between(int, 1, 2**14)(side), between(int, 1)(steps)))
+        try:
+            stages.append((between(int, 1, 2**14)(side), between(int, 1)(steps)))
+        except ValueError:
+            raise ArgumentTypeError(f"{text}: write SIDE:STEPS, as in 512:8000,1024:2000") from None
     return stages
 
 
@@ -958,7 +961,7 @@ def report(state, run, count):
     v = state.validation
     psnr = f"PSNR {v['input_psnr']:.2f} -> {v['restored_psnr']:.2f} dB"
     ssim = f"SSIM {v['input_ssim']:.3f} -> {v['restored_ssim']:.3f}"
-    print(f"step {state.step}, {count} held-out images: {psnr}, {ssim}")
+    print(f"step {v['step']}, {count} held-out images: {psnr}, {ssim}")
     print(f"degraded | restored | clean: {run}/samples/step_{v['step']:06d}.png")
     print(f"{run}/loss.png, log.jsonl, checkpoint step_{state.step:06d}")
 

@@ -556,7 +556,8 @@ def atomic_write(path):
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: an unknown extension
         raise UserError(f"cannot write {path}: {error}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -622,6 +623,8 @@ def weight_files(folder):
             if index.is_file():
                 with explain_errors(index, "this index"):
                     shards = set(read_json(index)["weight_map"].values())
+                    if not shards:
+                        raise ValueError("it names no shards")
                     return [index.parent / Path(shard).name for shard in sorted(shards)]
             if single.is_file():
                 return [single]
@@ -701,10 +704,12 @@ def resolve_model(name, parts=PARTS):
 
     advice = "download it elsewhere and give its folder, or take --model tiny, which needs none"
     try:
-        files = needed_files(HfApi().list_repo_files(repository), parts)
+        listed = HfApi().model_info(repository, timeout=10).siblings
+        files = needed_files([file.rfilename for file in listed], parts)
     except Exception as error:  # the client has an error for each trouble: no network, no such id
-        try:
-            return Path(snapshot_download(repository, local_files_only=True))
+        try:  # what the cache holds; a file that is missing there is named when it is read
+            options = {"allow_patterns": "*/config.json", "local_files_only": True}
+            return Path(snapshot_download(repository, **options))
         except Exception:
             reason = str(error)[:240]
             raise UserError(f"--model {name}: {reason}; and not in the cache; {advice}") from None
