@@ -806,7 +806,7 @@ def train_step(state, batch, autoencoder, prompts, stop=()):
 def train(state, batches, val_set, run, log, autoencoder, prompts):
     """Do the steps that are left, with log, validation and checkpoints.
 
-    -> whether a signal ended it before the last step. Raises UserError where it cannot go on.
+    -> the signal that ended it before the last step, or None. Raises UserError where it cannot go on.
     """
     args = state.args
     stop = catch_signals()
@@ -842,7 +842,9 @@ def train(state, batches, val_set, run, log, autoencoder, prompts):
                 )
             if last:
                 break
-    return result["stop"] and not done
+    if done or not result["stop"]:
+        return None
+    return stop[0] if stop else signal.SIGTERM  # of another process
 
 
 def check_data(args, train_set, val_set):
@@ -943,7 +945,7 @@ def main():
         if not state.validation:
             state.validation = validate(state, val_set, run, autoencoder, prompts)
             log.add(state.validation)
-        stopped = train(state, batches, val_set, run, log, autoencoder, prompts)
+        caught = train(state, batches, val_set, run, log, autoencoder, prompts)
     except Exception:  # a bad picture, a dead worker, no memory: keep what there is
         if state.whole and state.step > start and WORLD == 1:
             state.save(run)
@@ -951,9 +953,9 @@ def main():
     finally:
         batches.close()  # ends the workers
     report(state, run, len(val_set))
-    if stopped:
+    if caught:
         print(f"python train.py --resume {run} goes on")
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + caught)
 
 
 def report(state, run, count):

@@ -36,15 +36,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from data import Prompts, dead_leaves, to_tensor
-from degrade import DEGRADATIONS, keep_freed_memory, random_degradation
-from evaluate import LPIPS, PEAK, Inception, frechet_distance, psnr, restore, ssim
-from model import PRESETS, Restorer, Sana, build_restorer, flow_loss, sample
+from degrade import DEGRADATIONS, random_degradation
+from evaluate import LPIPS, Inception, Pipeline, frechet_distance, psnr, ssim
+from model import PRESETS, Restorer, Sana, build_restorer, flow_loss, sample_euler
 from train import BF16AdamW, join_fp32
 from vae import DCAE, PixelAE
 
 # where the first three run; --gpu makes it a card, bf16, all 20 layers, 20 steps, and compiled code beside eager
 WHERE = argparse.Namespace(device="cpu", dtype=torch.float32, layers=2, steps=1, side=512, compiled=(False,), tolerance=1e-3)
 GPU = dict(device="cuda", dtype=torch.bfloat16, layers=20, steps=20, side=1024, compiled=(False, True), tolerance=5e-2)
+# bf16 FLOP/s, dense, of cards whose peak is known: for the model FLOPs utilization (MFU)
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
 SANA_1_6B = dict(qk_norm="rms_norm_across_heads", sample_size=32)  # over SANA_DEFAULTS, which are its own
 
 
@@ -135,9 +137,9 @@ def bench_transformer(quick):
         peer(latents, time_in).square().mean().backward()
 
     with torch.no_grad():
-        read = ours.read(text[:, :tokens])  # once for all steps
-    sample_ours = lambda: sample(lambda x, t: ours(x, t, read), latents, WHERE.steps)
-    sample_theirs = lambda: sample(peer, latents, WHERE.steps)
+        read = ours.caption_keys_values(text[:, :tokens])  # once for all steps
+    sample_ours = lambda: sample_euler(lambda x, t: ours(x, t, read), latents, WHERE.steps)
+    sample_theirs = lambda: sample_euler(peer, latents, WHERE.steps)
     with FlopCounterMode(display=False) as counter:
         train_ours()
     flops, what = counter.get_total_flops(), f"SANA 1.6B, {WHERE.layers} layers, {side} px, batch {batch}"
@@ -239,7 +241,7 @@ def bench_loader(quick):
         with open(f"{folder}/photos.csv", "w") as file:
             file.write("image_path\n" + "photo.jpg\n" * 20)
         dataset = data.PairedDataset(data.CsvPairs(f"{folder}/photos.csv"), 512)
-        batches = iter(data.make_loader(dataset, argparse.Namespace(batch_size=4, workers=2, device="cpu"), range(0, count + 16, 1)))
+        batches = data.load_batches(dataset, 4, range(count + 16), 2)
         for _ in range(4):  # until the workers run
             next(batches)
         start = time.perf_counter()
@@ -306,12 +308,12 @@ class ConvStack(torch.nn.Sequential):
 def bench_tiny(quick):
     restorer, autoencoder, prompts = build_restorer(PRESETS["tiny"]), PixelAE(2), Prompts()
     restorer.sana.initialize(torch.Generator().manual_seed(0))
-    stack = ConvStack().eval()
+    pipeline, stack = Pipeline(restorer.eval(), autoencoder, prompts), ConvStack().eval()
     count = [sum(p.numel() for p in module.parameters()) for module in (restorer, stack)]
     side = 128 if quick else 500
     photo = torch.rand(1, 3, side, side) * 2 - 1
     with torch.no_grad():
-        seconds = interleaved({"ours": lambda: restore(restorer, autoencoder, prompts, photo, [""]), "peer": lambda: stack(photo)}, 5)
+        seconds = interleaved({"ours": lambda: pipeline.restore(photo, [""]), "peer": lambda: stack(photo)}, 5)
     row(f"tiny ({count[0] / 1e6:.2f} M), one step, {side}x{side}", *seconds.values(), f"plain convolutions ({count[1] / 1e6:.2f} M)")
     x, noise, text = autoencoder.encode(torch.rand(4, 3, 48, 48) * 2 - 1), torch.randn(4, 12, 24, 24), prompts(["Remove JPEG artifacts."] * 4)
     pixels, target = torch.rand(4, 3, 48, 48), torch.rand(4, 3, 48, 48)
@@ -352,9 +354,9 @@ def bench_optimizer(quick):
     same = dict(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     contestants = {
         "adamw: torch, fp32, fused": make(torch.float32, lambda p: torch.optim.AdamW(p, lr, fused=True, **same)),
-        "adamw_bf16: ours, exact": make(torch.bfloat16, lambda p: BF16AdamW([{"params": p, "lr": lr}], **same)),
-        "adamw_bf16: ours, compiled": make(torch.bfloat16, lambda p: BF16AdamW([{"params": p, "lr": lr}], **same, compile=True)),
-        "adamw_sr: ours": make(torch.bfloat16, lambda p: BF16AdamW([{"params": p, "lr": lr}], **same, exact=False)),
+        "adamw_bf16: ours, exact": make(torch.bfloat16, lambda p: BF16AdamW([{"params": p, "lr": lr}])),
+        "adamw_bf16: ours, compiled": make(torch.bfloat16, lambda p: BF16AdamW([{"params": p, "lr": lr}], compile=True)),
+        "adamw_sr: ours": make(torch.bfloat16, lambda p: BF16AdamW([{"params": p, "lr": lr}], exact=False)),
         "optimi AdamW, Kahan": make(torch.bfloat16, lambda p: optimi.AdamW(p, lr, **same, kahan_sum=True)),
         "torchao AdamW, stochastic rounding": make(torch.bfloat16, lambda p: torchao.optim._AdamW(p, lr, **same, bf16_stochastic_round=True)),
     }
@@ -413,14 +415,15 @@ def bench_memory(quick):
         with torch.device("meta"):
             count = sum(p.numel() for p in Sana(config).parameters())
         print(f"{name}: {count:,} parameters; GB a GPU")
-        print(f"  weights, bf16 {2 * count / gb:.1f} · gradients, bf16 {2 * count / gb:.1f} · low bits {2 * count / processes / gb:.1f} · moments, bf16 "
+        print(f"  weights, bf16 {2 * count / processes / gb:.1f} · gradients, bf16 {2 * count / processes / gb:.1f} · low bits {2 * count / processes / gb:.1f} · moments, bf16 "
               f"{4 * count / processes / gb:.1f} · average, fp32 {4 * count / processes / gb:.1f} (or 0, with --ema_device cpu) · DC-AE, fp32 1.2 (or 0, with --cache)")
-        fixed = (4 * count + 6 * count / processes) / gb
+        gathered = 0 if processes == 1 else 2 * 2 * count / layers  # a block's weights and gradients
+        fixed = (10 * count / processes + gathered) / gb
         for side, batch in ((512, 4), (1024, 4)):
             grid = side // 32, side // 32
             one, two = (saved_bytes(config | {"num_layers": n}, grid, batch) for n in (1, 2))
             block, ends = two - one, 2 * one - two
-            inputs = 2240 * 2 * batch * (grid[0] * grid[1] + 4 * 64)  # of each block: image tokens; keys and values of 64, before and after their norm
+            inputs = 2240 * 2 * batch * grid[0] * grid[1]  # of each block: image tokens
             plain, again = (ends + layers * block) / gb, (ends + layers * inputs + block) / gb
             print(f"  {side} px, {batch} images a GPU: activations {plain:.1f}, with --checkpointing {again:.1f}; in all, average on the CPU and "
                   f"cached: {fixed + plain:.1f}, {fixed + again:.1f}; with both on the GPU {fixed + 4 * count / processes / gb + 1.2 + plain:.1f}, "
@@ -442,7 +445,6 @@ if __name__ == "__main__":
         args.what = args.what or ["transformer", "autoencoder", "optimizer"]
         print(torch.cuda.get_device_name(), "torch", torch.__version__)
     torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as the scripts do; the peers gain by it too
     print(f"{'':52} {'ours':>9} {'peer':>9}     ratio")
     for what in args.what or benches:
         benches[what](args.quick)
