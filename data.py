@@ -509,7 +509,7 @@ def add_data_flags(parser):
     add = group.add_argument
     add("--data", metavar="CSV", help="pairs (default: the demo, which draws its own pictures)")
     add_degradations_flag(group)
-    add("--max_degradations", type=between(int, 1), default=3, help="1 to this many (default 3)")
+    add("--max_degradations", type=between(int, 1, 6), default=3, help="1 to this many (default 3)")
     add("--skip_bad", action="store_true", help="leave out rows that cannot be read")
     side = between(int, 1, 2**14)
     add("--resolution", type=side, help="side of the crops (default 48 pixels for tiny, else 512)")
@@ -864,7 +864,7 @@ def main():
     add("photos", help="folder of clean photos (searched recursively)")
     add("--out", required=True, help="folder to make; pairs.csv appears when all is written")
     add_degradations_flag(pairs)
-    text, count = "how many: one number, or the lowest and highest (default 1 3)", between(int, 1)
+    text, count = "how many: one number, or the lowest and highest (default 1 3)", between(int, 1, 6)
     add("--num_degradations", nargs="+", type=count, default=[1, 3], metavar="N", help=text)
     add("--skip_bad", action="store_true", help="leave out pictures that cannot be read")
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")

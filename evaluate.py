@@ -15,6 +15,7 @@ import glob
 import json
 import math
 import os
+import pickle
 import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -115,7 +116,10 @@ def read_published(published, path=None):
     options = {"map_location": "cpu", "weights_only": True}
     if path:
         with explain_errors(path, "these weights"):
-            return dict(torch.load(path, **options))
+            try:
+                return dict(torch.load(path, **options))
+            except pickle.UnpicklingError:  # its advice is to run what the file contains
+                raise ValueError("it holds more than tensors") from None
     url, name = published
     try:
         return torch.hub.load_state_dict_from_url(url, file_name=name, check_hash=True, **options)

@@ -189,8 +189,12 @@ def shard_restorer(restorer, device):
 
 def shard(whole):
     """Return this process's rows of a tensor, as fully_shard cuts it."""
-    rows = -(-len(whole) // WORLD)
+    rows = rows_of_each(whole)
     return whole[RANK * rows : (RANK + 1) * rows]
+
+
+def rows_of_each(whole):
+    return -(-len(whole) // WORLD)
 
 
 def gather(part, weight):
@@ -304,20 +308,22 @@ class BF16AdamW:
                 self.state[p]["low"] = torch.zeros_like(p, dtype=torch.int16)
 
     @torch.no_grad()
-    def step(self, count, seeds, scale=1.0):
-        """Do the count-th step (from 1). seeds: parameter -> seed of its rounding.
+    def step(self, count, seeds, scale=1.0, starts=None):
+        """Do the count-th step (from 1). scale: factor of the gradients, for clipping.
 
-        scale: factor of the gradients, for clipping.
+        seeds: parameter -> seed of its rounding. starts: parameter -> index of its first weight in
+        the whole tensor, if it is a part of one.
         """
+        starts = starts or {}
         for group in self.param_groups:
             decay = 1 - group["lr"] * self.weight_decay
             rate = -group["lr"] / (1 - self.betas[0] ** count)
             correction = math.sqrt(1 - self.betas[1] ** count)
             for p in group["params"]:
                 numbers = torch.tensor([decay, rate, correction, scale], device=p.device)
-                self.step_tensor(p, seeds[p], numbers)
+                self.step_tensor(p, seeds[p], numbers, starts.get(p, 0))
 
-    def step_tensor(self, p, seed, numbers):
+    def step_tensor(self, p, seed, numbers, first):
         """Update a tensor in pieces: what a CPU's cache holds, or 2^24 weights for few launches."""
         generator = torch.Generator().manual_seed(seed)
         limits = -(2**31), 2**31
@@ -330,7 +336,7 @@ class BF16AdamW:
         size = 2**16 if cached else 2**24
         for i in range(0, len(weight), size):
             piece = slice(i, i + size)
-            start = torch.full((), i, dtype=torch.int32, device=p.device)
+            start = torch.full((), first + i, dtype=torch.int32, device=p.device)
             self.update(
                 weight[piece],
                 None if low is None else low[piece],
@@ -441,10 +447,12 @@ class State:
             torch._foreach_mul_([p.grad for p in self.parts.values()], scale)
             self.optimizer.step()
         else:
-            seeds = {}
+            seeds, starts = {}, {}
             for name, p in self.parts.items():
                 seeds[p] = seed_for(args.seed, self.step, f"rounding of {name}")
-            self.optimizer.step(self.step, seeds, scale)
+                whole = self.weights[name]
+                starts[p] = RANK * rows_of_each(whole) * math.prod(whole.shape[1:])
+            self.optimizer.step(self.step, seeds, scale, starts)
         if self.step % args.ema_every == 0:
             self.update_ema()
         self.whole = True

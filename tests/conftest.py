@@ -11,6 +11,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+torch.set_num_threads(1)  # tests run beside other work, where more threads spin and wait
+
 # torchvision, which peers import, has no build for CPUs of this torch: it cannot be imported
 # without the two operators that it describes.
 OPERATORS = torch.library.Library("torchvision", "DEF")

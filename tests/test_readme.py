@@ -19,11 +19,11 @@ from conftest import ROOT
 from test_commands import run
 
 README = (ROOT / "README.md").read_text()
-TRAIN = "--steps 4 --batch_size 4 --resolution 32 --val_every 4 --workers 0 --overwrite"
+SMALL = "--steps 4 --batch_size 4 --resolution 32 --val_every 4 --workers 0"
 # What a command begins with (the longest one counts): flags that are appended, and what it must
 # say. A command that is not here fails the test.
 KNOWN = {
-    "python train.py": (TRAIN, r"PSNR [\d.]+ -> [\d.]+ dB"),
+    "python train.py": (f"{SMALL} --overwrite", r"PSNR [\d.]+ -> [\d.]+ dB"),
     "python train.py --resume": ("--steps 6", r"step 6, .* PSNR [\d.]+ -> [\d.]+ dB"),
     "python evaluate.py": ("", r"degraded input +\d"),
     "python evaluate.py --checkpoint out/demo --input": (
@@ -48,7 +48,7 @@ KNOWN = {
         "--quick --threads 1",
         r"recipes of 1 to 3, .*: \d+ images/s",
     ),
-    "torchrun": (TRAIN, r"on 2 x cpu.*PSNR [\d.]+ -> [\d.]+ dB"),
+    "torchrun": (SMALL, r"on 2 x cpu.*PSNR [\d.]+ -> [\d.]+ dB"),
 }
 # In the text these name what a whole command shows elsewhere.
 NAMES = {
@@ -60,10 +60,15 @@ NAMES = {
 
 
 def commands():
-    """Return the commands of the code blocks, and those between the words of the text."""
+    """Return the commands of the code blocks, and those between the words of the text.
+
+    A block of Python is one command of several lines.
+    """
     found = []
-    for block, words in re.findall(r"^```\w*\n(.*?)^```$|`([^`]+)`", README, re.M | re.S):
-        if block:
+    for kind, block, words in re.findall(r"^```(\w*)\n(.*?)^```$|`([^`]+)`", README, re.M | re.S):
+        if kind == "python":
+            found.append(block)
+        elif block:
             for line in re.sub(r"\\\n\s*", "", block).splitlines():
                 found += line.split(" && ")
         else:
@@ -153,8 +158,9 @@ def outputs(words):
     return promised
 
 
-def test_every_command_runs_as_printed(photos, pipeline_folder, tmp_path):
+def test_every_command_runs_as_printed(photos, pipeline_folder, tmp_path, monkeypatch):
     make_inputs(tmp_path, photos, pipeline_folder)
+    monkeypatch.chdir(tmp_path)
     whole = [command for command in commands() if command not in NAMES]
     for name in NAMES:
         assert any(command.startswith(name) for command in whole), name
@@ -162,6 +168,11 @@ def test_every_command_runs_as_printed(photos, pipeline_folder, tmp_path):
     for command in whole:
         if re.match(r"pip install|python -m pytest tests$", command):
             continue  # the next test
+        if "\n" in command:
+            exec(command, {})
+            for path in re.findall(r'save\("(.*?)"\)', command):
+                assert (tmp_path / path).is_file(), command
+            continue
         fitting = [start for start in KNOWN if f"{command} ".startswith(f"{start} ")]
         assert fitting, f"the README has a command that this test does not know: {command}"
         known = max(fitting, key=len)
