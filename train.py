@@ -814,7 +814,7 @@ def train_step(state, batch, autoencoder, prompts, stop=()):
 def train(state, batches, val_set, run, log, autoencoder, prompts):
     """Do the steps that are left, with log, validation and checkpoints.
 
-    -> the signal that ended it before the last step, or None. Raises UserError where it cannot go on.
+    -> the signal that ended it before the last step, or None. Raises UserError.
     """
     args = state.args
     stop = catch_signals()

@@ -14,6 +14,7 @@ tiny          the preset: training, and restoring a photo, beside plain convolut
 startup       -h, and the import of torch
 memory        what training takes on a GPU, derived from the shapes alone (nothing is allocated)
 """
+
 import argparse
 import contextlib
 import ctypes
@@ -43,11 +44,36 @@ from train import BF16AdamW, join_fp32
 from vae import DCAE, PixelAE
 
 # where the first three run; --gpu makes it a card, bf16, all 20 layers, 20 steps, and compiled code beside eager
-WHERE = argparse.Namespace(device="cpu", dtype=torch.float32, layers=2, steps=1, side=512, compiled=(False,), tolerance=1e-3)
-GPU = dict(device="cuda", dtype=torch.bfloat16, layers=20, steps=20, side=1024, compiled=(False, True), tolerance=5e-2)
+WHERE = argparse.Namespace(
+    device="cpu",
+    dtype=torch.float32,
+    layers=2,
+    steps=1,
+    side=512,
+    compiled=(False,),
+    tolerance=1e-3,
+)
+GPU = dict(
+    device="cuda",
+    dtype=torch.bfloat16,
+    layers=20,
+    steps=20,
+    side=1024,
+    compiled=(False, True),
+    tolerance=5e-2,
+)
 # bf16 FLOP/s, dense, of cards whose peak is known: for the model FLOPs utilization (MFU)
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
-SANA_1_6B = dict(qk_norm="rms_norm_across_heads", sample_size=32)  # over SANA_DEFAULTS, which are its own
+PEAK = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+SANA_1_6B = dict(
+    qk_norm="rms_norm_across_heads", sample_size=32
+)  # over SANA_DEFAULTS, which are its own
 
 
 def interleaved(runs, rounds):
@@ -81,6 +107,7 @@ def peak():
     def watch():
         while not stop.wait(0.002):
             seen.append(resident())
+
     before, seen = resident(), [0]
     thread = threading.Thread(target=watch)
     thread.start()
@@ -99,8 +126,15 @@ def row(work, ours, peer, name, memory=None, flops=None):
     if flops:
         card = torch.cuda.get_device_name() if WHERE.device == "cuda" else ""
         extra += f"  {flops / ours / 1e12:.2f} {flops / peer / 1e12:.2f} TFLOP/s"
-        extra += "".join(f", MFU {flops / ours / rate:.2f} {flops / peer / rate:.2f}" for known, rate in PEAK.items() if known in card)
-    print(f"{work:52} {1000 * ours:9.1f} {1000 * peer:9.1f} ms  {peer / ours:5.2f}x  {name}{extra}", flush=True)
+        extra += "".join(
+            f", MFU {flops / ours / rate:.2f} {flops / peer / rate:.2f}"
+            for known, rate in PEAK.items()
+            if known in card
+        )
+    print(
+        f"{work:52} {1000 * ours:9.1f} {1000 * peer:9.1f} ms  {peer / ours:5.2f}x  {name}{extra}",
+        flush=True,
+    )
 
 
 def same(a, b, tolerance=None):
@@ -110,6 +144,7 @@ def same(a, b, tolerance=None):
 
 def transformers():
     from diffusers import SanaTransformer2DModel
+
     torch.manual_seed(0)
     theirs = SanaTransformer2DModel(num_layers=WHERE.layers, **SANA_1_6B)
     ours = Sana(SANA_1_6B | {"num_layers": WHERE.layers})
@@ -126,7 +161,9 @@ def bench_transformer(quick):
     mask = torch.zeros(batch, 300, device=WHERE.device)
     mask[:, :tokens] = 1
     time_in = torch.full((batch,), 700.0, device=WHERE.device)
-    peer = lambda x, t: theirs(x, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=t).sample
+    peer = lambda x, t: (
+        theirs(x, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=t).sample
+    )
 
     def train_ours():
         ours.zero_grad()
@@ -142,7 +179,10 @@ def bench_transformer(quick):
     sample_theirs = lambda: sample_euler(peer, latents, WHERE.steps)
     with FlopCounterMode(display=False) as counter:
         train_ours()
-    flops, what = counter.get_total_flops(), f"SANA 1.6B, {WHERE.layers} layers, {side} px, batch {batch}"
+    flops, what = (
+        counter.get_total_flops(),
+        f"SANA 1.6B, {WHERE.layers} layers, {side} px, batch {batch}",
+    )
     for compiled in WHERE.compiled:
         if compiled:  # block by block, as train.py does
             for block in [*ours.transformer_blocks, *theirs.transformer_blocks]:
@@ -160,37 +200,73 @@ def bench_transformer(quick):
         with torch.no_grad():
             same(sample_ours(), sample_theirs())
             seconds = interleaved({"ours": sample_ours, "peer": sample_theirs}, 3 if quick else 9)
-        row(f"the same: {WHERE.steps} sampling step{'s' * (WHERE.steps > 1)}", *seconds.values(), "diffusers", None, WHERE.steps * flops / 3)
+        row(
+            f"the same: {WHERE.steps} sampling step{'s' * (WHERE.steps > 1)}",
+            *seconds.values(),
+            "diffusers",
+            None,
+            WHERE.steps * flops / 3,
+        )
 
 
 def bench_tokens(quick):
     ours, _ = transformers()
     text, sides = torch.randn(1, 32, 2304), (256, 512) if quick else (512, 1024, 2048)
     with torch.no_grad():
-        seconds = interleaved({side: (lambda side=side: ours(torch.randn(1, 32, side // 32, side // 32), torch.ones(1), text)) for side in sides}, 3)
+        seconds = interleaved(
+            {
+                side: (
+                    lambda side=side: ours(
+                        torch.randn(1, 32, side // 32, side // 32), torch.ones(1), text
+                    )
+                )
+                for side in sides
+            },
+            3,
+        )
     first = seconds[sides[0]] / sides[0] ** 2
     for side in sides:
-        print(f"SANA 1.6B, 2 layers, {side} px: {1000 * seconds[side]:.0f} ms, a token costs {seconds[side] / side ** 2 / first:.2f} of one at {sides[0]} px")
+        print(
+            f"SANA 1.6B, 2 layers, {side} px: {1000 * seconds[side]:.0f} ms, a token costs {seconds[side] / side**2 / first:.2f} of one at {sides[0]} px"
+        )
 
 
 def bench_autoencoder(quick):
     from diffusers import AutoencoderDC
+
     side = 128 if quick else WHERE.side
     torch.manual_seed(0)
-    theirs = AutoencoderDC(latent_channels=32, attention_head_dim=32, encoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
-                           decoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3, encoder_block_out_channels=[128, 256, 512, 512, 1024, 1024],
-                           decoder_block_out_channels=[128, 256, 512, 512, 1024, 1024], encoder_layers_per_block=[2, 2, 2, 3, 3, 3],
-                           decoder_layers_per_block=[3] * 6, encoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
-                           decoder_qkv_multiscales=[[], [], [], [5], [5], [5]], downsample_block_type="Conv", upsample_block_type="interpolate",
-                           scaling_factor=0.41407).eval()
+    theirs = AutoencoderDC(
+        latent_channels=32,
+        attention_head_dim=32,
+        encoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+        decoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+        encoder_block_out_channels=[128, 256, 512, 512, 1024, 1024],
+        decoder_block_out_channels=[128, 256, 512, 512, 1024, 1024],
+        encoder_layers_per_block=[2, 2, 2, 3, 3, 3],
+        decoder_layers_per_block=[3] * 6,
+        encoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
+        decoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
+        downsample_block_type="Conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+    ).eval()
     ours = DCAE({k: v for k, v in theirs.config.items() if not k.startswith("_")}).eval()
     ours.load_state_dict(theirs.state_dict())
     ours, theirs = ours.to(WHERE.device, WHERE.dtype), theirs.to(WHERE.device, WHERE.dtype)
     pixels = (torch.rand(1, 3, side, side) * 2 - 1).to(WHERE.device, WHERE.dtype)
     with torch.no_grad():
         latents = (ours.encode(pixels) / ours.scaling).to(WHERE.dtype)
-        works = {"encode": (lambda: ours.encode(pixels) / ours.scaling, lambda: theirs.encode(pixels).latent),
-                 "decode": (lambda: ours.decode(latents * ours.scaling), lambda: theirs.decode(latents).sample)}
+        works = {
+            "encode": (
+                lambda: ours.encode(pixels) / ours.scaling,
+                lambda: theirs.encode(pixels).latent,
+            ),
+            "decode": (
+                lambda: ours.decode(latents * ours.scaling),
+                lambda: theirs.decode(latents).sample,
+            ),
+        }
         for compiled, (work, (mine, yours)) in itertools.product(WHERE.compiled, works.items()):
             if compiled and work == "encode":
                 for part in (ours.encoder, ours.decoder, theirs.encoder, theirs.decoder):
@@ -202,32 +278,68 @@ def bench_autoencoder(quick):
                     function()
                 memory += grown
             seconds = interleaved({"ours": mine, "peer": yours}, 3)
-            row(f"DC-AE f32c32, {work} {side} px{', compiled' * compiled}", *seconds.values(), "diffusers", memory)
+            row(
+                f"DC-AE f32c32, {work} {side} px{', compiled' * compiled}",
+                *seconds.values(),
+                "diffusers",
+                memory,
+            )
 
 
 def bench_degradations(quick):
     import albumentations as A
     import cv2
+
     cv2.setNumThreads(1)
     side = 512
     image = dead_leaves(side, np.random.default_rng(0))
     array = np.asarray(image)
-    peers = {"gaussian_noise": (A.GaussNoise(std_range=(25 / 255, 25 / 255), p=1), {"sigma": 25.0}),
-             "poisson_noise": (A.ShotNoise(scale_range=(3 / 255, 3 / 255), p=1), {"scale": 3.0}),
-             "jpeg": (A.ImageCompression(quality_range=(20, 20), p=1), {"quality": 20}),
-             "gaussian_blur": (A.GaussianBlur(blur_limit=(7, 7), sigma_limit=(1.4, 1.4), p=1), {"kernel": 7}),
-             "downscale": (A.Downscale(scale_range=(1 / 3, 1 / 3), p=1, interpolation_pair={"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_CUBIC}), {"factor": 3.0}),
-             "color_jitter": (A.ColorJitter(brightness=(1.1, 1.1), contrast=(0.9, 0.9), saturation=(1, 1), hue=(0, 0), p=1), {"brightness": 1.1, "contrast": 0.9})}
+    peers = {
+        "gaussian_noise": (A.GaussNoise(std_range=(25 / 255, 25 / 255), p=1), {"sigma": 25.0}),
+        "poisson_noise": (A.ShotNoise(scale_range=(3 / 255, 3 / 255), p=1), {"scale": 3.0}),
+        "jpeg": (A.ImageCompression(quality_range=(20, 20), p=1), {"quality": 20}),
+        "gaussian_blur": (
+            A.GaussianBlur(blur_limit=(7, 7), sigma_limit=(1.4, 1.4), p=1),
+            {"kernel": 7},
+        ),
+        "downscale": (
+            A.Downscale(
+                scale_range=(1 / 3, 1 / 3),
+                p=1,
+                interpolation_pair={"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_CUBIC},
+            ),
+            {"factor": 3.0},
+        ),
+        "color_jitter": (
+            A.ColorJitter(
+                brightness=(1.1, 1.1), contrast=(0.9, 0.9), saturation=(1, 1), hue=(0, 0), p=1
+            ),
+            {"brightness": 1.1, "contrast": 0.9},
+        ),
+    }
     rng = np.random.default_rng(0)
     for name, (peer, strength) in peers.items():
-        a, b = np.asarray(DEGRADATIONS[name](image, rng, **strength), float), peer(image=array)["image"].astype(float)
-        assert abs(np.mean((a - array) ** 2) ** 0.5 / np.mean((b - array) ** 2) ** 0.5 - 1) < 0.5, name  # of the same strength
-        seconds = interleaved({"ours": lambda: DEGRADATIONS[name](image, rng, **strength), "peer": lambda: peer(image=array)}, 5 if quick else 21)
+        a, b = (
+            np.asarray(DEGRADATIONS[name](image, rng, **strength), float),
+            peer(image=array)["image"].astype(float),
+        )
+        assert abs(np.mean((a - array) ** 2) ** 0.5 / np.mean((b - array) ** 2) ** 0.5 - 1) < 0.5, (
+            name
+        )  # of the same strength
+        seconds = interleaved(
+            {
+                "ours": lambda: DEGRADATIONS[name](image, rng, **strength),
+                "peer": lambda: peer(image=array),
+            },
+            5 if quick else 21,
+        )
         row(f"{name}, {side} px, one thread", *seconds.values(), "albumentations")
     start, count = time.perf_counter(), 20 if quick else 60
     for i in range(count):
         random_degradation(image, 1 + i % 3, np.random.default_rng(i))
-    print(f"recipes of 1 to 3, {side} px: {count / (time.perf_counter() - start):.0f} images/s on one core (asked: 30)")
+    print(
+        f"recipes of 1 to 3, {side} px: {count / (time.perf_counter() - start):.0f} images/s on one core (asked: 30)"
+    )
 
 
 def bench_loader(quick):
@@ -246,7 +358,9 @@ def bench_loader(quick):
             next(batches)
         start = time.perf_counter()
         assert sum(len(batch["caption"]) for batch in batches) == count
-        print(f"data loader, 2 workers, 512 px of 2 megapixels: {count / (time.perf_counter() - start):.0f} images/s (asked: 20)")
+        print(
+            f"data loader, 2 workers, 512 px of 2 megapixels: {count / (time.perf_counter() - start):.0f} images/s (asked: 20)"
+        )
 
 
 def bench_metrics(quick):
@@ -258,11 +372,15 @@ def bench_metrics(quick):
     from pytorch_fid.inception import InceptionV3
     import pytorch_fid.inception
     from pipeline import random_inception
+
     side = 256 if quick else 512
     a = to_tensor(dead_leaves(side, np.random.default_rng(0)))[None]
     b = (a + 0.1 * torch.randn(a.shape)).clamp(-1, 1)
     psnr_ssim = lambda: (psnr(a, b), ssim(a, b))
-    theirs = lambda: (tm.peak_signal_noise_ratio(a, b, data_range=(-1.0, 1.0)), tm.structural_similarity_index_measure(a, b, data_range=(-1.0, 1.0)))
+    theirs = lambda: (
+        tm.peak_signal_noise_ratio(a, b, data_range=(-1.0, 1.0)),
+        tm.structural_similarity_index_measure(a, b, data_range=(-1.0, 1.0)),
+    )
     piqs = lambda: piq.ssim((a + 1) / 2, (b + 1) / 2, data_range=1.0, downsample=False)
     assert abs(psnr_ssim()[1].item() - piqs().item()) < 1e-4
     seconds = interleaved({"ours": psnr_ssim, "peer": theirs, "piq": piqs}, 9)
@@ -275,34 +393,72 @@ def bench_metrics(quick):
         for name, t in trunk.items():
             if name.startswith("features"):
                 _, layer, kind = name.split(".")
-                module = next(getattr(s, layer) for s in (getattr(peer.net, f"slice{i}") for i in range(1, 6)) if hasattr(s, layer))
+                module = next(
+                    getattr(s, layer)
+                    for s in (getattr(peer.net, f"slice{i}") for i in range(1, 6))
+                    if hasattr(s, layer)
+                )
                 getattr(module, kind).data.copy_(t)
-        ours = LPIPS(trunk, {f"lin{i}.model.1.weight": getattr(peer, f"lin{i}").model[1].weight for i in range(5)})
+        ours = LPIPS(
+            trunk,
+            {f"lin{i}.model.1.weight": getattr(peer, f"lin{i}").model[1].weight for i in range(5)},
+        )
         same(ours(a, b), peer(a, b).flatten())
-        row(f"LPIPS AlexNet, {side} px", *interleaved({"ours": lambda: ours(a, b), "peer": lambda: peer(a, b)}, 9).values(), "lpips")
+        row(
+            f"LPIPS AlexNet, {side} px",
+            *interleaved({"ours": lambda: ours(a, b), "peer": lambda: peer(a, b)}, 9).values(),
+            "lpips",
+        )
         weights = random_inception().state_dict()
         pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: weights
-        mine, yours, images = Inception(weights), InceptionV3([3]).eval(), torch.rand(2 if quick else 8, 3, 299, 299) * 2 - 1
+        mine, yours, images = (
+            Inception(weights),
+            InceptionV3([3]).eval(),
+            torch.rand(2 if quick else 8, 3, 299, 299) * 2 - 1,
+        )
         same(mine(images), yours((images + 1) / 2)[0].flatten(1))
-        seconds = interleaved({"ours": lambda: mine(images), "peer": lambda: yours((images + 1) / 2)}, 3)
+        seconds = interleaved(
+            {"ours": lambda: mine(images), "peer": lambda: yours((images + 1) / 2)}, 3
+        )
         row(f"Inception features of {len(images)} images", *seconds.values(), "pytorch-fid")
     size, rng = (512, 2048)[not quick], np.random.default_rng(0)
     for count in (size // 4, 2 * size):
-        sets = [rng.normal(size=(count, size)) @ rng.normal(size=(size, size)) / size ** 0.5 for _ in range(2)]
+        sets = [
+            rng.normal(size=(count, size)) @ rng.normal(size=(size, size)) / size**0.5
+            for _ in range(2)
+        ]
         moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in sets]
         mine = lambda: frechet_distance(*(torch.from_numpy(x) for pair in moments for x in pair))
         yours = lambda: pytorch_fid.fid_score.calculate_frechet_distance(*moments[0], *moments[1])
         assert abs(mine() / yours() - 1) < 1e-3
-        row(f"Fréchet distance, {size} features, {count} images", *interleaved({"ours": mine, "peer": yours}, 1).values(), "pytorch-fid (scipy)")
+        row(
+            f"Fréchet distance, {size} features, {count} images",
+            *interleaved({"ours": mine, "peer": yours}, 1).values(),
+            "pytorch-fid (scipy)",
+        )
 
 
 class ConvStack(torch.nn.Sequential):
     """FFDNet's shape: pixels unshuffled by 2, 3x3 convolutions with batch norm, and back; of the tiny preset's parameter count."""
 
     def __init__(self, width=64, layers=9):
-        middle = [part for _ in range(layers) for part in (torch.nn.Conv2d(width, width, 3, padding=1, bias=False), torch.nn.BatchNorm2d(width), torch.nn.ReLU())]
-        super().__init__(torch.nn.PixelUnshuffle(2), torch.nn.Conv2d(12, width, 3, padding=1), torch.nn.ReLU(), *middle,
-                         torch.nn.Conv2d(width, 12, 3, padding=1), torch.nn.PixelShuffle(2))
+        middle = [
+            part
+            for _ in range(layers)
+            for part in (
+                torch.nn.Conv2d(width, width, 3, padding=1, bias=False),
+                torch.nn.BatchNorm2d(width),
+                torch.nn.ReLU(),
+            )
+        ]
+        super().__init__(
+            torch.nn.PixelUnshuffle(2),
+            torch.nn.Conv2d(12, width, 3, padding=1),
+            torch.nn.ReLU(),
+            *middle,
+            torch.nn.Conv2d(width, 12, 3, padding=1),
+            torch.nn.PixelShuffle(2),
+        )
 
 
 def bench_tiny(quick):
@@ -313,9 +469,19 @@ def bench_tiny(quick):
     side = 128 if quick else 500
     photo = torch.rand(1, 3, side, side) * 2 - 1
     with torch.no_grad():
-        seconds = interleaved({"ours": lambda: pipeline.restore(photo, [""]), "peer": lambda: stack(photo)}, 5)
-    row(f"tiny ({count[0] / 1e6:.2f} M), one step, {side}x{side}", *seconds.values(), f"plain convolutions ({count[1] / 1e6:.2f} M)")
-    x, noise, text = autoencoder.encode(torch.rand(4, 3, 48, 48) * 2 - 1), torch.randn(4, 12, 24, 24), prompts(["Remove JPEG artifacts."] * 4)
+        seconds = interleaved(
+            {"ours": lambda: pipeline.restore(photo, [""]), "peer": lambda: stack(photo)}, 5
+        )
+    row(
+        f"tiny ({count[0] / 1e6:.2f} M), one step, {side}x{side}",
+        *seconds.values(),
+        f"plain convolutions ({count[1] / 1e6:.2f} M)",
+    )
+    x, noise, text = (
+        autoencoder.encode(torch.rand(4, 3, 48, 48) * 2 - 1),
+        torch.randn(4, 12, 24, 24),
+        prompts(["Remove JPEG artifacts."] * 4),
+    )
     pixels, target = torch.rand(4, 3, 48, 48), torch.rand(4, 3, 48, 48)
 
     def train_ours():
@@ -325,69 +491,134 @@ def bench_tiny(quick):
     def train_peer():
         stack.zero_grad()
         (stack(pixels) - target).square().mean().backward()
+
     stack.train()
     seconds = interleaved({"ours": train_ours, "peer": train_peer}, 10)
-    row(f"tiny, gradients of 4 crops of 48: {4 / seconds['ours']:.0f} img/s", *seconds.values(), "plain convolutions")
+    row(
+        f"tiny, gradients of 4 crops of 48: {4 / seconds['ours']:.0f} img/s",
+        *seconds.values(),
+        "plain convolutions",
+    )
 
 
 def bench_startup(quick):
     def start(code):
         before = time.perf_counter()
-        subprocess.run([sys.executable, *code], check=True, stdout=subprocess.DEVNULL, cwd=conftest.ROOT)
+        subprocess.run(
+            [sys.executable, *code], check=True, stdout=subprocess.DEVNULL, cwd=conftest.ROOT
+        )
         return time.perf_counter() - before
-    commands = {"import torch": ["-c", "import torch"], "train.py -h": ["train.py", "-h"], "evaluate.py -h": ["evaluate.py", "-h"], "degrade.py -h": ["degrade.py", "-h"]}
-    seconds = interleaved({name: (lambda code=code: start(code)) for name, code in commands.items()}, 3)
-    print("start-up: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()) + " (asked: -h within 1 s of import torch)")
+
+    commands = {
+        "import torch": ["-c", "import torch"],
+        "train.py -h": ["train.py", "-h"],
+        "evaluate.py -h": ["evaluate.py", "-h"],
+        "degrade.py -h": ["degrade.py", "-h"],
+    }
+    seconds = interleaved(
+        {name: (lambda code=code: start(code)) for name, code in commands.items()}, 3
+    )
+    print(
+        "start-up: "
+        + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+        + " (asked: -h within 1 s of import torch)"
+    )
 
 
 def bench_optimizer(quick):
     count, lr = (4_000_000 if quick else 100_000_000), 1e-3
     shapes, device = [(count // 20,)] * 20, WHERE.device
-    start = [torch.randn(shape, generator=torch.Generator().manual_seed(i)).bfloat16().float() for i, shape in enumerate(shapes)]
-    gradients = [(0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(100 + i))).bfloat16() for i, shape in enumerate(shapes)]
+    start = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(i)).bfloat16().float()
+        for i, shape in enumerate(shapes)
+    ]
+    gradients = [
+        (0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(100 + i))).bfloat16()
+        for i, shape in enumerate(shapes)
+    ]
 
     def make(dtype, optimizer):
         parameters = [torch.nn.Parameter(w.to(device, dtype)) for w in start]
         for p, g in zip(parameters, gradients):
             p.grad = g.to(device, dtype, copy=True)  # a peer writes into its gradients
         return parameters, optimizer(parameters)
+
     same = dict(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     contestants = {
-        "adamw: torch, fp32, fused": make(torch.float32, lambda p: torch.optim.AdamW(p, lr, fused=True, **same)),
-        "adamw_bf16: ours, exact": make(torch.bfloat16, lambda p: BF16AdamW([{"params": p, "lr": lr}])),
-        "adamw_bf16: ours, compiled": make(torch.bfloat16, lambda p: BF16AdamW([{"params": p, "lr": lr}], compile=True)),
-        "adamw_sr: ours": make(torch.bfloat16, lambda p: BF16AdamW([{"params": p, "lr": lr}], exact=False)),
-        "optimi AdamW, Kahan": make(torch.bfloat16, lambda p: optimi.AdamW(p, lr, **same, kahan_sum=True)),
-        "torchao AdamW, stochastic rounding": make(torch.bfloat16, lambda p: torchao.optim._AdamW(p, lr, **same, bf16_stochastic_round=True)),
+        "adamw: torch, fp32, fused": make(
+            torch.float32, lambda p: torch.optim.AdamW(p, lr, fused=True, **same)
+        ),
+        "adamw_bf16: ours, exact": make(
+            torch.bfloat16, lambda p: BF16AdamW([{"params": p, "lr": lr}])
+        ),
+        "adamw_bf16: ours, compiled": make(
+            torch.bfloat16, lambda p: BF16AdamW([{"params": p, "lr": lr}], compile=True)
+        ),
+        "adamw_sr: ours": make(
+            torch.bfloat16, lambda p: BF16AdamW([{"params": p, "lr": lr}], exact=False)
+        ),
+        "optimi AdamW, Kahan": make(
+            torch.bfloat16, lambda p: optimi.AdamW(p, lr, **same, kahan_sum=True)
+        ),
+        "torchao AdamW, stochastic rounding": make(
+            torch.bfloat16,
+            lambda p: torchao.optim._AdamW(p, lr, **same, bf16_stochastic_round=True),
+        ),
     }
     steps = dict.fromkeys(contestants, 0)
 
     def step(name):
         parameters, optimizer = contestants[name]
         steps[name] += 1
-        optimizer.step(*([steps[name], dict.fromkeys(parameters, steps[name])] if isinstance(optimizer, BF16AdamW) else []))
-    seconds = interleaved({name: (lambda name=name: step(name)) for name in contestants}, 3 if quick else 5)
+        optimizer.step(
+            *(
+                [steps[name], dict.fromkeys(parameters, steps[name])]
+                if isinstance(optimizer, BF16AdamW)
+                else []
+            )
+        )
+
+    seconds = interleaved(
+        {name: (lambda name=name: step(name)) for name in contestants}, 3 if quick else 5
+    )
     parameters, optimizer = contestants["adamw_bf16: ours, exact"]
     average = [w.to(device, copy=True) for w in start]
 
     def update_average():
         for mean, p in zip(average, parameters):
             mean.lerp_(join_fp32(p.detach(), optimizer.state[p]["low"]), 1e-4)
+
     ema = interleaved({"ours": update_average}, 3)["ours"]
     print(f"the fp32 average's step beside adamw_bf16: {1000 * ema:.0f} ms")
     reference = torch.cat([p.detach().float() for p in contestants["adamw: torch, fp32, fused"][0]])
     copies = lambda: [a.copy_(b) for a, b in zip(average[:10], average[10:])]
-    copy = interleaved({"copy": copies}, 5)["copy"] / sum(t.nbytes for t in average)  # seconds a byte read or written
-    print(f"{count / 1e6:.0f} M parameters, {device}, {torch.get_num_threads()} threads, {steps['adamw_sr: ours']} steps at lr {lr:g}; copying: {1e-9 / copy:.0f} GB/s")
+    copy = interleaved({"copy": copies}, 5)["copy"] / sum(
+        t.nbytes for t in average
+    )  # seconds a byte read or written
+    print(
+        f"{count / 1e6:.0f} M parameters, {device}, {torch.get_num_threads()} threads, {steps['adamw_sr: ours']} steps at lr {lr:g}; copying: {1e-9 / copy:.0f} GB/s"
+    )
     print(f"{'optimizer':36} ms/step  bytes  of copying's speed  mean |weight - fp32 AdamW's|")
     for name, (parameters, optimizer) in contestants.items():
-        state = sum(t.nbytes for values in optimizer.state.values() for t in values.values() if torch.is_tensor(t) and t.numel() > 1)
+        state = sum(
+            t.nbytes
+            for values in optimizer.state.values()
+            for t in values.values()
+            if torch.is_tensor(t) and t.numel() > 1
+        )
         size = (sum(p.nbytes + p.grad.nbytes for p in parameters) + state) / count
-        moved = 2 * size * count - sum(p.grad.nbytes for p in parameters)  # all read, all but gradients written
+        moved = 2 * size * count - sum(
+            p.grad.nbytes for p in parameters
+        )  # all read, all but gradients written
         low = [optimizer.state[p].get("low") for p in parameters]  # ours alone has them
-        exact = [p.detach().float() if bits is None else join_fp32(p.detach(), bits) for p, bits in zip(parameters, low)]
+        exact = [
+            p.detach().float() if bits is None else join_fp32(p.detach(), bits)
+            for p, bits in zip(parameters, low)
+        ]
         error = (torch.cat(exact) - reference).abs().mean().item()
-        print(f"{name:36} {1000 * seconds[name]:7.1f}  {size:5.1f}  {moved * copy / seconds[name]:18.2f}  {error:.2e}")
+        print(
+            f"{name:36} {1000 * seconds[name]:7.1f}  {size:5.1f}  {moved * copy / seconds[name]:18.2f}  {error:.2e}"
+        )
 
 
 def saved_bytes(config, grid, batch, tokens=64):
@@ -402,22 +633,36 @@ def saved_bytes(config, grid, batch, tokens=64):
             if t.untyped_storage()._cdata not in own:
                 kept[t.untyped_storage()._cdata] = t
             return t
+
         latents = torch.empty(batch, c["out_channels"], *grid)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            restorer(latents, latents, torch.empty(batch), torch.empty(batch, tokens, c["caption_channels"]), None)
+            restorer(
+                latents,
+                latents,
+                torch.empty(batch),
+                torch.empty(batch, tokens, c["caption_channels"]),
+                None,
+            )
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
 def bench_memory(quick):
     gb = 1e9
-    for name, layers, processes in (("SANA1.5 1.6B, one GPU", 20, 1), ("SANA1.5 4.8B, 8 GPUs", 60, 8)):
+    for name, layers, processes in (
+        ("SANA1.5 1.6B, one GPU", 20, 1),
+        ("SANA1.5 4.8B, 8 GPUs", 60, 8),
+    ):
         config = SANA_1_6B | {"num_layers": layers}
         with torch.device("meta"):
             count = sum(p.numel() for p in Sana(config).parameters())
         print(f"{name}: {count:,} parameters; GB a GPU")
-        print(f"  weights, bf16 {2 * count / processes / gb:.1f} · gradients, bf16 {2 * count / processes / gb:.1f} · low bits {2 * count / processes / gb:.1f} · moments, bf16 "
-              f"{4 * count / processes / gb:.1f} · average, fp32 {4 * count / processes / gb:.1f} (or 0, with --ema_device cpu) · DC-AE, fp32 1.2 (or 0, with --cache)")
-        gathered = 0 if processes == 1 else 2 * 2 * count / layers  # a block's weights and gradients
+        print(
+            f"  weights, bf16 {2 * count / processes / gb:.1f} · gradients, bf16 {2 * count / processes / gb:.1f} · low bits {2 * count / processes / gb:.1f} · moments, bf16 "
+            f"{4 * count / processes / gb:.1f} · average, fp32 {4 * count / processes / gb:.1f} (or 0, with --ema_device cpu) · DC-AE, fp32 1.2 (or 0, with --cache)"
+        )
+        gathered = (
+            0 if processes == 1 else 2 * 2 * count / layers
+        )  # a block's weights and gradients
         fixed = (10 * count / processes + gathered) / gb
         for side, batch in ((512, 4), (1024, 4)):
             grid = side // 32, side // 32
@@ -425,18 +670,30 @@ def bench_memory(quick):
             block, ends = two - one, 2 * one - two
             inputs = 2240 * 2 * batch * grid[0] * grid[1]  # of each block: image tokens
             plain, again = (ends + layers * block) / gb, (ends + layers * inputs + block) / gb
-            print(f"  {side} px, {batch} images a GPU: activations {plain:.1f}, with --checkpointing {again:.1f}; in all, average on the CPU and "
-                  f"cached: {fixed + plain:.1f}, {fixed + again:.1f}; with both on the GPU {fixed + 4 * count / processes / gb + 1.2 + plain:.1f}, "
-                  f"{fixed + 4 * count / processes / gb + 1.2 + again:.1f}")
+            print(
+                f"  {side} px, {batch} images a GPU: activations {plain:.1f}, with --checkpointing {again:.1f}; in all, average on the CPU and "
+                f"cached: {fixed + plain:.1f}, {fixed + again:.1f}; with both on the GPU {fixed + 4 * count / processes / gb + 1.2 + plain:.1f}, "
+                f"{fixed + 4 * count / processes / gb + 1.2 + again:.1f}"
+            )
 
 
 if __name__ == "__main__":
-    benches = {name.removeprefix("bench_"): function for name, function in globals().items() if name.startswith("bench_")}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    benches = {
+        name.removeprefix("bench_"): function
+        for name, function in globals().items()
+        if name.startswith("bench_")
+    }
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="*", choices=[[], *benches], help="default: all")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes: all of it within five minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller sizes: all of it within five minutes"
+    )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--gpu", action="store_true", help="transformer, autoencoder and optimizer on a CUDA card")
+    parser.add_argument(
+        "--gpu", action="store_true", help="transformer, autoencoder and optimizer on a CUDA card"
+    )
     args = parser.parse_args()
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu: torch sees no CUDA card here")
