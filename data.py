@@ -864,7 +864,7 @@ def main():
     add("photos", help="folder of clean photos (searched recursively)")
     add("--out", required=True, help="folder to make; pairs.csv appears when all is written")
     add_degradations_flag(pairs)
-    text, count = "how many: one number, or the lowest and highest (default 1 3)", between(int, 1, 6)
+    text, count = "how many: one number, or lowest and highest (default 1 3)", between(int, 1, 6)
     add("--num_degradations", nargs="+", type=count, default=[1, 3], metavar="N", help=text)
     add("--skip_bad", action="store_true", help="leave out pictures that cannot be read")
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")

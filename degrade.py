@@ -415,7 +415,7 @@ def main():
     add("image", help="picture to degrade")
     add("out", help="where to write the result (format by extension)")
     add("--only", metavar="NAME", help="this degradation alone: jpeg, or jpeg:quality=20")
-    add("--num_degradations", type=between(int, 1, 6), default=2, help="how many to draw (default 2)")
+    add("--num_degradations", type=between(int, 1, 6), default=2, help="how many (default 2)")
     add("--preview", action="store_true", help="write a labelled sheet of all six instead")
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")
     args = parser.parse_args()
