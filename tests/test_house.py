@@ -42,10 +42,8 @@ def test_ruff_finds_nothing():
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache"]
     # B905: zip of lists that are made side by side. SIM108: an `if` may be clearer than a ternary.
     rules = ["--line-length", "100", "--select", "E,F,B,SIM", "--ignore", "B905,SIM108"]
-    bench = [
-        "--per-file-ignores",
-        ",".join(f"tests/*:{rule}" for rule in ("E501", "E731", "SIM117")),
-    ]
-    command += rules + bench + ["."]
+    in_tests = ["E731", "SIM117", "B023"]  # lambdas that are called at once; nested with blocks
+    ignores = [f"tests/*:{rule}" for rule in in_tests] + ["tests/bench.py:E501"]
+    command += rules + ["--per-file-ignores", ",".join(ignores), "."]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
