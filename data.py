@@ -39,8 +39,7 @@ def seed_for(seed, index, purpose):
     """Return the 63-bit seed of a numpy or torch generator: the one source of randomness.
 
     It depends on the run's seed, a step or draw, and what the numbers are for. Same inputs, same
-    numbers, in any process and in any order.
-    """
+    numbers, in any process and in any order."""
     digest = hashlib.sha256(f"{seed}/{index}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -66,8 +65,7 @@ def to_image(tensor):
 def open_image(path, notice=True):
     """Read a picture as plain_image makes it. Raises UserError.
 
-    notice: say on stderr that 16-bit grey is scaled to 8 bits.
-    """
+    notice: say on stderr that 16-bit grey is scaled to 8 bits."""
     quiet = warnings.catch_warnings(action="ignore")
     with explain_errors(path, "this picture"), quiet, Image.open(path) as image:
         if image.format == "EPS":  # Pillow would have Ghostscript run it
@@ -81,8 +79,7 @@ def open_image(path, notice=True):
 def plain_image(image):
     """Turn a PIL image upright (EXIF orientation) -> L, LA, RGB or RGBA, 8 bits a channel.
 
-    16-bit grey is scaled. It may change the image that it is given. Raises UserError.
-    """
+    16-bit grey is scaled. It may change the image that it is given. Raises UserError."""
     with contextlib.suppress(Exception):  # damaged EXIF: then as it is stored
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
@@ -142,8 +139,7 @@ class Row:
 class CsvPairs:
     """The rows of a pairs.csv. Raises UserError, with the row, for anything missing or unreadable.
 
-    skip_bad: leave out rows whose files are missing, with a line each, instead.
-    """
+    skip_bad: leave out rows whose files are missing, with a line each, instead."""
 
     def __init__(self, path, skip_bad=False):
         self.path = Path(path)
@@ -255,8 +251,7 @@ def dead_leaves(size, rng):
 
     Discs, boxes and triangles, whose radii follow r^-3, give the edges, flat areas and the 1/f
     spectrum of photographs (Lee, Mumford & Huang 2001; as training pictures: Achddou et al. 2021).
-    Each has a colour near one of a small palette, a shading and perhaps a texture.
-    """
+    Each has a colour near one of a small palette, a shading and perhaps a texture."""
     grid_y, grid_x = np.mgrid[:size, :size].astype(np.float32)
     grey = rng.uniform(0.02, 0.98, (rng.integers(3, 8), 1))  # palettes vary more in light than hue
     palette = grey + rng.normal(0, rng.uniform(0.03, 0.25), (len(grey), 3))
@@ -329,8 +324,7 @@ class PairedDataset(Dataset):
     training True: item n is the n-th draw of an endless stream, which visits every row once an
     epoch in a new order, with random crop, flip and caption dropout, all from (seed, n). So a run
     can stop and go on at any n. False: item n is row n, centre crop, always the same degradation.
-    skip_bad: the next draw's row in place of one that cannot be read. "bad" counts them.
-    """
+    skip_bad: the next draw's row in place of one that cannot be read. "bad" counts them."""
 
     def __init__(
         self,
@@ -374,8 +368,7 @@ class PairedDataset(Dataset):
     def plan(self, index):
         """Say what draw(index) will do -> (row, recipe or None, caption).
 
-        It opens no picture, so that all captions of a run can be encoded before it starts.
-        """
+        It opens no picture, so that all captions of a run can be encoded before it starts."""
         purpose = "train plan" if self.training else "validation plan"
         rng = np.random.default_rng(seed_for(self.seed, index, purpose))
         row = self.row_of(index)
@@ -443,8 +436,7 @@ class PairedDataset(Dataset):
     def name_degradations(self, index):
         """Say what was done to the condition of item index: "jpeg downscale".
 
-        By the recipe, else the CSV's column, else the words of the caption.
-        """
+        By the recipe, else the CSV's column, else the words of the caption."""
         row, recipe, caption = self.plan(index)
         if recipe:
             return " ".join(name for name, _ in recipe)
@@ -472,8 +464,7 @@ def collate(items):
 def load_batches(dataset, batch_size, draws, workers, pin_memory=False):
     """Yield batches of the draws with these numbers, which worker processes make.
 
-    Raises UserError for a picture that cannot be read.
-    """
+    Raises UserError for a picture that cannot be read."""
     loader = DataLoader(
         dataset,
         batch_size,
@@ -578,8 +569,7 @@ def make_datasets(args, stages=None):
 def split_rows(dataset):
     """Return the rows to train on and those held out, which share no clean picture.
 
-    A row that cannot be read is not held out. Raises UserError.
-    """
+    A row that cannot be read is not held out. Raises UserError."""
     source = dataset.source
     generator = torch.Generator().manual_seed(seed_for(dataset.seed, 0, "held out"))
     order = torch.randperm(len(source), generator=generator).tolist()
@@ -615,8 +605,7 @@ def hash_prompts(prompts):
     """Embed prompts without a text encoder -> text [B, L, 256], text_mask [B, L] bool.
 
     Each word becomes the 256 bits of its SHA-256 as -1 and 1. So words are nearly orthogonal, and
-    the same on every machine. The empty word stands first, as <bos> does elsewhere.
-    """
+    the same on every machine. The empty word stands first, as <bos> does elsewhere."""
     rows = []
     for prompt in prompts:
         letters = "".join(c if c.isalnum() else " " for c in prompt.lower())
@@ -632,8 +621,7 @@ class Prompts:
     """Turn captions into embeddings.
 
     folder: a pretrained model's, whose Gemma encodes each distinct caption once and is then freed.
-    None: hash_prompts.
-    """
+    None: hash_prompts."""
 
     def __init__(self, folder=None, device="cpu"):
         self.folder = folder
@@ -687,8 +675,7 @@ class CachedDataset(Dataset):
     Draw n is what it would be without the cache, with its crop, flip and degradation. After the
     cached epochs the same draws come again, in a new order. expected: fingerprint of the run; rows:
     how many draws an epoch has. Raises UserError for a cache that was made of anything else, or is
-    not complete.
-    """
+    not complete."""
 
     def __init__(self, folder, expected, rows):
         self.folder = Path(folder)
@@ -760,8 +747,7 @@ def short_hash(content):
 def make_cache(args):
     """Encode the first args.epochs epochs of draws, each to a file in args.out.
 
-    An interrupted command goes on where it stopped. Raises UserError.
-    """
+    An interrupted command goes on where it stopped. Raises UserError."""
     if not args.data:
         raise UserError("cache needs --data: the CSV of what to encode")
     args.model = args.model or default_model(args)
@@ -817,8 +803,7 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
     """Degrade every photo of a folder once: out/clean/, out/condition/ (PNG), last out/pairs.csv.
 
     choices: of parse_degradations. counts: [low, high], how many of them for a photo.
-    The same command goes on after an interruption. Raises UserError.
-    """
+    The same command goes on after an interruption. Raises UserError."""
     out = Path(out)
     paths = list_images(photos)
     if out.resolve().is_relative_to(Path(photos).resolve()):

@@ -115,8 +115,7 @@ class Strength:
     """How strong a degradation is.
 
     drawn: (low, high) of a uniform draw, of whole numbers if both are; or a list of choices.
-    legal: what a user may set: (lowest, highest), or a range of whole numbers.
-    """
+    legal: what a user may set: (lowest, highest), or a range of whole numbers."""
 
     drawn: tuple | list
     legal: tuple | range
@@ -145,8 +144,7 @@ class Strength:
 class Degradation:
     """An entry of the table. Call it as entry(image, rng, quality=20).
 
-    phrases: how prompts name it.
-    """
+    phrases: how prompts name it."""
 
     function: Callable
     strengths: dict[str, Strength]
@@ -219,8 +217,7 @@ DEFAULT_DEGRADATIONS = ["gaussian_noise", "poisson_noise", "jpeg", "gaussian_blu
 def parse_degradations(words):
     """Read ["jpeg", "gaussian_noise:sigma=25"] -> [("jpeg", {}), ("gaussian_noise", {...})].
 
-    A strength that is not given stays open, to be drawn for each image. Raises UserError.
-    """
+    A strength that is not given stays open, to be drawn for each image. Raises UserError."""
     parsed = {}
     for word in words:
         name, *settings = word.split(":")
@@ -269,8 +266,7 @@ def describe(recipe):
 def random_degradation(image, num_degradations=2, rng=None):
     """Apply distinct ones of the default five in random order, each of random strength.
 
-    rng: numpy Generator. None means default_rng(0), which always draws the same recipe.
-    """
+    rng: numpy Generator. None means default_rng(0), which always draws the same recipe."""
     rng = rng or np.random.default_rng(0)
     choices = parse_degradations(DEFAULT_DEGRADATIONS)
     return apply_recipe(image, draw_recipe(choices, num_degradations, rng), rng)

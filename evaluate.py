@@ -49,8 +49,7 @@ def ssim(a, b):
 
     Population variances; the mean over channels and over positions where the window fits. This is
     scikit-image's with gaussian_weights, sigma=1.5, use_sample_covariance=False. Raises ValueError
-    for images below 11 pixels.
-    """
+    for images below 11 pixels."""
     if min(a.shape[2:]) < 11:
         raise ValueError(f"SSIM needs 11x11 pixels, not {a.shape[3]}x{a.shape[2]}")
     a = a.double() + 1  # black is 0: SSIM compares means
@@ -85,8 +84,7 @@ def ssim(a, b):
 def luma(x):
     """RGB [B, 3, H, W] in [-1, 1] -> Y of ITU-R BT.601 [B, 1, H, W], 16 to 235 levels.
 
-    Super-resolution papers score it.
-    """
+    Super-resolution papers score it."""
     weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=x.device)
     y = torch.einsum("bchw,c->bhw", (x.double() + 1) / 2, weights) + 16
     return y[:, None] / 127.5 - 1
@@ -111,8 +109,7 @@ def read_published(published, path=None):
     """Read {name: tensor} of a published file, downloaded once into torch.hub's folder.
 
     path: a local file instead. Nothing but tensors is unpickled. Raises OSError for what cannot be
-    fetched, UserError for a local file that holds something else.
-    """
+    fetched, UserError for a local file that holds something else."""
     options = {"map_location": "cpu", "weights_only": True}
     if path:
         with explain_errors(path, "these weights"):
@@ -132,8 +129,7 @@ class LPIPS(nn.Module):
 
     How far the features of two images differ, at each position normalized over channels, weighted
     by channel as human judgements taught ("heads"). trunk: torchvision's AlexNet; heads:
-    {"lin0.model.1.weight": ...}. Raises UserError if they do not fit.
-    """
+    {"lin0.model.1.weight": ...}. Raises UserError if they do not fit."""
 
     TAPS = [1, 4, 7, 9, 11]  # the ReLUs whose output counts
 
@@ -186,8 +182,7 @@ class Inception(nn.Module):
     """The Inception v3 of the first FID (arXiv 1706.08500), ported from TensorFlow.
 
     It differs from torchvision's: see the comments with a star. weights: as pytorch-fid published
-    them. Raises UserError if they do not fit.
-    """
+    them. Raises UserError if they do not fit."""
 
     def __init__(self, weights):
         super().__init__()
@@ -384,8 +379,7 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     """Return |mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)) of two gaussians, float64.
 
     With A = F F^T, A B has the eigenvalues of the symmetric F^T B F. So there is no root of a
-    matrix that is not symmetric, and fewer images than features do no harm.
-    """
+    matrix that is not symmetric, and fewer images than features do no harm."""
     factor, failed = torch.linalg.cholesky_ex(cov_a)
     if failed:  # singular: only the directions in which there is anything
         values, vectors = torch.linalg.eigh(cov_a)
@@ -403,8 +397,7 @@ class Metrics:
     """What is measured, of "psnr", "ssim", "lpips", "fid".
 
     A metric whose weights cannot be fetched is missing: {name: why}. The others go on.
-    lpips_weights: local files (trunk, heads). fid_weights: a local file.
-    """
+    lpips_weights: local files (trunk, heads). fid_weights: a local file."""
 
     def __init__(self, names, y_channel=False, lpips_weights=None, fid_weights=None, device="cpu"):
         self.names = [name for name in METRICS if name in names]
@@ -431,8 +424,7 @@ class Metrics:
     def __call__(self, clean, image, name):
         """Score a picture [3, H, W], rounded to 8 bits as when it is saved -> {metric: value}.
 
-        nan where a metric is missing or the picture too small for it. name: of its set, for FID.
-        """
+        nan where a metric is missing or the picture too small for it. name: of its set, for FID."""
         a, b = to_tensor(to_image(image))[None], clean[None]
         values = dict.fromkeys(METRICS, math.nan)
         if self.lpips and min(clean.shape[1:]) >= 64:
@@ -459,8 +451,7 @@ OVERLAP = 64
 class Pipeline:
     """A loaded restorer: Pipeline.load("out/demo")("noisy.jpg").save("restored.png").
 
-    autoencoder, prompts: what data.load_frozen returns.
-    """
+    autoencoder, prompts: what data.load_frozen returns."""
 
     def __init__(self, restorer, autoencoder, prompts):
         self.restorer = restorer
@@ -471,8 +462,7 @@ class Pipeline:
     def load(cls, path, device="cpu", model=None):
         """Load a run of train.py or one of its checkpoints. Raises UserError.
 
-        model: where autoencoder and text encoder are now, if not where they were in training.
-        """
+        model: where autoencoder and text encoder are now, if not where they were in training."""
         restorer, config = load_restorer(path)
         if model:
             config["name"] = model
@@ -482,8 +472,7 @@ class Pipeline:
         """Restore a path, a PIL image of any mode, or a uint8 array [H, W] or [H, W, 3].
 
         -> PIL image, grey if it was grey, with its transparency and colour profile. sampling: the
-        arguments of restore. Raises UserError.
-        """
+        arguments of restore. Raises UserError."""
         if isinstance(picture, np.ndarray):
             picture = Image.fromarray(picture)
         if isinstance(picture, Image.Image):
@@ -517,8 +506,7 @@ class Pipeline:
 
         -> the same shape, clipped to [-1, 1]. The noise depends on seed and size alone: a picture
         comes out the same whatever is beside it. steps None: DEFAULT_STEPS. average: the mean of so
-        many answers from different noise. Raises ValueError for other pixels.
-        """
+        many answers from different noise. Raises ValueError for other pixels."""
         if not (pixels.is_floating_point() and pixels.abs().max() <= 1):  # nan is not, either
             raise ValueError("pixels: give floats in [-1, 1], as data.to_tensor makes them")
         restorer, autoencoder, f = self.restorer, self.autoencoder, self.autoencoder.factor
@@ -562,8 +550,7 @@ def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **opti
     """Restore [(picture, where to)] -> how many failed. One that fails does not stop the others.
 
     grid: path of a picture of the first eight: input | restored | difference.
-    options: of Pipeline's call.
-    """
+    options: of Pipeline's call."""
     todo = [(path, out) for path, out in work if overwrite or not out.exists()]
     failed = 0
     shown = []
@@ -642,8 +629,7 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False):
     """Score {name: method} on each pair, and the degraded picture itself as "input".
 
     -> rows [{"image": i, "degradation": names, "input_psnr", "NAME_psnr", ...}], and the labelled
-    pictures of the first eight pairs, as draw_grid takes them. Raises UserError.
-    """
+    pictures of the first eight pairs, as draw_grid takes them. Raises UserError."""
     rows = []
     pictures = []
     bar = tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)
@@ -681,8 +667,7 @@ def mean_of(rows):
     """Average each column of scores.
 
     Images restored perfectly (PSNR inf) or too small (nan) are left out of it. If all are perfect,
-    so is the mean.
-    """
+    so is the mean."""
     means = {}
     for key, value in rows[0].items():
         if isinstance(value, float):
@@ -718,8 +703,7 @@ def summarize(rows, methods, metrics):
 def shares_of_the_way(summary, names):
     """Return {method: {metric: how far it came from the input (0) to the ceiling (1)}}.
 
-    The ceiling is the best that any restorer can do whose answer passes through the autoencoder.
-    """
+    The ceiling is the best that any restorer can do whose answer passes through the autoencoder."""
     shares = {}
     for method, scores in summary.items():
         if method in ("input", "ceiling") or "ceiling" not in summary:
@@ -787,8 +771,7 @@ def print_summary(rows, summary, shares, metrics):
 def compared(folder, source):
     """Make the method that returns another program's pictures. Raises UserError.
 
-    They are named like the degraded or the clean pictures of the CsvPairs source.
-    """
+    They are named like the degraded or the clean pictures of the CsvPairs source."""
     files = {path.stem: path for path in list_images(folder)}
     outputs = []
     for row in source.rows:
@@ -884,8 +867,7 @@ def measure(args, pipeline, sampling):
 def draw_grid(rows, tile=256):
     """Draw rows of (label, PIL image): the centre of each, unscaled, at most tile pixels wide.
 
-    More than four rows stand two side by side.
-    """
+    More than four rows stand two side by side."""
     side = min(tile, *(min(image.size) for row in rows for _, image in row))
     columns = len(rows[0]) * (2 if len(rows) > 4 else 1)
     tiles = [tile for row in rows for tile in row]
@@ -906,8 +888,7 @@ WIDTH, HEIGHT = 640, 240  # pixels, of a chart
 def draw_charts(charts, path):
     """Draw line charts below each other and save them.
 
-    charts: [(title, [(x, y)], log_scale, labels)], labels: a text beside each point, or None.
-    """
+    charts: [(title, [(x, y)], log_scale, labels)], labels: a text beside each point, or None."""
     picture = Image.new("RGB", (WIDTH, len(charts) * HEIGHT), "white")
     for i, chart in enumerate(charts):
         draw_chart(ImageDraw.Draw(picture), i * HEIGHT, *chart)

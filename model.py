@@ -66,8 +66,7 @@ class Sana(nn.Module):
     """The SANA transformer: noisy latent, timestep and caption in, velocity out.
 
     config: the keys of the checkpoint's transformer/config.json, SANA_DEFAULTS where one is
-    missing. Raises ValueError for a key or value that this file does not build.
-    """
+    missing. Raises ValueError for a key or value that this file does not build."""
 
     CLASS = "SanaTransformer2DModel"
 
@@ -101,8 +100,7 @@ class Sana(nn.Module):
 
         latents [B, C, H, W], H and W multiples of patch_size. timestep [B] = 1000 * sigma. text
         [B, L, caption_channels], or what caption_keys_values made of it. text_mask [B, L] bool,
-        True = a real token; None = all are. Raises ValueError for a mask that is not bool.
-        """
+        True = a real token; None = all are. Raises ValueError for a mask that is not bool."""
         if text_mask is not None and text_mask.dtype != torch.bool:
             raise ValueError(f"text_mask is {text_mask.dtype}: give bool, True = a real token")
         patch = self.config["patch_size"]
@@ -131,8 +129,7 @@ class Sana(nn.Module):
     def caption_keys_values(self, text):
         """Compute the caption's keys and values in each block, once for all steps of sampling.
 
-        text [B, L, caption_channels] -> [(keys, values)], [B, h, L, d] each. forward takes them.
-        """
+        text [B, L, caption_channels] -> [(keys, values)], [B, h, L, d] each. forward takes them."""
         text = self.embed_caption(text)
         return [block.attn2.keys_values(text) for block in self.transformer_blocks]
 
@@ -140,8 +137,7 @@ class Sana(nn.Module):
         """Fill every weight for training from scratch.
 
         Xavier matrices, zero biases, no modulation (gates 1, shifts and scales 0), and a zero last
-        layer, so that an untrained network answers 0.
-        """
+        layer, so that an untrained network answers 0."""
         zero = "proj_out", "time_embed.linear"
         for name, p in self.named_parameters():
             if name.endswith(("bias", "scale_shift_table")) or name.startswith(zero):
@@ -207,8 +203,7 @@ class LinearAttention(Attention):
     """ReLU linear attention (SANA, section 2.2).
 
     softmax(QK^T)V becomes relu(Q)(relu(K)^T V). Its cost grows with N and not with N^2, because
-    the sum over all tokens, relu(K)^T V, is one d x d matrix a head.
-    """
+    the sum over all tokens, relu(K)^T V, is one d x d matrix a head."""
 
     def forward(self, x):                                           # [B, N, D]
         q = self.split(F.relu(self.norm_q(self.to_q(x))).float())   # [B, h, N, d]
@@ -244,8 +239,7 @@ class GLUMBConv(nn.Module):
 
     1x1 convolution, 3x3 depthwise convolution, gate, 1x1 convolution. The 3x3 is the transformer's
     only sense of place. Tokens [B, N, C] are the channels-last image: the 1x1 convolutions are
-    plain matrix products, and the depthwise one needs no copy.
-    """
+    plain matrix products, and the depthwise one needs no copy."""
 
     def __init__(self, dim, ratio):
         super().__init__()
@@ -266,8 +260,7 @@ class PatchEmbed(nn.Module):
     """Turn patches of patch x patch latents into tokens.
 
     The 512 and 1024 px models have no position embedding. The 2K and 4K ones add fixed sines and
-    cosines (scale = interpolation_scale), stretched so that any grid spans 0 to base / scale.
-    """
+    cosines (scale = interpolation_scale), stretched so that any grid spans 0 to base / scale."""
 
     def __init__(self, channels, dim, patch=1, base=None, scale=None):
         super().__init__()
@@ -345,8 +338,7 @@ class Restorer(nn.Module):
     prediction: what the network's output means.
       "velocity"    noise - x0, as SANA's weights were trained.
       "residual"    x0 - condition, for training from scratch: a network that answers 0 returns its
-                    input, not noise.
-    """
+                    input, not noise."""
 
     def __init__(self, sana, conditioning="projection", prediction="velocity", shift=SHIFT):
         super().__init__()
@@ -386,8 +378,7 @@ class Restorer(nn.Module):
 class Projection(nn.Module):
     """A 1x1 convolution 2C -> C that starts as identity | zero. Its weights stay fp32.
 
-    Written as a matrix product: a GPU may run convolutions in TF32, which is not the identity.
-    """
+    Written as a matrix product: a GPU may run convolutions in TF32, which is not the identity."""
 
     def __init__(self, channels):
         super().__init__()
@@ -420,8 +411,7 @@ def shift_sigma(sigma, shift=SHIFT):
 def draw_sigma(count, generator, share_at_one=0.0, shift=SHIFT, mean=0.0):
     """Draw sigmas to train at, [count]: the sigmoid of N(mean, 1), shifted.
 
-    share_at_one: how many are exactly 1 instead, where sampling in one step starts.
-    """
+    share_at_one: how many are exactly 1 instead, where sampling in one step starts."""
     normal = mean + torch.randn(count, generator=generator)
     sigma = shift_sigma(normal.sigmoid(), shift)
     at_one = torch.rand(count, generator=generator) < share_at_one
@@ -444,8 +434,7 @@ def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise, mean_weigh
     - mean_weight scales the part of the error that is constant over an image, its brightness. A
       changed brightness leaves nothing in the image to tell it by. At full weight that error
       drowned all learning (all six degradations, at sigma 25: 20.4 -> 20.4 dB after 1,600 steps,
-      and 26.8 dB after 800 steps at weight 0.1).
-    """
+      and 26.8 dB after 800 steps at weight 0.1)."""
     velocity = restorer(add_noise(x0, noise, sigma), condition, 1000 * sigma, text, text_mask)
     error = velocity.float() - (noise - x0).float()                 # [B, C, H, W]
     error = error - (1 - mean_weight) * error.mean((2, 3), keepdim=True)
@@ -463,8 +452,7 @@ def sample_euler(velocity, noise, steps, shift=SHIFT):
     noise [B, C, H, W] -> the same shape. One step gives x0 as predicted from pure noise, the mean
     of all clean images that fit the condition: the best PSNR. More steps settle on one of them.
     Sigmas are linspace(1, 0, steps + 1), shifted. (diffusers' Euler shifts its smallest sigma
-    twice: at 5 steps its timesteps are 1000, 900, 751, 503 and 9, and the last does nothing.)
-    """
+    twice: at 5 steps its timesteps are 1000, 900, 751, 503 and 9, and the last does nothing.)"""
     x = noise
     sigmas = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
     for sigma, next_sigma in zip(sigmas, sigmas[1:]):
@@ -477,8 +465,7 @@ def sample_euler(velocity, noise, steps, shift=SHIFT):
 def sample_dpm(velocity, noise, steps, shift=SHIFT):
     """Do what sample_euler does by DPM-Solver++ 2M (arXiv 2211.01095), SANA's own sampler.
 
-    It starts at sigma 0.999, and the network sees whole timesteps, as in diffusers.
-    """
+    It starts at sigma 0.999, and the network sees whole timesteps, as in diffusers."""
     x = noise
     x0_before, log_snr_before = None, None
     sigmas = shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64), shift).tolist()
@@ -507,8 +494,7 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 
     guidance: how far to go from the empty prompt's velocity to the prompt's and beyond (arXiv
     2207.12598). condition_guidance: the same from no condition (zeros) to the condition
-    (InstructPix2Pix, 2211.09800). prompt, empty: (text, text_mask). -> velocity(x, timestep)
-    """
+    (InstructPix2Pix, 2211.09800). prompt, empty: (text, text_mask). -> velocity(x, timestep)"""
 
     def velocity(x, timestep):
         v = restorer(x, condition, timestep, *prompt)
@@ -565,8 +551,7 @@ MODEL_DEFAULTS = {
 def build_restorer(config):
     """Build a Restorer with unset weights. config: a preset, or "model" of a config.json.
 
-    Raises ValueError.
-    """
+    Raises ValueError."""
     c = read_config("model", config, MODEL_DEFAULTS, supported={})
     sana = Sana(c["sana"])
     channels = sana.config["out_channels"]
@@ -578,8 +563,7 @@ def build_restorer(config):
 def describe_model(name, conditioning=None):
     """Return the "model" part of config.json for --model name. Raises UserError.
 
-    name: a preset, a run of train.py, or a pretrained model. conditioning None: as it has it.
-    """
+    name: a preset, a run of train.py, or a pretrained model. conditioning None: as it has it."""
     if name in PRESETS:
         config = dict(PRESETS[name])
     elif is_run(name):
@@ -645,8 +629,7 @@ def is_run(name):
 def find_checkpoint(path):
     """Return the checkpoint folder of a run (whose file `latest` names it), or path if it is one.
 
-    Raises UserError.
-    """
+    Raises UserError."""
     folder = Path(path)
     if (folder / "latest").is_file():
         folder = folder / (folder / "latest").read_text(errors="replace").strip()
@@ -668,8 +651,7 @@ def read_run(path):
 def load_restorer(path, weights="ema"):
     """Load a Restorer and the "model" part of its config.json. Raises UserError.
 
-    weights: "ema", the averaged ones, or "model", the last ones.
-    """
+    weights: "ema", the averaged ones, or "model", the last ones."""
     folder = find_checkpoint(path)
     config = read_run(folder)["model"]
     with explain_errors(folder / "config.json", "this restorer"), torch.device("meta"):
@@ -682,8 +664,7 @@ def export(path, out, weights="ema"):
     """Write a trained restorer as diffusers' SanaTransformer2DModel reads it. Raises UserError.
 
     Its in_channels are 2C: the latent, then the condition. The projection P in front of the patch
-    embedding W is one linear map with it: W(Px) = (WP)x.
-    """
+    embedding W is one linear map with it: W(Px) = (WP)x."""
     restorer, _ = load_restorer(path, weights)
     out = Path(out)
     if (out / "config.json").exists():
@@ -723,8 +704,7 @@ class GemmaTokenizer:
     2. In what remains a space becomes "▁".
     3. Each character becomes a token, or its bytes where the vocabulary lacks it.
     4. Neighbours merge, the pair that was learnt first before all others.
-    Raises UserError for a file that asks for anything else.
-    """
+    Raises UserError for a file that asks for anything else."""
 
     def __init__(self, folder):
         path = Path(folder) / "tokenizer.json"
@@ -766,8 +746,7 @@ class GemmaTokenizer:
         """Merge neighbours in the order of their ranks.
 
         The tokens are a linked list, in which a merge writes the left one and drops the right one.
-        The candidates are a heap. One that an earlier merge has overtaken is skipped.
-        """
+        The candidates are a heap. One that an earlier merge has overtaken is skipped."""
         before = list(range(-1, len(ids) - 1))
         after = list(range(1, len(ids) + 1))
         heap = []
@@ -847,8 +826,7 @@ class Gemma2(nn.Module):
     """The body of the Gemma-2 language model (arXiv 2408.00118).
 
     Its last hidden state is SANA's text embedding. config: the keys of text_encoder/config.json.
-    Raises ValueError for one that this file does not build.
-    """
+    Raises ValueError for one that this file does not build."""
 
     CLASS = "Gemma2"
     PREFIX = "model."  # of tensor names in files that hold a language model around the body
@@ -871,8 +849,7 @@ class Gemma2(nn.Module):
     def forward(self, ids, mask):
         """ids, mask (True = a real token) [B, L], padded on the right -> [B, L, D].
 
-        Raises UserError beyond the sliding window, which every second layer would have.
-        """
+        Raises UserError beyond the sliding window, which every second layer would have."""
         length = ids.shape[1]
         if length > self.config["sliding_window"]:
             limit = self.config["sliding_window"]
@@ -966,8 +943,7 @@ class GemmaMLP(nn.Module):
 class GemmaNorm(nn.Module):
     """RMS norm. The weight is stored as its distance from 1.
 
-    The product with it is taken in fp32, before the cast back to bf16.
-    """
+    The product with it is taken in fp32, before the cast back to bf16."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -996,8 +972,7 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
 
     A prompt follows the instruction, of whose tokens only the first and the last are kept. The
     empty one, for guidance and dropout, stands alone. Nothing is padded up to length: cross-
-    attention gives padding a weight of exactly 0. Raises UserError.
-    """
+    attention gives padding a weight of exactly 0. Raises UserError."""
     head = len(tokenizer.encode(INSTRUCTION))
     longest = head + length - 2
     rows = []

@@ -241,8 +241,7 @@ def round_stochastically(x, seed, start=0):
     """Round fp32 to bf16, up or down by chance, so that the mean is x.
 
     seed: int32 [2]. Chance is a hash (lowbias32) of each number's index, counted from start:
-    integers, compiled into one parallel pass with the rest, where a Generator draws one by one.
-    """
+    integers, compiled into one parallel pass with the rest, where a Generator draws one by one."""
     noise = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + start
     noise = noise ^ seed[0]
     noise = (noise ^ noise >> 16 & 0xFFFF) * 0x7FEB352D + seed[1]
@@ -260,8 +259,7 @@ def adamw_update(weight, low, grad, exp_avg, exp_avg_sq, seed, start, numbers, b
     weight, exp_avg, exp_avg_sq: bf16 or fp32, [n]. low: int16 [n], the bits that the bf16 weight
     lacks, or None. seed: int32 [4]; start: index of the first weight, for stochastic rounding.
     numbers: tensor of 1 - lr * weight decay, -lr / (1 - beta1^t), sqrt(1 - beta2^t), and the factor
-    of the gradient. (Compiled code would take Python numbers for constants.)
-    """
+    of the gradient. (Compiled code would take Python numbers for constants.)"""
     decay, rate, correction, scale = numbers
     if low is not None:
         w = join_fp32(weight, low)
@@ -288,8 +286,7 @@ class BF16AdamW:
 
     groups: [{"params": [...], "lr": float}], plain tensors with a gradient. exact: each bf16 weight
     has its low 16 bits beside it, so the steps are fp32's (2 + 2 bytes). Else it is rounded
-    stochastically (2 bytes). Moments are bf16. fp32 weights have fp32 moments.
-    """
+    stochastically (2 bytes). Moments are bf16. fp32 weights have fp32 moments."""
 
     betas = 0.9, 0.99
     eps = 1e-8
@@ -312,8 +309,7 @@ class BF16AdamW:
         """Do the count-th step (from 1). scale: factor of the gradients, for clipping.
 
         seeds: parameter -> seed of its rounding. starts: parameter -> index of its first weight in
-        the whole tensor, if it is a part of one.
-        """
+        the whole tensor, if it is a part of one."""
         starts = starts or {}
         for group in self.param_groups:
             decay = 1 - group["lr"] * self.weight_decay
@@ -360,8 +356,7 @@ class State:
 
     config: "model" of config.json, which restorer was built of.
     parts: {name: this process's part of the weight}, a plain tensor, which the optimizer updates in
-    place. With one process it is the weight itself.
-    """
+    place. With one process it is the weight itself."""
 
     def __init__(self, config, restorer, args):
         self.config = config
@@ -460,8 +455,7 @@ class State:
     def update_ema(self):
         """ema <- decay * ema + (1 - decay) * weights.
 
-        The decay warms up, so that the start is soon forgotten.
-        """
+        The decay warms up, so that the start is soon forgotten."""
         args = self.args
         decay = min(args.ema_decay, (1 + self.step) / (10 + self.step)) ** args.ema_every
         for name, p in self.parts.items():
@@ -492,8 +486,7 @@ class State:
         """Write run/step_N, then point run/best and run/latest at what they should name.
 
         The folder is written beside and renamed. Only the newest checkpoint and the best are kept.
-        Raises UserError; what was there before stays.
-        """
+        Raises UserError; what was there before stays."""
         tensors = {"model": {}, "ema": {}, "optimizer": {}}
         for name, p in self.weights.items():
             tensors["model"][name] = gather(self.parts[name].detach(), p)
@@ -580,8 +573,7 @@ def draw_step(shape, step, args, shift):
 def compute_gradients(state, batch, autoencoder, prompts):
     """Add the gradients of a batch -> losses by bin of sigma and how many they are, [2, BINS].
 
-    autoencoder: None for a batch from the cache, which is encoded.
-    """
+    autoencoder: None for a batch from the cache, which is encoded."""
     args = state.args
     x0, condition = batch["clean"].to(args.device), batch["condition"].to(args.device)
     if autoencoder:
@@ -690,8 +682,7 @@ def validate(state, dataset, run, autoencoder, prompts):
     """Restore the held-out pictures with the averaged weights, and draw them.
 
     -> {"step", "val_loss", and the mean PSNR and SSIM of input and restored}. Fixed pairs, fixed
-    noise. The first process does it and tells the others.
-    """
+    noise. The first process does it and tells the others."""
     restorer = state.averaged_restorer()
     result = [None]
     if RANK == 0:
@@ -786,8 +777,7 @@ def train_step(state, batch, autoencoder, prompts, stop=()):
     """Do one step with a batch -> what happened in all processes together.
 
     {"losses", "counts": by bin of sigma, "norm": of the gradient, "finite": else the step was
-    skipped, "bad": pictures passed over, "stop": whether one of them caught a signal}.
-    """
+    skipped, "bad": pictures passed over, "stop": whether one of them caught a signal}."""
     args = state.args
     for group in state.optimizer.param_groups:
         group["lr"] = get_lr(state.step, args.steps, group["peak"])
@@ -814,8 +804,7 @@ def train_step(state, batch, autoencoder, prompts, stop=()):
 def train(state, batches, val_set, run, log, autoencoder, prompts):
     """Do the steps that are left, with log, validation and checkpoints.
 
-    -> the signal that ended it before the last step, or None. Raises UserError.
-    """
+    -> the signal that ended it before the last step, or None. Raises UserError."""
     args = state.args
     stop = catch_signals()
     meter = Meter(args)

@@ -132,8 +132,7 @@ class MultiscaleAttention(nn.Module):
     """ReLU linear attention at several scales (EfficientViT, arXiv 2205.14756).
 
     model.LinearAttention explains linear attention. Its sum over all positions lets a large picture
-    go through in tiles: once to add up the sum, once more for the outputs.
-    """
+    go through in tiles: once to add up the sum, once more for the outputs."""
 
     def __init__(self, dim, head_dim, kernels, norm):
         super().__init__()
@@ -214,8 +213,7 @@ class Down(nn.Module):
     """Halve the side.
 
     The shortcut beside the convolution makes DC-AE trainable (section 3.2): pixel_unshuffle, then
-    the mean over groups of channels.
-    """
+    the mean over groups of channels."""
 
     def __init__(self, dim, dim_out, kind, shortcut=True):
         super().__init__()
@@ -285,8 +283,7 @@ def local_stages(stages, full_resolution):
 
     -> (their number, the pixels a side of one position beyond them, how far they see in pixels).
     How far: every 3x3 convolution adds the size of its positions, which doubles from stage to
-    stage. It is rounded up to whole positions.
-    """
+    stage. It is rounded up to whole positions."""
     count = len(stages) - 1
     for i, blocks in enumerate(stages):
         if any(isinstance(block, EfficientViTBlock) for block in blocks):
@@ -305,8 +302,7 @@ class Encoder(nn.Module):
     """Stages of ResBlocks, which see only what is near, then stages of attention.
 
     The first work in tiles and give exactly the numbers of the whole. What comes after them is
-    small: an eighth of the side in SANA's DC-AE.
-    """
+    small: an eighth of the side in SANA's DC-AE."""
 
     def __init__(self, c):
         super().__init__()
@@ -393,8 +389,7 @@ class DCAE(nn.Module):
     Precision: SANA's file holds fp32, which is the reference. bf16 is safe: it has fp32's range,
     and the norms and the sums of the attention are taken in fp32. With random weights a round trip
     is 2% off. fp16 was closer (0.2%), but it ends at 65,504. What the published weights reach was
-    not measured: prefer bf16.
-    """
+    not measured: prefer bf16."""
 
     CLASS = "AutoencoderDC"
 
@@ -475,8 +470,7 @@ def in_tiles(function, x, tile, halo, scale=1):
     """Compute function(x) in tiles: the same numbers, if it sees no further than halo.
 
     x [B, C, H, W]; scale: output positions per input position. tile and halo are multiples of
-    1 / scale.
-    """
+    1 / scale."""
 
     def scaled(index):
         rows, columns = index[1:]
@@ -503,8 +497,7 @@ def in_tiles(function, x, tile, halo, scale=1):
 def blend_tiles(function, size, tile, overlap):
     """Put a picture of size (H, W) together from tiles that overlap, blended so no seam shows.
 
-    function: index (..., rows, columns) of a part -> [B, C, h, w].
-    """
+    function: index (..., rows, columns) of a part -> [B, C, h, w]."""
     if max(size) <= tile:
         return function((..., slice(0, size[0]), slice(0, size[1])))
     total = None
@@ -578,8 +571,7 @@ def read_config(what, config, defaults, supported):
     """Return config with defaults for what it leaves out.
 
     supported: {key: the values that this project builds}. Raises ValueError for any other value of
-    those keys, and for keys that are not in defaults. Keys with an underscore are notes.
-    """
+    those keys, and for keys that are not in defaults. Keys with an underscore are notes."""
     result = dict(defaults)
     for key, value in config.items():
         if key.startswith("_"):
@@ -595,8 +587,7 @@ def read_config(what, config, defaults, supported):
 def load_config(network, folder):
     """Build a network (a class with CLASS) from folder/config.json on the meta device: shapes only.
 
-    Raises UserError.
-    """
+    Raises UserError."""
     path = Path(folder) / "config.json"
     config = read_json(path)
     found = str(config.get("_class_name") or config.get("architectures"))
@@ -609,8 +600,7 @@ def load_config(network, folder):
 def load_pretrained(network, folder, dtype=None):
     """Build a network and load its weights from a checkpoint folder in the hub's layout.
 
-    dtype None: as stored. Tensors are mapped from the file, not copied. Raises UserError.
-    """
+    dtype None: as stored. Tensors are mapped from the file, not copied. Raises UserError."""
     return load_weights(load_config(network, folder), *weight_files(folder), dtype=dtype).eval()
 
 
@@ -635,8 +625,7 @@ def load_weights(module, *paths, dtype=None):
     """Fill a module from safetensors files.
 
     Raises UserError that names the file and the first tensor which is left over, missing, of
-    another shape or kind, or not finite. Nothing is filled then.
-    """
+    another shape or kind, or not finite. Nothing is filled then."""
     expected = module.state_dict()
     found = {}
     for path in paths:
@@ -692,8 +681,7 @@ def resolve_model(name, parts=PARTS):
     """Return the folder of a pretrained model, with transformer/, vae/, text_encoder/, tokenizer/.
 
     name: a path, a short name of HUB, or a hub id (owner/name). From the hub it downloads what
-    parts need, unless it is in the hub's cache. Raises UserError.
-    """
+    parts need, unless it is in the hub's cache. Raises UserError."""
     if os.path.isdir(name):
         return Path(name)
     repository = HUB.get(name, name)
