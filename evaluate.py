@@ -734,30 +734,29 @@ def print_row(label, cells):
 
 
 def print_summary(rows, summary, shares, metrics):
-    """Print the table: methods, share of the way, each degradation, and what is left out."""
-    names = metrics.names
-    titles = []
-    for key in names:
-        titles.append(METRICS[key] + (" (Y)" if metrics.y_channel and key != "lpips" else ""))
-    print_row(f"{len(rows)} images, mean (95%)", titles + (["FID"] if metrics.fid else []))
+    """Print the table: methods, share of the way, each degradation."""
+    titles = [METRICS[key] for key in metrics.names]
+    if metrics.fid:
+        titles.append("FID")
+    note = " of luma" if metrics.y_channel else ""
+    print_row(f"{len(rows)} images{note}, mean (95%)", titles)
     for method, scores in summary.items():
-        cells = [cell(scores[key], key) for key in names]
+        cells = [cell(scores[key], key) for key in metrics.names]
         if metrics.fid:
             cells.append(f"{scores['fid']:.2f}")
         print_row(LABELS.get(method, method), cells)
     for method, share in shares.items():
-        cells = ["n/a" if math.isnan(share[key]) else f"{share[key]:.0%}" for key in names]
+        cells = ["n/a" if math.isnan(value) else f"{value:.0%}" for value in share.values()]
         print_row(f"{method}: share of the way", cells)
-    words = sorted({word for row in rows for word in row["degradation"].split()})
     methods = [method for method in summary if method != "ceiling"]
-    for word in words:
+    for word in sorted({word for row in rows for word in row["degradation"].split()}):
         some = [row for row in rows if word in row["degradation"].split()]
-        means = mean_of(some)
-        cells = []
-        for key in names:
-            values = [f"{means[f'{method}_{key}']:.{DIGITS[key]}f}" for method in methods]
-            cells.append(" -> ".join(values))
-        print_row(f"with {word} ({len(some)})", cells)
+        print_row(f"with {word} ({len(some)})", degradation_cells(some, methods, metrics.names))
+    print_notes(rows, metrics)
+
+
+def print_notes(rows, metrics):
+    """Say what the table leaves out."""
     for name, reason in metrics.missing.items():
         print(f"{name.upper()}: n/a ({reason})")
     if metrics.fid and len(rows) < 2048:
@@ -766,6 +765,16 @@ def print_summary(rows, summary, shares, metrics):
         count = sum(not math.isfinite(row[key]) for row in rows)
         if 0 < count < len(rows):
             print(f"{key}: {count} image(s), identical or too small, are not in its mean")
+
+
+def degradation_cells(rows, methods, names):
+    """Format the means of all methods, for each metric: "20.44 -> 28.76"."""
+    means = mean_of(rows)
+    cells = []
+    for key in names:
+        values = [f"{means[f'{method}_{key}']:.{DIGITS[key]}f}" for method in methods]
+        cells.append(" -> ".join(values))
+    return cells
 
 
 def compared(folder, source):

@@ -109,38 +109,43 @@ def parse_args(argv=None):
     args.out = out
     args.resume = given.resume
     args.overwrite = given.overwrite
-    return fill_defaults(args, given.steps)
+    if args.curriculum and given.steps:
+        raise UserError("--steps: --curriculum sets the number of steps; make that longer")
+    fill_defaults(args)
+    check_flags(args)
+    return args
 
 
-def fill_defaults(args, given_steps):
-    """Set the defaults that depend on other flags. Raises UserError."""
+def fill_defaults(args):
+    """Set the defaults that depend on other flags."""
     args.model = args.model or data.default_model(args)
     scratch = args.model in model.PRESETS
     if model.is_run(args.model):
         scratch = bool(model.read_run(args.model)["model"]["autoencoder"])
+    defaults = dict(SCRATCH if scratch else PRETRAINED)
+    if scratch and not args.data:
+        defaults["steps"] = DEMO_STEPS
+    on_gpu = args.device.startswith("cuda")
+    defaults["optimizer"] = "adamw_bf16" if on_gpu and not scratch else "adamw"
+    defaults["ema_device"] = args.device
+    defaults["compile"] = on_gpu
     if args.curriculum:
-        if given_steps:
-            raise UserError("--steps: --curriculum sets the number of steps; make that longer")
         args.steps = sum(steps for _, steps in args.curriculum)
         args.resolution = args.curriculum[0][0]
-    if not args.data and scratch:
-        args.steps = args.steps or DEMO_STEPS
-    for name, value in (SCRATCH if scratch else PRETRAINED).items():
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    on_gpu = args.device.startswith("cuda")
-    args.optimizer = args.optimizer or ("adamw" if scratch or not on_gpu else "adamw_bf16")
-    args.ema_device = args.ema_device or args.device
-    if args.compile is None:
-        args.compile = on_gpu
     if args.proj_lr is None:  # it starts at 0 and has to travel to order 1
         args.proj_lr = min(100 * args.lr, 0.05)
+
+
+def check_flags(args):
+    """Raise UserError for flags that do not go together."""
     if args.batch_size % (args.accumulate * WORLD):
         parts = f"--accumulate {args.accumulate} times {WORLD} processes"
         raise UserError(f"{parts}: has to be a divisor of --batch_size {args.batch_size}")
     if args.cache and (args.curriculum or not args.data):
         raise UserError("--cache needs --data, and has one resolution: no --curriculum")
-    return args
 
 
 def parse_curriculum(text):
@@ -531,6 +536,7 @@ class State:
         config = model.read_run(folder)
         self.step = config["step"]
         self.best = config["best"]
+        self.validation = config["validation"]
         with explain_errors(folder / "optimizer.safetensors", "this checkpoint"):
             ema = load_file(folder / "ema.safetensors")
             moments = load_file(folder / "optimizer.safetensors")
@@ -620,64 +626,6 @@ def catch_signals():
     return caught
 
 
-class Meter:
-    """What a line of the log says of the steps since the line before."""
-
-    def __init__(self, args):
-        self.args = args
-        self.skipped = 0
-        self.failures = 0  # skipped in a row
-        self.bad = 0
-        self.reset()
-
-    def reset(self):
-        self.since = time.monotonic()
-        self.waited = 0.0
-        self.steps = 0
-        self.losses = [0.0] * BINS
-        self.counts = [0.0] * BINS
-
-    def wait_for(self, batches):
-        before = time.monotonic()
-        batch = next(batches)
-        self.waited += time.monotonic() - before
-        return batch
-
-    def add(self, result):
-        """result: of train_step."""
-        self.steps += 1
-        self.bad += result["bad"]
-        if result["finite"]:
-            self.failures = 0
-            self.losses = [a + b for a, b in zip(self.losses, result["losses"])]
-            self.counts = [a + b for a, b in zip(self.counts, result["counts"])]
-        else:
-            self.skipped += 1
-            self.failures += 1
-
-    def line(self, state, norm):
-        """Return the line, and begin anew."""
-        seconds = time.monotonic() - self.since
-        by_sigma = []
-        for loss, count in zip(self.losses, self.counts):
-            by_sigma.append(loss / count if count else None)
-        line = {
-            "step": state.step,
-            "loss": sum(self.losses) / max(1, sum(self.counts)),
-            "norm": norm,
-            "condition_norm": state.condition_norm(),
-            "loss_by_sigma": by_sigma,
-            "images_per_second": self.steps * self.args.batch_size / seconds,
-            "data_wait": self.waited / seconds,
-            "skipped": self.skipped,
-            "bad_images": self.bad,
-        }
-        if self.args.device.startswith("cuda"):
-            line["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        self.reset()
-        return line
-
-
 def validate(state, dataset, run, autoencoder, prompts):
     """Restore the held-out pictures with the averaged weights, and draw them.
 
@@ -729,11 +677,18 @@ CURVES = {
 
 
 class Log:
-    """log.jsonl, its lines so far, and loss.png. Only the first process writes."""
+    """log.jsonl and loss.png. A line tells of the steps since the line before it.
 
-    def __init__(self, run, resumed_at):
+    Only the first process writes."""
+
+    def __init__(self, run, args, resumed_at):
         self.run = run
+        self.args = args
         self.lines = []
+        self.skipped = 0  # steps without a finite loss
+        self.failures = 0  # of them, in a row
+        self.bad = 0  # pictures that could not be read
+        self.begin_line()
         path = run / "log.jsonl"
         if resumed_at and path.is_file():
             for text in path.read_text(encoding="utf-8").splitlines():
@@ -746,6 +701,44 @@ class Log:
         if RANK == 0:
             write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
+    def begin_line(self):
+        self.since = time.monotonic()
+        self.waited = 0.0
+        self.steps = 0
+        self.sums = torch.zeros(2, BINS, dtype=torch.float64)  # losses by bin of sigma; how many
+
+    def count(self, result):
+        """Take in what train_step returned."""
+        self.steps += 1
+        self.bad += result["bad"]
+        if result["finite"]:
+            self.sums += result["sums"]
+            self.failures = 0
+        else:
+            self.skipped += 1
+            self.failures += 1
+
+    def end_line(self, state, norm):
+        """Write the line, and begin the next."""
+        seconds = time.monotonic() - self.since
+        losses, counts = self.sums.tolist()
+        by_sigma = [loss / n if n else None for loss, n in zip(losses, counts)]
+        line = {
+            "step": state.step,
+            "loss": sum(losses) / max(1, sum(counts)),
+            "norm": norm,
+            "condition_norm": state.condition_norm(),
+            "loss_by_sigma": by_sigma,
+            "images_per_second": self.steps * self.args.batch_size / seconds,
+            "data_wait": self.waited / seconds,
+            "skipped": self.skipped,
+            "bad_images": self.bad,
+        }
+        if self.args.device.startswith("cuda"):
+            line["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self.add(line)
+        self.begin_line()
+
     def add(self, line):
         self.lines.append(line)
         if RANK == 0:
@@ -753,16 +746,9 @@ class Log:
                 file.write(json.dumps(line) + "\n")
 
     def newest(self, key):
-        """Return the newest line that has key, or None."""
-        lines = [line for line in self.lines if key in line]
-        return lines[-1] if lines else None
-
-    def summary(self):
-        loss, validation = self.newest("loss"), self.newest("restored_psnr")
-        text = f"val {validation['restored_psnr']:.2f} dB"
-        if loss:
-            text = f"loss {loss['loss']:.4f}, {loss['images_per_second']:.0f} img/s, {text}"
-        return text
+        """Return the newest value of a key, or None."""
+        values = [line[key] for line in self.lines if key in line]
+        return values[-1] if values else None
 
     def draw(self):
         charts = []
@@ -776,8 +762,8 @@ class Log:
 def train_step(state, batch, autoencoder, prompts, stop=()):
     """Do one step with a batch -> what happened in all processes together.
 
-    {"losses", "counts": by bin of sigma, "norm": of the gradient, "finite": else the step was
-    skipped, "bad": pictures passed over, "stop": whether one of them caught a signal}."""
+    {"sums": losses by bin of sigma and how many, [2, BINS], "norm": of the gradient, "finite": else
+    the step was skipped, "bad": pictures passed over, "stop": whether one caught a signal}."""
     args = state.args
     for group in state.optimizer.param_groups:
         group["lr"] = get_lr(state.step, args.steps, group["peak"])
@@ -791,14 +777,9 @@ def train_step(state, batch, autoencoder, prompts, stop=()):
     else:
         state.skip()
     state.clear_gradients()
-    return {
-        "losses": sums[:BINS],
-        "counts": sums[BINS:],
-        "norm": norm,
-        "finite": finite,
-        "bad": int(bad),
-        "stop": bool(stopped),
-    }
+    sums = torch.tensor(sums, dtype=torch.float64).view(2, BINS)
+    result = {"sums": sums, "norm": norm, "finite": finite}
+    return result | {"bad": int(bad), "stop": bool(stopped)}
 
 
 def train(state, batches, val_set, run, log, autoencoder, prompts):
@@ -807,38 +788,37 @@ def train(state, batches, val_set, run, log, autoencoder, prompts):
     -> the signal that ended it before the last step, or None. Raises UserError."""
     args = state.args
     stop = catch_signals()
-    meter = Meter(args)
-    frozen = autoencoder, prompts
     options = {"unit": "step", "smoothing": 0.05, "disable": RANK > 0}
     with tqdm(total=args.steps, initial=state.step, **options) as bar:
         while state.step < args.steps:
-            batch = meter.wait_for(batches)
-            result = train_step(state, batch, *frozen, stop)
-            meter.add(result)
+            before = time.monotonic()
+            batch = next(batches)
+            log.waited += time.monotonic() - before
+            result = train_step(state, batch, autoencoder, prompts, stop)
+            log.count(result)
             bar.update()
             if not result["finite"]:
-                loss, norm = sum(result["losses"]), result["norm"]
-                bar.write(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped")
+                bar.write(f"step {state.step}: the loss or the gradient is not finite: skipped")
+
             done = state.step == args.steps
-            last = done or result["stop"] or meter.failures == MOST_FAILURES
+            last = done or result["stop"] or log.failures == MOST_FAILURES
             if last or state.step % LOG_EVERY == 0:
-                log.add(meter.line(state, result["norm"]))
+                log.end_line(state, result["norm"])
             pause = time.monotonic()
             if done or state.step % args.val_every == 0:
-                state.validation = validate(state, val_set, run, *frozen)
+                state.validation = validate(state, val_set, run, autoencoder, prompts)
                 log.add(state.validation)
             if last or state.step % args.save_every == 0:
                 state.save(run)
                 log.draw()
-            meter.since += time.monotonic() - pause
-            bar.set_postfix_str(log.summary())
-            if meter.failures == MOST_FAILURES:
-                raise UserError(
-                    f"{MOST_FAILURES} steps in a row without a finite loss; the weights are saved, "
-                    f"lower --lr ({args.lr:g})"
-                )
+            log.since += time.monotonic() - pause
+            psnr = state.validation["restored_psnr"]
+            bar.set_postfix_str(f"loss {log.newest('loss') or math.nan:.4f}, val {psnr:.2f} dB")
             if last:
                 break
+    if log.failures == MOST_FAILURES:
+        advice = f"the weights are saved, lower --lr ({args.lr:g})"
+        raise UserError(f"{MOST_FAILURES} steps in a row without a finite loss; {advice}")
     if done or not result["stop"]:
         return None
     return stop[0] if stop else signal.SIGTERM  # of another process
@@ -884,25 +864,43 @@ def begin_run(run, args, config):
     write_text(run / "config.json", json.dumps({"model": config, "args": vars(args)}, indent=1))
 
 
+def find_start(run, args):
+    """Return the checkpoint to go on from, or None to begin. Raises UserError."""
+    if not (run / "latest").is_file() or args.overwrite:
+        return None
+    if not args.resume:
+        choices = "--resume continues it, --overwrite deletes it, --out names another"
+        raise UserError(f"{run} holds a run already: {choices}")
+    step = model.read_run(run)["step"]
+    if step >= args.steps:
+        raise UserError(f"{run} is at step {step} of {args.steps} already: --steps sets a later end")
+    return model.find_checkpoint(run)
+
+
+def load_state(config, checkpoint, args):
+    """Make the State of a checkpoint, or of a run that begins."""
+    if not checkpoint:
+        generator = torch.Generator().manual_seed(seed_for(args.seed, 0, "weights"))
+        return State(config, model.initial_restorer(args.model, config, generator), args)
+    with torch.device("meta"):
+        restorer = model.build_restorer(config)
+    load_weights(restorer.to_empty(device="cpu"), checkpoint / "model.safetensors")
+    state = State(config, restorer, args)
+    state.load(checkpoint)
+    return state
+
+
 def main():
     args = parse_args()
     start_processes(args)
     run = Path(args.out)
-    checkpoint = None
-    if (run / "latest").is_file() and not args.overwrite:
-        if not args.resume:
-            choices = "--resume continues it, --overwrite deletes it, --out names another"
-            raise UserError(f"{run} holds a run already: {choices}")
-        checkpoint = model.find_checkpoint(run)
-    train_set, val_set = data.make_datasets(args, crop_stages(args))
-    check_data(args, train_set, val_set)
-    start = 0
+    checkpoint = find_start(run, args)
     if checkpoint:
         config, start = model.read_run(checkpoint)["model"], model.read_run(checkpoint)["step"]
-        if start >= args.steps:
-            raise UserError(f"{run} is at step {start} of {args.steps} already: --steps more")
     else:
-        config = model.describe_model(args.model, args.conditioning)
+        config, start = model.describe_model(args.model, args.conditioning), 0
+    train_set, val_set = data.make_datasets(args, crop_stages(args))
+    check_data(args, train_set, val_set)
     autoencoder, prompts = data.load_frozen(config, args.device)
     check_resolution(args, autoencoder, config)
 
@@ -917,27 +915,15 @@ def main():
     on_gpu = args.device.startswith("cuda")
     batches = data.load_batches(train_set, args.batch_size // WORLD, draws, args.workers, on_gpu)
 
-    generator = torch.Generator().manual_seed(seed_for(args.seed, 0, "weights"))
-    if checkpoint:
-        with torch.device("meta"):
-            restorer = model.build_restorer(config)
-        load_weights(restorer.to_empty(device="cpu"), checkpoint / "model.safetensors")
-    else:
-        restorer = model.initial_restorer(args.model, config, generator)
-    state = State(config, restorer, args)
-    if checkpoint:
-        state.load(checkpoint)
+    state = load_state(config, checkpoint, args)
     if RANK == 0:
         begin_run(run, args, config)
+    log = Log(run, args, start)
     count = sum(p.numel() for p in state.weights.values()) / 1e6
     where = f"{WORLD} x {args.device}" if WORLD > 1 else args.device
-    where += "" if torch.cuda.is_available() else " (no GPU here)"
     work = f"{args.steps - start} steps of {args.batch_size} crops of {args.resolution} pixels"
     print(f"model {args.model}, {count:.2f} M parameters, on {where}")
     print(f"{work} from {len(train_set)} images -> {run}")
-
-    log = Log(run, start)
-    state.validation = log.newest("restored_psnr")
     try:
         if not state.validation:
             state.validation = validate(state, val_set, run, autoencoder, prompts)
