@@ -812,8 +812,7 @@ def train(state, batches, val_set, run, log, autoencoder, prompts):
                 state.save(run)
                 log.draw()
             log.since += time.monotonic() - pause
-            psnr = state.validation["restored_psnr"]
-            bar.set_postfix_str(f"loss {log.newest('loss') or math.nan:.4f}, val {psnr:.2f} dB")
+            bar.set_postfix(loss=log.newest("loss"), val_dB=state.validation["restored_psnr"])
             if last:
                 break
     if log.failures == MOST_FAILURES:
@@ -873,7 +872,7 @@ def find_start(run, args):
         raise UserError(f"{run} holds a run already: {choices}")
     step = model.read_run(run)["step"]
     if step >= args.steps:
-        raise UserError(f"{run} is at step {step} of {args.steps} already: --steps sets a later end")
+        raise UserError(f"{run} is at step {step} of {args.steps} already: --steps sets the end")
     return model.find_checkpoint(run)
 
 
