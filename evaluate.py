@@ -735,11 +735,13 @@ def print_row(label, cells):
 
 def print_summary(rows, summary, shares, metrics):
     """Print the table: methods, share of the way, each degradation."""
-    titles = [METRICS[key] for key in metrics.names]
+    titles = []
+    for key in metrics.names:
+        of_luma = metrics.y_channel and key != "lpips"
+        titles.append(METRICS[key] + (" (Y)" if of_luma else ""))
     if metrics.fid:
         titles.append("FID")
-    note = " of luma" if metrics.y_channel else ""
-    print_row(f"{len(rows)} images{note}, mean (95%)", titles)
+    print_row(f"{len(rows)} images, mean (95%)", titles)
     for method, scores in summary.items():
         cells = [cell(scores[key], key) for key in metrics.names]
         if metrics.fid:

@@ -798,7 +798,8 @@ def train(state, batches, val_set, run, log, autoencoder, prompts):
             log.count(result)
             bar.update()
             if not result["finite"]:
-                bar.write(f"step {state.step}: the loss or the gradient is not finite: skipped")
+                loss, norm = result["sums"][0].sum().item(), result["norm"]
+                bar.write(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped")
 
             done = state.step == args.steps
             last = done or result["stop"] or log.failures == MOST_FAILURES
