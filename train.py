@@ -813,7 +813,8 @@ def train(state, batches, val_set, run, log, autoencoder, prompts):
                 state.save(run)
                 log.draw()
             log.since += time.monotonic() - pause
-            bar.set_postfix(loss=log.newest("loss"), val_dB=state.validation["restored_psnr"])
+            figures = {"loss": log.newest("loss"), "val_dB": state.validation["restored_psnr"]}
+            bar.set_postfix(figures, refresh=False)
             if last:
                 break
     if log.failures == MOST_FAILURES:
