@@ -480,14 +480,32 @@ def load_batches(dataset, batch_size, draws, workers, pin_memory=False):
     except UserError as error:  # from a worker it brings its traceback, whose end is the message
         raise UserError(str(error).split("UserError: ")[-1].strip()) from None
     finally:
-        if workers:  # they ignore SIGTERM: Python would wait for them for ever as it exits
-            batches._shutdown_workers()
+        if workers:
+            stop_workers(batches)
 
 
 def ignore_signals(_):
     """Leave Ctrl-C and SIGTERM, which may go to all processes, to the main one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def stop_workers(batches):
+    """End the worker processes of a DataLoader's iterator.
+
+    They ignore SIGTERM, so Python would wait for them for ever as it exits. Where one of them was
+    killed, kill the others: DataLoader would wait for a lock that the killed one may hold.
+    """
+    if batches._shutdown:  # the last batch was drawn
+        return
+    if all(worker.is_alive() for worker in batches._workers):
+        batches._shutdown_workers()
+        return
+    torch._C._remove_worker_pids(id(batches))  # that they die is no error any more
+    batches._worker_pids_set = False
+    batches._shutdown = True
+    for worker in batches._workers:
+        worker.kill()
 
 
 # --------------------------------------------------------------------------------------------------
