@@ -348,7 +348,7 @@ class PairedDataset(Dataset):
         self.seed = seed
         self.skip_bad = skip_bad
         self.reported = set()
-        self.epoch = -1
+        self.order = EndlessOrder(self.rows, seed)
 
     def __len__(self):
         return len(self.rows)
@@ -368,10 +368,11 @@ class PairedDataset(Dataset):
     def plan(self, index):
         """Say what draw(index) will do -> (row, recipe or None, caption).
 
-        It opens no picture, so that all captions of a run can be encoded before it starts."""
+        It opens no picture, so that all captions of a run can be encoded before it starts. So it
+        has random numbers of its own."""
         purpose = "train plan" if self.training else "validation plan"
         rng = np.random.default_rng(seed_for(self.seed, index, purpose))
-        row = self.row_of(index)
+        row = self.order[index] if self.training else self.rows[index]
         has_condition, caption = self.source.peek(row)
         recipe = None
         if not has_condition:
@@ -383,7 +384,9 @@ class PairedDataset(Dataset):
         return row, recipe, caption
 
     def draw(self, index, later=0):
-        """Make item index, of the row that comes so many draws later. Raises UserError."""
+        """Make item index, of the row that comes so many draws later. Raises UserError.
+
+        The crop is that of index, so that its size is that of the batch."""
         row, recipe, caption = self.plan(index + later)
         clean, condition, where = self.source.load(row)
         purpose = "train" if self.training else "validation"
@@ -424,15 +427,6 @@ class PairedDataset(Dataset):
                 return side
         return side
 
-    def row_of(self, index):
-        if not self.training:
-            return self.rows[index]
-        epoch, position = divmod(index, len(self.rows))
-        if epoch != self.epoch:
-            self.order = epoch_order(self.seed, epoch, self.rows)
-            self.epoch = epoch
-        return self.order[position]
-
     def name_degradations(self, index):
         """Say what was done to the condition of item index: "jpeg downscale".
 
@@ -446,9 +440,21 @@ class PairedDataset(Dataset):
         return " ".join(degrade.read_prompt(caption))
 
 
-def epoch_order(seed, epoch, rows):
-    """Return the rows in the order in which an epoch visits them."""
-    return np.random.default_rng(seed_for(seed, epoch, "order")).permutation(rows)
+class EndlessOrder:
+    """The rows again and again, in a new order each epoch: order[n] is the row of draw n."""
+
+    def __init__(self, rows, seed):
+        self.rows = rows
+        self.seed = seed
+        self.epoch = None  # whose order is kept
+
+    def __getitem__(self, n):
+        epoch, position = divmod(n, len(self.rows))
+        if epoch != self.epoch:
+            rng = np.random.default_rng(seed_for(self.seed, epoch, "order"))
+            self.kept = rng.permutation(self.rows)
+            self.epoch = epoch
+        return int(self.kept[position])
 
 
 def collate(items):
@@ -630,7 +636,7 @@ def hash_prompts(prompts):
         digests = []
         for word in [""] + letters.split():
             digests.append(list(hashlib.sha256(word.encode()).digest()))
-        bits = torch.tensor(digests)[:, :, None] >> torch.arange(8) & 1     # [L, 32, 8]
+        bits = (torch.tensor(digests)[:, :, None] >> torch.arange(8)) & 1   # [L, 32, 8]
         rows.append(bits.flatten(1).float() * 2 - 1)                        # [L, 256]
     return model.pad_text(rows)
 
@@ -686,7 +692,6 @@ def load_frozen(config, device):
 # autoencoder nor text encoder.
 
 
-
 class CachedDataset(Dataset):
     """The draws of a PairedDataset's first epochs, with latents [C, H, W] in place of pixels.
 
@@ -698,7 +703,7 @@ class CachedDataset(Dataset):
     def __init__(self, folder, expected, rows):
         self.folder = Path(folder)
         self.rows = rows
-        self.seed = expected["seed"]
+        self.order = EndlessOrder(range(rows), expected["seed"])
         index = read_json(self.folder / "index.json")
         self.epochs = index.pop("epochs", None)
         if type(self.epochs) is not int or self.epochs < 1:
@@ -726,8 +731,9 @@ class CachedDataset(Dataset):
     def __getitem__(self, index):
         epoch, position = divmod(index, self.rows)
         if epoch >= self.epochs:
-            position = int(epoch_order(self.seed, epoch, self.rows)[position])
-        path = draw_path(self.folder, epoch % self.epochs * self.rows + position)
+            position = self.order[index]
+        cached_epoch = epoch % self.epochs
+        path = draw_path(self.folder, cached_epoch * self.rows + position)
         with explain_errors(path, "this part of the cache"), safe_open(path, "pt") as file:
             item = {key: file.get_tensor(key).float() for key in ("clean", "condition")}
             clean, condition = item["clean"], item["condition"]
@@ -805,7 +811,7 @@ def default_model(args):
 
 def captions_of(train_set, draws, val_set):
     """Return every caption that these training draws and the validation will ask for."""
-    if train_set.skip_bad:  # a bad row's place is taken by later draws
+    if train_set.skip_bad:  # a bad row's place is taken by later draws, see __getitem__
         draws = range(draws.start, draws.stop + 2 * len(train_set))
     captions = {""}
     captions.update(train_set.plan(i)[2] for i in draws)

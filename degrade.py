@@ -1,7 +1,7 @@
 """Degradations: what the restorer learns to undo, and the prompts that name them.
 
-A degradation takes a PIL image and a numpy Generator and returns a PIL image of the same mode and
-size. Strengths are in 8-bit levels (0..255). Results are rounded and clipped.
+A degradation takes a grey ("L") or RGB PIL image and a numpy Generator and returns an image of the
+same mode and size, rounded and clipped to 0..255.
 (The sigma here is a noise level in an image. The sigma of model.py is a diffusion model's.)
 
     python degrade.py photo.jpg noisy.png                      two random degradations
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 
 def gaussian_noise(image, rng, sigma):
-    """Add N(0, sigma), independent in each pixel and channel."""
+    """Add N(0, sigma), independent in each pixel and channel. sigma: in levels of 0..255."""
     levels = np.asarray(image, np.float32)
     return to_uint8(levels + sigma * rng.standard_normal(levels.shape, np.float32), image.mode)
 
@@ -52,9 +52,10 @@ def gaussian_blur(image, rng, kernel):
     blurred = np.empty_like(levels)
     strip = 32  # rows at a time: they stay in the processor's cache, which halves the time
     for top in range(0, len(levels), strip):
-        x = padded[top : top + strip + 2 * half].astype(np.float32)
-        x = convolve_rows(x, weights)
-        x = np.moveaxis(convolve_rows(np.moveaxis(x, 1, 0), weights), 0, 1)
+        x = padded[top : top + strip + 2 * half].astype(np.float32)  # [strip + 2*half, W + 2*half]
+        x = convolve_rows(x, weights)  # [strip, W + 2*half]
+        x = np.moveaxis(x, 1, 0)  # the other axis first
+        x = np.moveaxis(convolve_rows(x, weights), 0, 1)  # [strip, W]
         blurred[top : top + strip] = x + np.float32(0.5)  # OpenCV rounds halves up
     return Image.fromarray(blurred, image.mode)
 
@@ -114,8 +115,9 @@ def to_uint8(levels, mode):
 class Strength:
     """How strong a degradation is.
 
-    drawn: (low, high) of a uniform draw, of whole numbers if both are; or a list of choices.
-    legal: what a user may set: (lowest, highest), or a range of whole numbers."""
+    drawn: what a recipe draws from: (5.0, 50.0) any number between, (10, 40) a whole number
+    between, [3, 5, 7] one of these. legal: what a user may set: (lowest, highest) any number
+    between, range(1, 101) one of these whole numbers."""
 
     drawn: tuple | list
     legal: tuple | range
@@ -130,14 +132,14 @@ class Strength:
 
     def check(self, value):
         """Return a value that a user has set. Raises ValueError if it is not legal."""
-        if isinstance(self.legal, range):
-            if value not in self.legal:
-                raise ValueError(f"{value:g} is not possible; it is drawn from {self.drawn}")
-            return int(value)
-        lowest, highest = self.legal
-        if not lowest <= value <= highest:
+        whole = isinstance(self.legal, range)
+        if whole:
+            possible = value in self.legal
+        else:
+            possible = self.legal[0] <= value <= self.legal[1]
+        if not possible:
             raise ValueError(f"{value:g} is not possible; it is drawn from {self.drawn}")
-        return value
+        return int(value) if whole else value
 
 
 @dataclass(frozen=True)

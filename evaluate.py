@@ -442,9 +442,9 @@ class Metrics:
 # --------------------------------------------------------------------------------------------------
 # Restoring.
 
-# A network that predicts the clean image does so at once. A pretrained one was trained to walk.
+# A network that predicts the clean image does so at once. A velocity is followed in small steps.
 DEFAULT_STEPS = {"residual": 1, "velocity": 20}
-TILE = 1024  # pixels: the tiny preset restores larger pictures in tiles, which bounds the memory
+PIXEL_TILE = 1024  # the tiny preset restores larger pictures in tiles, which bounds the memory
 OVERLAP = 64
 
 
@@ -535,8 +535,8 @@ class Pipeline:
                 total = total + autoencoder.decode(x0)              # [B, 3, h*f, w*f]
             return total / average
 
-        # latents are small: the whole picture at once
-        tile = TILE if isinstance(autoencoder, PixelAE) else max(size)
+        # DC-AE's latents are small: the whole picture at once (encode and decode have own tiles)
+        tile = PIXEL_TILE if isinstance(autoencoder, PixelAE) else max(size)
         restored = blend_tiles(restore_part, size, tile, OVERLAP)
         return restored[..., :height, :width].clamp(-1, 1)
 
@@ -830,8 +830,8 @@ def measure(args, pipeline, sampling):
     out = Path(args.output or "out/evaluation")
     out.mkdir(parents=True, exist_ok=True)
     choices = parse_degradations(args.degradations)
-    options = {"training": False, "seed": args.seed, "skip_bad": args.skip_bad}
-    dataset = PairedDataset(source, None, choices, **options)
+    fixed = {"training": False, "seed": args.seed, "skip_bad": args.skip_bad}
+    dataset = PairedDataset(source, None, choices, **fixed)
     weights = args.lpips_weights, args.fid_weights
     metrics = Metrics(args.metrics, args.y_channel, *weights, args.device)
     methods = {}
@@ -1004,6 +1004,10 @@ def parse_args():
         raise UserError("--input needs --checkpoint: what to restore with")
     if not args.checkpoint and not args.compare:
         raise UserError("--data needs --checkpoint or --compare: what to measure")
+    if args.sweep and not args.checkpoint:
+        raise UserError("--sweep needs --checkpoint: what to sample with")
+    if args.sweep and not {"psnr", "ssim"} <= set(args.metrics):
+        raise UserError("--sweep draws LPIPS or SSIM over PSNR: --metrics needs psnr and ssim")
     return args
 
 

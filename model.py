@@ -143,7 +143,7 @@ class Sana(nn.Module):
             if name.endswith(("bias", "scale_shift_table")) or name.startswith(zero):
                 nn.init.zeros_(p)
                 if name.endswith("scale_shift_table") and len(p) == 6:
-                    nn.init.ones_(p.data[2::3])  # the two gates
+                    nn.init.ones_(p.data[2::3])  # shift, scale, gate, shift, scale, gate
             elif "norm" in name:
                 nn.init.ones_(p)
             elif "conv_depth" in name:
@@ -333,7 +333,7 @@ class Restorer(nn.Module):
                     the condition. Before training the output is the text-to-image model's, bit
                     for bit.
       "widen"       the patch embedding takes 2C channels, its new half zero: the same start
-                    without the squeeze to C.
+                    without the squeeze to C. (From scratch, initialize() fills both halves.)
       "none"        not at all: a text-to-image model, to start a restorer from.
     prediction: what the network's output means.
       "velocity"    noise - x0, as SANA's weights were trained.
@@ -371,8 +371,9 @@ class Restorer(nn.Module):
         if self.prediction == "velocity":
             return out
         x0 = condition + out
+        # x_sigma = x0 + sigma * velocity, solved for the velocity
         sigma = (timestep / 1000).clamp(min=MIN_SIGMA)[:, None, None, None]
-        return (latents - x0) / sigma                               # x_sigma = x0 + sigma * v
+        return (latents - x0) / sigma
 
 
 class Projection(nn.Module):
@@ -404,7 +405,9 @@ def widen(conv):
 
 
 def shift_sigma(sigma, shift=SHIFT):
-    """Move sigmas towards 1, as high resolutions need (SD3, arXiv 2403.03206, eq. 23)."""
+    """Move sigmas towards 1 (SD3, arXiv 2403.03206, eq. 23).
+
+    The more pixels show the same thing, the more noise it takes to hide it."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -427,10 +430,12 @@ def add_noise(x0, noise, sigma):
 def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise, mean_weight=1.0):
     """Return the objective of each image, [B]. Training minimizes its mean and nothing else.
 
-    It is the mean squared error of the velocity, and two things more:
-    - For a residual prediction, whose error in x0 the velocity divides by sigma, a weight bounds
-      that division at sigma 0.2. The square root then divides each image's gradient by its error:
-      the worst images stay far from clean whatever the network does, and would drown the others.
+    velocity prediction:  mean (predicted velocity - (noise - x0))^2
+    residual prediction:  sqrt( min(1, sigma / 0.2)^2 * mean (...)^2 + 1e-6 )
+    - The velocity of a residual prediction is its x0 divided by sigma, and so is its error. The
+      factor before the mean stops that growth below sigma 0.2.
+    - The square root divides each image's gradient by its error: some images stay far from clean
+      whatever the network does, and would drown the others.
     - mean_weight scales the part of the error that is constant over an image, its brightness. A
       changed brightness leaves nothing in the image to tell it by. At full weight that error
       drowned all learning (all six degradations, at sigma 25: 20.4 -> 20.4 dB after 1,600 steps,
@@ -451,8 +456,7 @@ def sample_euler(velocity, noise, steps, shift=SHIFT):
 
     noise [B, C, H, W] -> the same shape. One step gives x0 as predicted from pure noise, the mean
     of all clean images that fit the condition: the best PSNR. More steps settle on one of them.
-    Sigmas are linspace(1, 0, steps + 1), shifted. (diffusers' Euler shifts its smallest sigma
-    twice: at 5 steps its timesteps are 1000, 900, 751, 503 and 9, and the last does nothing.)"""
+    Sigmas are linspace(1, 0, steps + 1), shifted."""
     x = noise
     sigmas = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
     for sigma, next_sigma in zip(sigmas, sigmas[1:]):
@@ -465,7 +469,10 @@ def sample_euler(velocity, noise, steps, shift=SHIFT):
 def sample_dpm(velocity, noise, steps, shift=SHIFT):
     """Do what sample_euler does by DPM-Solver++ 2M (arXiv 2211.01095), SANA's own sampler.
 
-    It starts at sigma 0.999, and the network sees whole timesteps, as in diffusers."""
+    Each step mixes x with a target: the x0 that the network predicts (first order, which is
+    Euler's step), corrected by how x0 changed since the step before (second order). It starts at
+    sigma 0.999, because log SNR is infinite at 1, and the network sees whole timesteps, as in
+    diffusers."""
     x = noise
     x0_before, log_snr_before = None, None
     sigmas = shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64), shift).tolist()
@@ -492,9 +499,10 @@ SAMPLERS = {"euler": sample_euler, "dpm": sample_dpm}
 def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=1.0):
     """Make the velocity function of a sampler, with classifier-free guidance.
 
-    guidance: how far to go from the empty prompt's velocity to the prompt's and beyond (arXiv
-    2207.12598). condition_guidance: the same from no condition (zeros) to the condition
-    (InstructPix2Pix, 2211.09800). prompt, empty: (text, text_mask). -> velocity(x, timestep)"""
+    v = plain + guidance * (prompted - plain) + (condition_guidance - 1) * (plain - blind)
+    prompted: with condition and prompt; plain: with the empty prompt; blind: with the empty prompt
+    and zeros as condition. 1 and 1 give the prompted velocity. (arXiv 2207.12598; InstructPix2Pix,
+    2211.09800.) prompt, empty: (text, text_mask). -> velocity(x, timestep)"""
 
     def velocity(x, timestep):
         v = restorer(x, condition, timestep, *prompt)
@@ -606,7 +614,10 @@ def describe_pretrained(name):
 
 
 def initial_restorer(name, config, generator):
-    """Make the Restorer that training begins with. config: describe_model(name, ...)."""
+    """Make the Restorer that training begins with. config: describe_model(name, ...).
+
+    A run: its averaged weights. A preset: random ones. Pretrained: SANA's, and what is added to it.
+    A run without a condition counts as a pretrained model."""
     if is_run(name):
         restorer, _ = load_restorer(name)
         if restorer.conditioning == config["conditioning"]:
@@ -972,9 +983,12 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
 
     A prompt follows the instruction, of whose tokens only the first and the last are kept. The
     empty one, for guidance and dropout, stands alone. Nothing is padded up to length: cross-
-    attention gives padding a weight of exactly 0. Raises UserError."""
+    attention gives padding a weight of exactly 0. Raises UserError.
+
+    Of <bos>, 99 tokens of instruction and 5 of prompt (head is 100), rows 0 and 99 to 104 are kept:
+    <bos>, the last token of the instruction, the prompt."""
     head = len(tokenizer.encode(INSTRUCTION))
-    longest = head + length - 2
+    longest = head + length - 2  # so that <bos>, that last one and the prompt are length tokens
     rows = []
     starts = range(0, len(prompts), batch_size)
     for start in tqdm(starts, unit="batch", desc="prompts", disable=len(starts) == 1):

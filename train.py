@@ -45,6 +45,7 @@ STEP_FOLDERS = "step_[0-9]*"
 # Several processes, as torchrun starts them: one a GPU, on one machine or several.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine: the number of its GPU
 
 
 def make_parser():
@@ -86,7 +87,7 @@ def make_parser():
 def parse_args(argv=None):
     """Read the flags. With --resume the run's own are the defaults. Raises UserError."""
     parser = make_parser()
-    given = args = parser.parse_args(argv)
+    given = args = parser.parse_args(argv)  # None is a flag that was not given
     out = args.out or f"out/{Path(args.data).stem if args.data else 'demo'}"
     if isinstance(args.resume, str):
         out = args.resume
@@ -96,16 +97,19 @@ def parse_args(argv=None):
         raise UserError("--resume continues a run, --overwrite deletes it: give one of them")
     if args.resume and (Path(out) / "latest").is_file():
         saved = model.read_run(out)["args"]
+        begun = saved | {"conditioning": model.read_run(out)["model"]["conditioning"]}
         unknown = sorted(saved.keys() - vars(args).keys() - {"data_digest"})
         if unknown:
             older = "evaluate.py still restores with it"
             raise UserError(f"--resume {out}: made by another version ({unknown[0]}); {older}")
-        if given.optimizer not in (None, saved["optimizer"]):
-            begun = f"begun with {saved['optimizer']}, whose state does not fit"
-            raise UserError(f"--optimizer {given.optimizer}: this run was {begun}")
+        for name in ("model", "conditioning", "optimizer"):
+            if getattr(given, name) not in (None, begun[name]):
+                raise UserError(f"--{name}: {out} was begun with {begun[name]} and keeps it")
+        if given.lr and not given.proj_lr:  # which follows from it
+            saved["proj_lr"] = None
         if given.data:  # given again: as it is now
             saved.pop("data_digest", None)
-        args = parser.parse_args(argv, Namespace(**saved))
+        args = parser.parse_args(argv, Namespace(**saved))  # what is given again overrides it
     args.out = out
     args.resume = given.resume
     args.overwrite = given.overwrite
@@ -230,7 +234,9 @@ def sum_over_processes(numbers, device):
 
 
 def split_fp32(weight):
-    """fp32 -> nearest bf16, and as int16 what the fp32 bits have beyond it. Nothing is lost."""
+    """fp32 -> nearest bf16, and as int16 what the fp32 bits have beyond it. Nothing is lost.
+
+    bf16 is the upper half of fp32's bits: 0x3F80_9000 is 0x3F81 and -0x7000."""
     bits = weight.view(torch.int32)
     high = (bits + 0x8000) >> 16
     low = bits - (high << 16)
@@ -263,9 +269,10 @@ def adamw_update(weight, low, grad, exp_avg, exp_avg_sq, seed, start, numbers, b
 
     weight, exp_avg, exp_avg_sq: bf16 or fp32, [n]. low: int16 [n], the bits that the bf16 weight
     lacks, or None. seed: int32 [4]; start: index of the first weight, for stochastic rounding.
-    numbers: tensor of 1 - lr * weight decay, -lr / (1 - beta1^t), sqrt(1 - beta2^t), and the factor
-    of the gradient. (Compiled code would take Python numbers for constants.)"""
+    numbers: a tensor of four, because compiled code would take Python numbers for constants:
+    1 - lr * weight decay, -lr / (1 - beta1^t), sqrt(1 - beta2^t), the factor of the gradient."""
     decay, rate, correction, scale = numbers
+    seed_of_moment, seed_of_weight = seed[:2], seed[2:]
     if low is not None:
         w = join_fp32(weight, low)
     else:
@@ -276,14 +283,14 @@ def adamw_update(weight, low, grad, exp_avg, exp_avg_sq, seed, start, numbers, b
     w.mul_(decay).add_(rate * m / (v.sqrt() / correction).add_(eps))
     exp_avg.copy_(m)
     if exp_avg_sq.dtype == torch.bfloat16:  # beta2 moves it by less than half a unit
-        v = round_stochastically(v, seed[:2], start)
+        v = round_stochastically(v, seed_of_moment, start)
     exp_avg_sq.copy_(v)
     if low is not None:
         high, rest = split_fp32(w)
         weight.copy_(high)
         low.copy_(rest)
     elif weight.dtype == torch.bfloat16:
-        weight.copy_(round_stochastically(w, seed[2:], start))
+        weight.copy_(round_stochastically(w, seed_of_weight, start))
 
 
 class BF16AdamW:
@@ -359,20 +366,23 @@ class BF16AdamW:
 class State:
     """The weights, their moving average, AdamW's moments, and the number of steps done.
 
-    config: "model" of config.json, which restorer was built of.
-    parts: {name: this process's part of the weight}, a plain tensor, which the optimizer updates in
-    place. With one process it is the weight itself."""
+    config: "model" of config.json, which restorer was built of. By name of a weight:
+    weights  the restorer's parameters; with several processes DTensors, which FSDP gathers.
+    parts    this process's part of each, a plain tensor that the optimizer updates in place. With
+             one process it is the weight itself.
+    ema      the average of this part, fp32.
+    The optimizer's state, by part: the moments, and "low", the bits that a bf16 weight lacks."""
 
     def __init__(self, config, restorer, args):
         self.config = config
         self.args = args
         self.step = 0
-        self.whole = True  # False while an update is under way
+        self.consistent = True  # False while an update is under way
         self.validation = None  # the last line of validate()
         self.best = [-math.inf, None]  # validation PSNR, name of the checkpoint that had it
         self.restorer = restorer.train()
         restorer.sana.checkpointing = args.checkpointing
-        exact = {name: shard(p.detach()).float().clone() for name, p in restorer.named_parameters()}
+        fp32 = {name: shard(p.detach()).float().clone() for name, p in restorer.named_parameters()}
         if args.optimizer != "adamw":
             restorer.sana.to(torch.bfloat16)
         restorer.to(args.device)
@@ -385,11 +395,11 @@ class State:
         self.parts = dict(self.weights)
         if WORLD > 1:
             self.parts = {name: p.detach().to_local() for name, p in self.weights.items()}
-        self.ema = {name: t.to(args.ema_device) for name, t in exact.items()}
+        self.ema = {name: t.to(args.ema_device) for name, t in fp32.items()}
         self.optimizer = self.make_optimizer(args)
         for name, part in self.parts.items():  # bf16 weights from scratch have low bits as well
             if "low" in self.optimizer.state[part]:
-                self.optimizer.state[part]["low"].copy_(split_fp32(exact[name])[1])
+                self.optimizer.state[part]["low"].copy_(split_fp32(fp32[name])[1])
 
     def make_optimizer(self, args):
         groups = [
@@ -404,7 +414,7 @@ class State:
             return BF16AdamW(groups, args.weight_decay, exact, compile=args.compile)
         options = {"betas": BF16AdamW.betas, "weight_decay": args.weight_decay, "fused": True}
         optimizer = torch.optim.AdamW(groups, **options)
-        for p in self.parts.values():  # as its first step would do: so a checkpoint has them
+        for p in self.parts.values():  # as its first step would: so load() finds where to copy to
             optimizer.state[p] = {key: torch.zeros_like(p) for key in MOMENTS}
             optimizer.state[p]["step"] = torch.zeros((), device=p.device)
         return optimizer
@@ -441,7 +451,7 @@ class State:
     def update(self, scale):
         """Do one optimizer step with the gradients times scale, and average the weights."""
         args = self.args
-        self.whole = False
+        self.consistent = False
         self.step += 1
         if args.optimizer == "adamw":
             torch._foreach_mul_([p.grad for p in self.parts.values()], scale)
@@ -455,7 +465,7 @@ class State:
             self.optimizer.step(self.step, seeds, scale, starts)
         if self.step % args.ema_every == 0:
             self.update_ema()
-        self.whole = True
+        self.consistent = True
 
     def update_ema(self):
         """ema <- decay * ema + (1 - decay) * weights.
@@ -501,10 +511,10 @@ class State:
                     tensors["optimizer"][f"{key}.{name}"] = gather(value, p)
         folder, latest = run / f"step_{self.step:06d}", run / "latest"
         saved = folder.is_dir() and latest.is_file() and latest.read_text() == folder.name
-        if RANK > 0 or saved:
+        if RANK > 0 or saved:  # saved: the last step was one of --save_every as well
             return
         psnr = self.validation["restored_psnr"]
-        if self.validation["step"] == self.step and psnr >= self.best[0]:
+        if self.validation["step"] == self.step and psnr >= self.best[0]:  # of these very weights
             self.best = [psnr, folder.name]
         config = {
             "step": self.step,
@@ -579,7 +589,7 @@ def draw_step(shape, step, args, shift):
 def compute_gradients(state, batch, autoencoder, prompts):
     """Add the gradients of a batch -> losses by bin of sigma and how many they are, [2, BINS].
 
-    autoencoder: None for a batch from the cache, which is encoded."""
+    autoencoder: None for a batch from the cache, which holds latents already."""
     args = state.args
     x0, condition = batch["clean"].to(args.device), batch["condition"].to(args.device)
     if autoencoder:
@@ -607,7 +617,8 @@ def compute_gradients(state, batch, autoencoder, prompts):
             noise[part],
             mean_weight=0.1 if jitter else 1.0,
         )
-        (loss.sum() * WORLD / args.batch_size).backward()  # FSDP averages over the processes
+        # the mean over the batch: its parts add up, and FSDP averages over the processes
+        (loss.sum() * WORLD / args.batch_size).backward()
         bins = (sigma[part] * BINS).long().clamp(max=BINS - 1)
         sums.index_add_(1, bins, torch.stack([loss.detach().float().cpu(), torch.ones(len(bins))]))
     return sums
@@ -653,7 +664,9 @@ def validate(state, dataset, run, autoencoder, prompts):
 
 @torch.no_grad()
 def validation_loss(pipeline, dataset, rows, args):
-    """Return the training loss over the pictures of rows, with fixed noise and sigmas."""
+    """Return flow_loss over the pictures of rows, with fixed noise and sigmas.
+
+    No sigma is drawn at one, and the whole error counts, whatever the flags of training say."""
     restorer, autoencoder = pipeline.restorer, pipeline.autoencoder
     generator = torch.Generator().manual_seed(seed_for(args.seed, 0, "validation loss"))
     total = 0.0
@@ -801,6 +814,7 @@ def train(state, batches, val_set, run, log, autoencoder, prompts):
                 loss, norm = result["sums"][0].sum().item(), result["norm"]
                 bar.write(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped")
 
+            # the end: all steps are done, a signal came to some process, or nothing works any more
             done = state.step == args.steps
             last = done or result["stop"] or log.failures == MOST_FAILURES
             if last or state.step % LOG_EVERY == 0:
@@ -892,6 +906,8 @@ def load_state(config, checkpoint, args):
 
 
 def main():
+    if WORLD > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(LOCAL_RANK)  # before anything is put on a GPU: "cuda" is this one
     args = parse_args()
     start_processes(args)
     run = Path(args.out)
@@ -931,7 +947,7 @@ def main():
             log.add(state.validation)
         caught = train(state, batches, val_set, run, log, autoencoder, prompts)
     except Exception:  # a bad picture, a dead worker, no memory: keep what there is
-        if state.whole and state.step > start and WORLD == 1:
+        if state.consistent and state.step > start and WORLD == 1:
             state.save(run)
         raise
     finally:

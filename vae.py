@@ -1,5 +1,7 @@
 """Autoencoders: pixels [B, 3, H, W] in [-1, 1] <-> latents [B, C, H/f, W/f] of about unit variance.
 
+A latent is the small grid that the transformer works on instead of pixels: at f = 32 a picture of
+1024x1024 pixels is 32x32 positions of C numbers, so 1,024 tokens and not a million.
 PixelAE is the lossless one of the tiny preset, DCAE is SANA's (DC-AE, arXiv 2410.10733). Both have
 encode, decode, the factor f and the number of latent channels C. encode accepts any H, W: it
 mirrors the picture to the next multiple of f. Crop what decode returns.
@@ -131,8 +133,9 @@ class MultiscaleProjection(nn.Module):
 class MultiscaleAttention(nn.Module):
     """ReLU linear attention at several scales (EfficientViT, arXiv 2205.14756).
 
-    model.LinearAttention explains linear attention. Its sum over all positions lets a large picture
-    go through in tiles: once to add up the sum, once more for the outputs."""
+    Position i gives sum_j v_j (k_j . q_i) / sum_j (k_j . q_i), where q and k are ReLUs. Without a
+    softmax the sum over j can be taken first: v k^T, one d x d matrix a head. So a large picture
+    goes through in tiles: once to add up the sum, once more for the outputs."""
 
     def __init__(self, dim, head_dim, kernels, norm):
         super().__init__()
@@ -158,7 +161,8 @@ class MultiscaleAttention(nn.Module):
         for project in self.to_qkv_multiscale:
             scales.append(project(qkv))
         qkv = torch.cat(scales, 1)[inner].float().flatten(2)        # fp32: sums run over N terms
-        # A head is a run of 3*d channels, whatever they were before. So it was trained.
+        # The channels are q, k, v of scale 1, then q, k, v of scale 2. Cut into runs of 3*d, each
+        # run is a head and its thirds are called q, k, v, whatever they were. So it was trained.
         q, k, v = qkv.unflatten(1, (-1, 3 * self.head_dim)).chunk(3, dim=2)
         return F.relu(q), F.relu(k), v                              # [B, h, d, N] each
 
@@ -172,7 +176,7 @@ class MultiscaleAttention(nn.Module):
             total = total + k.sum(3).unsqueeze(2)                   # [B, h, 1, d]
         out = torch.empty_like(x)
         for outer, inner, target in parts:
-            if len(parts) > 1:
+            if len(parts) > 1:  # of one part, q is still there
                 q, _, _ = self.qkv(x[outer], inner)
             heads = (summary @ q) / (total @ q + 1e-15)             # [B, h, d, N]
             tokens = self.to_out(heads.flatten(1, 2).transpose(1, 2).to(x.dtype))
@@ -283,7 +287,9 @@ def local_stages(stages, full_resolution):
 
     -> (their number, the pixels a side of one position beyond them, how far they see in pixels).
     How far: every 3x3 convolution adds the size of its positions, which doubles from stage to
-    stage. It is rounded up to whole positions."""
+    stage. It is rounded up to whole positions. SANA's encoder has three such stages of two blocks,
+    at 1, 2 and 4 pixels a position: 1 + (1 + 2 + 4) * (2 * 2 + 2) = 43 pixels, rounded up to 48;
+    then a position is 8 pixels wide."""
     count = len(stages) - 1
     for i, blocks in enumerate(stages):
         if any(isinstance(block, EfficientViTBlock) for block in blocks):
@@ -450,7 +456,7 @@ def tiles(size, tile, halo):
 
     -> [(outer, inner, target)], each an index (..., rows, columns): the part to compute on, with
     halo positions around it where there are any; what of that part is no halo; where that belongs.
-    """
+    The last ones may end beyond the picture: indexing stops at its edge."""
 
     def cut(start):
         margin = min(start, halo)
@@ -469,8 +475,8 @@ def tiles(size, tile, halo):
 def in_tiles(function, x, tile, halo, scale=1):
     """Compute function(x) in tiles: the same numbers, if it sees no further than halo.
 
-    x [B, C, H, W]; scale: output positions per input position. tile and halo are multiples of
-    1 / scale."""
+    x [B, C, H, W]; tile and halo count positions of x. scale: output positions per input position,
+    1/8 for an encoder. tile and halo are multiples of 1 / scale."""
 
     def scaled(index):
         rows, columns = index[1:]
@@ -642,7 +648,8 @@ def load_weights(module, *paths, dtype=None):
     missing = sorted(expected.keys() - found.keys())
     if missing:
         raise UserError(f"{paths[0]}: missing tensor {missing[0]}")
-    # A module on the meta device takes the mapped tensors themselves, any other one copies them.
+    # A module of load_config (on the meta device: shapes without memory) takes the mapped tensors
+    # themselves; any other one copies them.
     module.load_state_dict(found, assign=next(module.parameters()).is_meta)
     return module
 

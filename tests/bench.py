@@ -13,6 +13,8 @@ metrics       PSNR, SSIM, LPIPS, FID
 tiny          the preset: training, and restoring a photo, beside plain convolutions
 startup       -h, and the import of torch
 memory        what training takes on a GPU, derived from the shapes alone (nothing is allocated)
+
+On Linux set MALLOC_MMAP_THRESHOLD_=1073741824 and MALLOC_TRIM_THRESHOLD_=1073741824: without them both sides wait for the system's memory.
 """
 
 import argparse

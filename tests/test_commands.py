@@ -335,6 +335,8 @@ BAD_INPUT = [  # a command, and what the one line has to say
     ("evaluate.py --data small.csv", ["--checkpoint", "--compare"]),
     ("evaluate.py --checkpoint RUN --data small.csv --sweep 1,x", ["--sweep", "1,2,4,8,20"]),
     ("evaluate.py --checkpoint RUN --data small.csv --sweep 0", ["--sweep"]),
+    ("evaluate.py --data small.csv --compare . --sweep 1,2", ["--sweep needs --checkpoint"]),
+    ("evaluate.py --checkpoint RUN --data small.csv --sweep 1 --metrics psnr", ["psnr and ssim"]),
     ("evaluate.py --checkpoint RUN --data small.csv --average 0", ["--average"]),
     ("evaluate.py --data small.csv --compare nowhere --metrics psnr", ["nowhere"]),
     (

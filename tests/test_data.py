@@ -154,11 +154,11 @@ def test_every_row_is_drawn_once_per_epoch_in_a_new_order():
     dataset = PairedDataset(DeadLeaves(7, 32, 0), 32)
     epochs = []
     for epoch in range(4):
-        rows = tuple(int(dataset.row_of(7 * epoch + i)) for i in range(7))
+        rows = tuple(int(dataset.order[7 * epoch + i]) for i in range(7))
         assert sorted(rows) == list(range(7))
         epochs.append(rows)
     assert len(set(epochs)) == 4
-    assert int(dataset.row_of(9)) == epochs[1][2]  # any draw can be asked for on its own
+    assert int(dataset.order[9]) == epochs[1][2]  # any draw can be asked for on its own
 
 
 def batches(workers, first):

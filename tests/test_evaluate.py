@@ -182,7 +182,7 @@ def test_tiles_cover_the_image_without_seams(tiny, monkeypatch):
     """
     pixels = random_pixels(1, 3, 210, 333)
     whole = tiny.restore(pixels, [""])
-    monkeypatch.setattr(evaluate, "TILE", 128)
+    monkeypatch.setattr(evaluate, "PIXEL_TILE", 128)
     monkeypatch.setattr(evaluate, "OVERLAP", 32)
     assert tile_starts(334, 128, 32) == [0, 96, 192, 206]
     assert tile_starts(128, 128, 32) == [0]

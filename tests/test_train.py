@@ -371,6 +371,7 @@ def test_a_run_resumes_with_its_own_optimizer_and_folder_only(photos_csv, tmp_pa
     refused = [
         (["--resume", "a/step_000004", "--steps", 8], "no run here"),
         (["--resume", "a", "--steps", 8, "--optimizer", "adamw_bf16"], "begun with adamw"),
+        (["--resume", "a", "--steps", 8, "--conditioning", "projection"], "begun with widen"),
         (["--resume", "b", "--steps", 9], "--curriculum"),
     ]
     for flags, words in refused:
