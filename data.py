@@ -2,35 +2,41 @@
 
     python data.py pairs PHOTOS --out pairs         degrade a folder of photos once: pairs/pairs.csv
     python data.py pairs PHOTOS --out val --degradations gaussian_noise:sigma=25
+    python data.py match CLEAN DEGRADED --out pairs.csv    a CSV of two folders, by name
     python data.py cache --data pairs/pairs.csv --model sana1.5-1.6b --out cache
                                                      encode what training will draw, once
 
 A CSV has the header image_path,condition_image_path,caption (the last two may be empty or absent).
 Paths are absolute or relative to the CSV. An empty condition is made from the clean picture each
-time it is drawn. An empty caption becomes a prompt that names the degradations.
+time it is drawn. An empty caption becomes a prompt that names the degradations. The column
+degradation says what was done, group keeps rows together on one side of the validation split.
 """
 import contextlib
 import csv
 import hashlib
+import io
 import json
 import os
 import signal
 import sys
+import unicodedata
 import warnings
 from argparse import ArgumentTypeError
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import degrade
 import model
-from degrade import Parser, UserError, between, explain_errors, run_script
+from degrade import Parser, UserError, between, explain_errors, given_flags, run_script
 from vae import DCAE, HUB, PixelAE, atomic_write, load_config, read_json, resolve_model
 from vae import save_weights, write_text
 
@@ -47,7 +53,14 @@ def seed_for(seed, index, purpose):
 # --------------------------------------------------------------------------------------------------
 # Pictures. Nobody else opens, saves or converts them.
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}  # what Pillow knows but cannot decode
+
+
+def picture_extensions(writable=False):
+    """Return the extensions of the formats that this Pillow reads, or writes: {".png", ...}."""
+    by_extension = Image.registered_extensions()
+    formats = (Image.SAVE if writable else Image.OPEN).keys() - NO_PICTURES
+    return {extension for extension, name in by_extension.items() if name in formats}
 
 
 def to_tensor(image):
@@ -62,18 +75,110 @@ def to_image(tensor):
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
-def open_image(path, notice=True):
+def open_image(path, notice=True, srgb=False):
     """Read a picture as plain_image makes it. Raises UserError.
 
-    notice: say on stderr that 16-bit grey is scaled to 8 bits."""
+    notice: say on stderr what is converted or left out. srgb: convert the colours of any other
+    profile to sRGB, not only CMYK's."""
     quiet = warnings.catch_warnings(action="ignore")
     with explain_errors(path, "this picture"), quiet, Image.open(path) as image:
         if image.format == "EPS":  # Pillow would have Ghostscript run it
             raise ValueError("PostScript is a program, not a picture")
+        for trait in traits_of(image):
+            if notice and (srgb or trait != PROFILE):
+                print(f"{path}: {trait}", file=sys.stderr)
+        if is_deep(image) and not image.mode.startswith("I"):
+            image = read_deep(image, Image.open(path))
         image.load()
-        if notice and image.mode.startswith("I"):
-            print(f"{path}: 16-bit grey is converted to 8 bits", file=sys.stderr)
+        if srgb or image.mode == "CMYK":
+            image = to_srgb(image)
         return plain_image(image)
+
+
+PAGES = "has several pages; only the first is used"
+DEEP = "16 bits a channel are converted to 8 bits"
+PROFILE = "its colour profile is converted to sRGB"
+
+
+def traits_of(image):
+    """Say what open_image converts or leaves out of an opened picture, by its header alone."""
+    traits = []
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a photo with a preview
+        traits.append(PAGES)
+    if is_deep(image):
+        traits.append(DEEP)
+    if profile_of(image):
+        traits.append(PROFILE)
+    return traits
+
+
+def is_deep(image):
+    """Say whether an opened picture has 16 bits a channel."""
+    return image.mode.startswith("I") or ";16" in raw_mode(image)
+
+
+def raw_mode(image):
+    """Return how an opened picture is stored, as Pillow names it: "RGB;16B"."""
+    args = image.tile[0].args if image.tile else ""
+    return args if isinstance(args, str) else str(args[0])
+
+
+def read_deep(image, again):
+    """Read 16-bit RGB, of which Pillow keeps the upper bytes -> 8 bits, rounded.
+
+    again: the same file, opened once more. Read in the other byte order, it gives the lower bytes.
+    """
+    order = raw_mode(image)[-1]
+    native = "L" if sys.byteorder == "little" else "B"
+    other = {"L": "B", "B": "L", "N": "B" if native == "L" else "L"}[order]
+    tiles = []
+    for tile in again.tile:
+        if isinstance(tile.args, str):
+            args = tile.args[:-1] + other
+        else:
+            args = (tile.args[0][:-1] + other, *tile.args[1:])
+        tiles.append(tile._replace(args=args))
+    again.tile = tiles
+    levels = np.array(image).astype(np.uint32) * 256 + np.array(again)
+    rounded = Image.fromarray(((levels + 128) // 257).astype(np.uint8), image.mode)
+    rounded.info = image.info
+    return rounded
+
+
+def profile_of(image):
+    """Return the colour profile of a picture, or None if it has none or sRGB's."""
+    content = image.info.get("icc_profile")
+    if not content:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        name = ImageCms.getProfileDescription(profile)
+    except (ImageCms.PyCMSError, OSError):  # damaged: as without one
+        return None
+    return None if "sRGB" in name else profile
+
+
+def to_srgb(image):
+    """Convert a picture's colours to sRGB by its colour profile. Without one it stays as it is."""
+    profile = profile_of(image)
+    image.info.pop("icc_profile", None)
+    if not profile:
+        return image
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("L" if image.mode in GREY else "RGB")
+    try:
+        srgb = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), 0, "RGB")
+    except ImageCms.PyCMSError:  # that of another kind of picture
+        return image
+    converted = srgb.convert("L") if image.mode == "L" else srgb
+    converted.info.pop("icc_profile", None)
+    if alpha:
+        converted.putalpha(alpha)
+    return converted
+
+
+GREY = "1", "L", "LA", "La"  # modes of one channel
 
 
 def plain_image(image):
@@ -89,8 +194,9 @@ def plain_image(image):
         low, high = image.getextrema()
         if low < 0 or high > 65535:
             raise UserError("its values go beyond 16 bits; save it with 8 or 16 bits")
-        return image.point([round(level / 257) for level in range(65536)], "L")
-    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+        table = [(level + 128) // 257 for level in range(65536)]
+        return image.point(table, "L")
+    mode = "L" if image.mode in GREY else "RGB"
     return image.convert(mode + "A" if image.has_transparency_data else mode)
 
 
@@ -100,17 +206,81 @@ def save_image(image, path, **options):
         image.save(partial, **options)
 
 
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
+
+
 def list_images(folder):
-    """Return the pictures below a folder, sorted, without hidden files. Raises UserError."""
+    """Return the pictures below a folder, sorted; links to folders are followed. Raises UserError.
+
+    Hidden and system folders and files are passed over. What else is no picture is counted aloud.
+    """
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder")
+    extensions = picture_extensions()
     found = []
-    for path in sorted(Path(folder).rglob("*")):
-        if path.suffix.lower() in PICTURES and not path.name.startswith(".") and path.is_file():
-            found.append(path)
+    others = Counter()
+    visited = set()  # a link may lead back
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in names:
+            path = Path(place, name)
+            if is_hidden(name) or not path.is_file():
+                continue
+            if path.suffix.lower() in extensions:
+                found.append(path)
+            else:
+                others[path.suffix.lower() or "without an extension"] += 1
+    if others:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+        print(f"{folder}: no pictures, left out: {counts}", file=sys.stderr)
     if not found:
         raise UserError(f"{folder}: no pictures in this folder")
-    return found
+    return sorted(found)
+
+
+def is_hidden(name):
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+@dataclass
+class Header:
+    """What can be known of a picture without decoding it."""
+
+    size: tuple  # (width, height), upright
+    turned: bool  # by EXIF: its sides are swapped as stored
+    transparent: bool
+    traits: list  # see traits_of
+    digest: str  # of its size in bytes, its beginning and its end
+
+
+def read_header(path):
+    """Look at a picture -> Header. Raises UserError."""
+    with explain_errors(path, "this picture"), Image.open(path) as image:
+        orientation = 1
+        if image.format != "PNG" or "exif" in image.info:  # a PNG would be decoded for it
+            orientation = image.getexif().get(0x0112, 1)
+        turned = orientation in (5, 6, 7, 8)
+        size = image.size[::-1] if turned else image.size
+        traits = traits_of(image)
+        transparent = image.has_transparency_data
+        if transparent:  # whether any pixel is must be looked up
+            transparent = image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    return Header(size, turned, transparent, traits, file_digest(path))
+
+
+def file_digest(path):
+    """Hash the length of a file, its first and its last 64 KB."""
+    length = os.path.getsize(path)
+    with open(path, "rb") as file:
+        content = file.read(2**16)
+        if length > 2**16:
+            file.seek(max(2**16, length - 2**16))
+            content += file.read()
+    return f"{length}-{hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def write_csv(path, rows):
@@ -122,7 +292,10 @@ def write_csv(path, rows):
 # Where pairs come from. A source has a length, peek(i) -> (whether it has a condition, caption),
 # which opens nothing, and load(i) -> (clean, condition or None, what to call it in an error).
 
-CACHE_BYTES = 512 * 2**20  # decoded photos that a source keeps in memory; the rest is read again
+# decoded photos that each process keeps in memory; the rest is read again
+CACHE_BYTES = 512 * 2**20
+COLUMNS = "image_path", "condition_image_path", "caption", "degradation", "group"
+FACTORS = 1, 2, 3, 4, 8  # by which all conditions may be smaller than their clean pictures
 
 
 @dataclass
@@ -130,22 +303,43 @@ class Row:
     """A row of a CSV, and the line that it ends on."""
 
     line: int
+    name: str  # as the CSV names its files
     clean: Path
     condition: Path | None
     caption: str
     degradation: str  # what was done to the condition, as degrade.describe() writes it; may be ""
+    group: str  # rows of one group are held out together; may be ""
 
 
 class CsvPairs:
-    """The rows of a pairs.csv. Raises UserError, with the row, for anything missing or unreadable.
+    """The rows of a pairs.csv, all of whose pictures have been looked at.
 
-    skip_bad: leave out rows whose files are missing, with a line each, instead."""
+    By their headers: presence, sizes, transparency, how far conditions have to be enlarged
+    (enlarge), and what was in the files (digests). Raises UserError, with the row, for anything
+    missing, unreadable or misfit. skip_bad: leave such rows out, with a line each, instead."""
 
     def __init__(self, path, skip_bad=False):
         self.path = Path(path)
         self.pictures = {}
         self.bytes = 0
         self.rows = []
+        for line, fields in self.read_lines():
+            try:
+                self.rows.append(self.read_row(line, fields))
+            except UserError as error:
+                report_bad(error, skip_bad)
+        self.headers = read_headers(self.rows)
+        self.enlarge = self.find_factor()
+        self.keep_rows(self.check_header, skip_bad)
+        self.say_traits()
+
+    def read_lines(self):
+        """Read the CSV -> [(line number, {column: field})]."""
+        path = self.path
+        if path.is_dir():
+            two = "python data.py match CLEAN DEGRADED --out pairs.csv makes one of two folders"
+            one = "python data.py pairs PHOTOS --out pairs of one"
+            raise UserError(f"{path} is a folder, a CSV is needed: {two}, {one}")
         with explain_errors(path, "this CSV"), open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
@@ -154,32 +348,122 @@ class CsvPairs:
         if reader.fieldnames.count("image_path") != 1:
             wanted = "image_path,condition_image_path,caption"
             raise UserError(f"{path}: no column image_path in {header!r}; the header is {wanted}")
-        if "condition_image_path" not in reader.fieldnames and "," in header:
-            print(f"{path}: no column condition_image_path in {header!r}: conditions are made here")
-        for line, fields in lines:
-            try:
-                self.rows.append(self.check(line, fields))
-            except UserError as error:
-                report_bad(error, skip_bad)
-        if not self.rows:
-            raise UserError(f"{path}: no row that can be read")
+        unused = [name for name in reader.fieldnames if name and name not in COLUMNS]
+        if unused:
+            names = ", ".join(repr(name) for name in unused)
+            print(f"{path}: not used: column {names}; known are {', '.join(COLUMNS)}")
+        return lines
 
-    def check(self, line, fields):
+    def read_row(self, line, fields):
         where = f"{self.path}, line {line}"
         if None in fields:
             raise UserError(f"{where}: more fields than columns")
         values = {key: (value or "").strip() for key, value in fields.items()}
         if not values["image_path"]:
             raise UserError(f"{where}: image_path is empty")
-        clean = self.path.parent / values["image_path"]
+        name = values["image_path"]
+        clean = self.path.parent / name
         condition = None
         if values.get("condition_image_path"):
+            name += "," + values["condition_image_path"]
             condition = self.path.parent / values["condition_image_path"]
         for path in (clean, condition):
             if path and not os.path.isfile(path):  # of any text: too long, with a NUL
-                raise UserError(f"{where}: no file {path}")
-        caption, degradation = values.get("caption", ""), values.get("degradation", "")
-        return Row(line, clean, condition, caption, degradation)
+                raise UserError(f"{where}: no file {path}{other_spelling(path)}")
+        texts = [values.get(column, "") for column in ("caption", "degradation", "group")]
+        return Row(line, name, clean, condition, *texts)
+
+    def find_factor(self):
+        """Return by which whole factor all conditions are smaller than their clean pictures."""
+        pairs = []
+        for row in self.rows:
+            clean, condition = self.headers[row.clean], self.headers.get(row.condition)
+            if isinstance(clean, Header) and isinstance(condition, Header):
+                pairs.append((clean.size, condition.size))
+        for factor in FACTORS:
+            if pairs and all(is_larger(clean, small, factor) for clean, small in pairs):
+                if factor > 1:
+                    smaller = f"all conditions are {factor} times smaller than their clean pictures"
+                    print(f"{self.path}: {smaller}: they are enlarged (bicubic)")
+                return factor
+        return 1
+
+    def check_header(self, row):
+        """Raise UserError if the pictures of a row cannot be used."""
+        for path in (row.clean, row.condition):
+            header = self.headers.get(path)
+            if isinstance(header, UserError):
+                raise header
+            if header and header.transparent:
+                hidden = "has transparent pixels, under which any colour may be hidden"
+                raise UserError(f"{path} {hidden}; put it on a background and save it as RGB")
+        if not row.condition:
+            return
+        clean, condition = self.headers[row.clean], self.headers[row.condition]
+        if is_larger(clean.size, condition.size, self.enlarge):
+            return
+        problem = f"a pair of different sizes, {as_text(clean.size)} and {as_text(condition.size)}"
+        if clean.turned != condition.turned and clean.size == condition.size[::-1]:
+            turned = row.clean if clean.turned else row.condition
+            problem += f"; they fit before {turned.name} is turned by its EXIF orientation"
+        raise UserError(problem)
+
+    def keep_rows(self, check, skip_bad):
+        """Leave out the rows for which check(row) raises UserError, or raise it with the line."""
+        kept = []
+        for row in self.rows:
+            try:
+                check(row)
+                kept.append(row)
+            except UserError as error:
+                report_bad(UserError(f"{self.path}, line {row.line}: {error}"), skip_bad)
+        if not kept:
+            raise UserError(f"{self.path}: no row that can be read")
+        self.rows = kept
+
+    def check_sides(self, crop, skip_bad):
+        """Leave out, or refuse, rows whose pictures are smaller than the crops of training."""
+
+        def check(row):
+            size = self.headers[row.clean].size
+            if min(size) < crop:
+                raise UserError(too_small(size, crop))
+
+        self.keep_rows(check, skip_bad)
+
+    def say_traits(self):
+        """Say once for all pictures what is converted or left out of them."""
+        examples = {}
+        for path in self.paths():
+            for trait in self.headers[path].traits:
+                examples.setdefault(trait, []).append(path)
+        for trait, paths in examples.items():
+            print(f"{self.path}: {len(paths)} pictures, such as {paths[0].name}: {trait}")
+
+    def paths(self):
+        """Return the pictures of all rows, each once."""
+        paths = {}
+        for row in self.rows:
+            paths[row.clean] = True
+            if row.condition:
+                paths[row.condition] = True
+        return list(paths)
+
+    def summary(self):
+        """Say what is in the rows, in a line."""
+        paired = sum(row.condition is not None for row in self.rows)
+        captions = sum(row.caption != "" for row in self.rows)
+        made = f"{paired} with a condition, {len(self) - paired} degraded on the fly"
+        return f"{self.path}: {len(self)} rows, {made}, {captions} with captions"
+
+    def content(self, row):
+        """Return the digest of a row's clean picture: equal for copies of one file."""
+        return self.headers[row.clean].digest
+
+    def digest(self, row):
+        """Return the digest of a row's files and texts."""
+        files = [self.headers[path].digest for path in (row.clean, row.condition) if path]
+        return short_hash([files, row.caption, row.group])
 
     def __len__(self):
         return len(self.rows)
@@ -198,23 +482,72 @@ class CsvPairs:
                 condition = self.open(row.condition)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if condition and clean.size != condition.size:
-            sizes = f"{size_of(clean)} and {size_of(condition)}"
-            raise UserError(f"{where}: a pair of different sizes, {sizes}")
+        if condition and self.enlarge > 1:
+            condition = condition.resize(clean.size, Image.Resampling.BICUBIC)
         return clean, condition, where
 
     def open(self, path):
+        """Return a picture, grey or RGB."""
         if path in self.pictures:
             return self.pictures[path]
-        image = open_image(path, notice=False).convert("RGB")
+        image = open_image(path, notice=False, srgb=True)
+        image = image.convert(image.mode.rstrip("A"))
         if self.bytes < CACHE_BYTES:
             self.pictures[path] = image
-            self.bytes += 3 * image.width * image.height
+            self.bytes += len(image.mode) * image.width * image.height
         return image
 
 
+def read_headers(rows):
+    """Look at the pictures of all rows -> {path: Header, or the UserError that it gave}."""
+    paths = {}
+    for row in rows:
+        paths[row.clean] = True
+        paths[row.condition] = True
+    paths.pop(None, None)
+
+    def look(path):
+        try:
+            return read_header(path)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        looks = tqdm(pool.map(look, paths), total=len(paths), unit="img", desc="check", delay=1)
+        return dict(zip(paths, looks))
+
+
+def other_spelling(path):
+    """Say that a file of this name exists in another Unicode form, which looks the same."""
+    name = unicodedata.normalize("NFC", path.name)
+    try:
+        names = os.listdir(path.parent)
+    except (OSError, ValueError):
+        return ""
+    for other in names:
+        if unicodedata.normalize("NFC", other) == name:
+            return ", but one whose accents are written in another Unicode form; rename it"
+    return ""
+
+
+def is_larger(clean, condition, factor):
+    return clean == (condition[0] * factor, condition[1] * factor)
+
+
+def as_text(size):
+    return f"{size[0]}x{size[1]}"
+
+
+def too_small(size, crop):
+    """Say that a picture is smaller than a crop of it."""
+    advice = "use larger pictures"
+    if min(size) >= 8:
+        advice += f" or --resolution {min(size) // 4 * 4}"
+    return f"the picture is {as_text(size)}, smaller than the {crop}-pixel crop; {advice}"
+
+
 def size_of(image):
-    return f"{image.width}x{image.height}"
+    return as_text(image.size)
 
 
 def report_bad(error, skip=True):
@@ -317,8 +650,11 @@ def pink_noise(size, rng):
 class PairedDataset(Dataset):
     """Crops of pairs: {"clean", "condition": [3, H, W] in [-1, 1], "caption": str, "bad": int}.
 
+    And "grey": whether the condition has one channel, whose three copies these are.
+
     source: CsvPairs or DeadLeaves. rows: which of its indices to use (default all).
-    crop: side in pixels; None: whole pictures; [(n, side), ...]: that side for draws below n.
+    crop: side in pixels; None: whole pictures; [(n, side), ...]: that side for draws below n. In
+    validation a smaller picture is cropped to its own sides.
     degradations: of parse_degradations; 1 to max_degradations of them are applied to the clean
     picture of a row without a condition.
     training True: item n is the n-th draw of an endless stream, which visits every row once an
@@ -395,18 +731,21 @@ class PairedDataset(Dataset):
         clean = cut(clean)
         # one crop and one flip for both pictures of the pair: they cannot drift apart
         condition = degrade.apply_recipe(clean, recipe, rng) if recipe else cut(condition)
-        return {"clean": to_tensor(clean), "condition": to_tensor(condition), "caption": caption}
+        return {
+            "clean": to_tensor(clean),
+            "condition": to_tensor(condition),
+            "caption": caption,
+            "grey": condition.mode == "L",
+        }
 
     def draw_cut(self, image, index, where, rng):
         """Draw a crop and a flip -> the function that cuts them out of a picture of that size."""
         crop = self.crop_at(index)
         width, height = crop or image.width, crop or image.height
+        if not self.training:  # each picture its own
+            width, height = min(width, image.width), min(height, image.height)
         if width > image.width or height > image.height:
-            smaller = min(image.size) // 4 * 4
-            raise UserError(
-                f"{where}: the picture is {size_of(image)}, smaller than the {crop}-pixel crop; "
-                f"use larger pictures or --resolution {smaller}"
-            )
+            raise UserError(f"{where}: {too_small(image.size, crop)}")
         left, top = (image.width - width) // 2, (image.height - height) // 2
         flip = False
         if self.training:
@@ -427,17 +766,31 @@ class PairedDataset(Dataset):
                 return side
         return side
 
-    def name_degradations(self, index):
-        """Say what was done to the condition of item index: "jpeg downscale".
+    def degradation_names(self):
+        """Return the names of all degradations that its rows may have, by draw or by the CSV."""
+        names = {name for name, _ in self.degradations}
+        if isinstance(self.source, DeadLeaves):
+            return names
+        rows = [self.source.rows[i] for i in self.rows]
+        if all(row.condition for row in rows):
+            names = set()
+        for row in rows:
+            names.update(word.split(":")[0] for word in row.degradation.split())
+        return names
 
-        By the recipe, else the CSV's column, else the words of the caption."""
+    def name_degradations(self, index):
+        """Say what was done to the condition of item index: ["jpeg", "downscale"].
+
+        By the recipe; else the CSV's column, the whole of it unless it is a recipe; else the words
+        of the caption."""
         row, recipe, caption = self.plan(index)
         if recipe:
-            return " ".join(name for name, _ in recipe)
+            return [name for name, _ in recipe]
         written = self.source.rows[row].degradation
-        if written:
-            return " ".join(word.split(":")[0] for word in written.split())
-        return " ".join(degrade.read_prompt(caption))
+        if not written:
+            return degrade.read_prompt(caption)
+        names = [word.split(":")[0] for word in written.split()]
+        return names if set(names) <= degrade.DEGRADATIONS.keys() else [written]
 
 
 class EndlessOrder:
@@ -490,10 +843,15 @@ def load_batches(dataset, batch_size, draws, workers, pin_memory=False):
             stop_workers(batches)
 
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # the terminal was closed; Windows has none
+    SIGNALS.append(signal.SIGHUP)
+
+
 def ignore_signals(_):
-    """Leave Ctrl-C and SIGTERM, which may go to all processes, to the main one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Leave Ctrl-C, SIGTERM and SIGHUP, which may go to all processes, to the main one."""
+    for name in SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
 
 
 def stop_workers(batches):
@@ -523,8 +881,11 @@ def add_data_flags(parser):
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--data", metavar="CSV", help="pairs (default: the demo, which draws its own pictures)")
+    add("--val_data", metavar="CSV", help="pairs to validate with (default: some of --data)")
+    add("--val_count", type=between(int, 1), help="only so many of them, the first (default all)")
     add_degradations_flag(group)
-    add("--max_degradations", type=between(int, 1, 6), default=3, help="1 to this many (default 3)")
+    most = between(int, 1, len(degrade.DEGRADATIONS))
+    add("--max_degradations", type=most, default=3, help="1 to this many (default 3)")
     add("--skip_bad", action="store_true", help="leave out rows that cannot be read")
     side = between(int, 1, 2**14)
     add("--resolution", type=side, help="side of the crops (default 48 pixels for tiny, else 512)")
@@ -562,11 +923,11 @@ HELD_OUT = 8  # pictures that validation measures, or a tenth of the rows if tha
 VALIDATION_CROP = 192
 
 
-def make_datasets(args, stages=None):
+def make_datasets(args, stages=None, kept=None):
     """Return training draws, and validation pairs that are never trained on. Raises UserError.
 
     args: of add_data_flags. stages: [(n, side)] as PairedDataset's crop; default args.resolution.
-    """
+    kept: names of the rows that this run has held out so far; they stay so while they are there."""
     options = {
         "degradations": degrade.parse_degradations(args.degradations),
         "max_degradations": args.max_degradations,
@@ -581,29 +942,43 @@ def make_datasets(args, stages=None):
         others = DeadLeaves(HELD_OUT, VALIDATION_CROP, seed_for(args.seed, 0, "held out"))
         val_set = PairedDataset(others, None, training=False, **options)
         return PairedDataset(photos, crop, **options), val_set
-    source = CsvPairs(args.data, args.skip_bad)
-    trial = PairedDataset(source, args.resolution, training=False, **options)
-    training, held_out = split_rows(trial)
-    sides = [min(source.load(row)[0].size) for row in held_out]
-    val_crop = min(max(VALIDATION_CROP, largest), *sides)
-    val_set = PairedDataset(source, val_crop, rows=held_out, training=False, **options)
+    source = val_source = CsvPairs(args.data, args.skip_bad)
+    source.check_sides(largest, args.skip_bad)
+    if args.val_data:
+        val_source = CsvPairs(args.val_data, args.skip_bad)
+        if val_source.enlarge != source.enlarge:
+            factors = f"{val_source.enlarge} and {source.enlarge} times smaller conditions"
+            raise UserError(f"--val_data and --data have {factors}; give the same in both")
+        held_out = list(range(len(val_source)))[: args.val_count]
+        training = rows_apart(source, held_out, val_source)
+        if len(training) < len(source):
+            shared = f"{len(source) - len(training)} rows of {args.data}"
+            print(f"{shared} share a picture or group with {args.val_data}: not trained on")
+    else:
+        held_out = find_rows(source, kept)
+        if not held_out:
+            held_out = choose_held_out(PairedDataset(source, None, training=False, **options))
+        training = rows_apart(source, held_out, source)
+        if len(source) < 10:
+            print(f"{args.data}: too few rows to hold any out: validation is on training pictures")
+            training = list(range(len(source)))
+    if not training:
+        raise UserError(f"{args.data}: all rows have a clean picture that is held out; give more")
+    refuse_useless_flags(source, val_source)
+    print(f"{source.summary()}, {len(held_out)} held out ({val_source.path.name})")
+    val_crop = max(VALIDATION_CROP, largest)
+    val_set = PairedDataset(val_source, val_crop, rows=held_out, training=False, **options)
     return PairedDataset(source, crop, rows=training, **options), val_set
 
 
-def split_rows(dataset):
-    """Return the rows to train on and those held out, which share no clean picture.
-
-    A row that cannot be read is not held out. Raises UserError."""
+def choose_held_out(dataset):
+    """Choose the rows to validate with. One that cannot be drawn is passed over with skip_bad."""
     source = dataset.source
     generator = torch.Generator().manual_seed(seed_for(dataset.seed, 0, "held out"))
-    order = torch.randperm(len(source), generator=generator).tolist()
-    count = min(HELD_OUT, len(source) // 10)
-    if count == 0:
-        rows = f"{source.path} has {len(source)} rows, too few to hold any out"
-        print(f"{rows}: validation is on training pictures")
+    count = min(HELD_OUT, len(source) // 10) or len(source)
     held_out = []
-    for row in order:
-        if count and len(held_out) == count:
+    for row in torch.randperm(len(source), generator=generator).tolist():
+        if len(held_out) == count:
             break
         try:
             dataset.draw(row)
@@ -612,13 +987,75 @@ def split_rows(dataset):
             report_bad(error, dataset.skip_bad)
     if not held_out:
         raise UserError(f"{source.path}: no row that can be read")
-    if count == 0:
-        return order, held_out
-    pictures = {source.rows[row].clean for row in held_out}
-    training = [row for row in order if source.rows[row].clean not in pictures]
-    if not training:
-        raise UserError(f"{source.path}: all rows have the same clean picture; give more")
-    return training, held_out
+    return held_out
+
+
+def find_rows(source, names):
+    """Return the rows of these names, or None if one of them is gone."""
+    places = {row.name: i for i, row in enumerate(source.rows)}
+    if not names or not set(names) <= places.keys():
+        return None
+    return [places[name] for name in names]
+
+
+def rows_apart(source, held_out, val_source):
+    """Return the rows of source that share neither picture nor group with those held out.
+
+    Pictures are compared by content: copies and other spellings of a path are the same picture."""
+    contents = set()
+    groups = set()
+    for i in held_out:
+        contents.add(val_source.content(val_source.rows[i]))
+        groups.add(val_source.rows[i].group)
+    groups.discard("")
+    apart = []
+    for i, row in enumerate(source.rows):
+        if source.content(row) not in contents and row.group not in groups:
+            apart.append(i)
+    return apart
+
+
+def refuse_useless_flags(*sources):
+    """Raise UserError for a flag of degradations where every row has a condition."""
+    useless = {"--degradations", "--max_degradations"} & given_flags()
+    if useless and all(row.condition for source in sources for row in source.rows):
+        all_paired = f"every row of {sources[0].path} has a condition, nothing is degraded here"
+        raise UserError(f"{sorted(useless)[0]}: {all_paired}; leave it out")
+
+
+def row_names(dataset):
+    """Return the names of a data set's rows, as its CSV has them; [] for the demo."""
+    if isinstance(dataset.source, DeadLeaves):
+        return []
+    return [dataset.source.rows[row].name for row in dataset.rows]
+
+
+def row_digests(dataset):
+    """Return {name: digest of its files and texts} of a data set's rows, in their order."""
+    if isinstance(dataset.source, DeadLeaves):
+        return {}
+    digests = {}
+    for i in dataset.rows:
+        row = dataset.source.rows[i]
+        name = row.name
+        while name in digests:
+            name += " again"
+        digests[name] = dataset.source.digest(row)
+    return digests
+
+
+def check_same(before, now, what):
+    """Raise UserError, with its name, for the first row whose files are not what they were."""
+    for name in before:
+        if name not in now:
+            raise UserError(f"{what}: the row {name} is gone")
+        if now[name] != before[name]:
+            raise UserError(f"{what}: the files or texts of the row {name} are not what they were")
+    for name in now:
+        if name not in before:
+            raise UserError(f"{what}: the row {name} is new")
+    if list(now) != list(before):
+        raise UserError(f"{what}: the rows stand in another order")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -696,11 +1133,11 @@ class CachedDataset(Dataset):
     """The draws of a PairedDataset's first epochs, with latents [C, H, W] in place of pixels.
 
     Draw n is what it would be without the cache, with its crop, flip and degradation. After the
-    cached epochs the same draws come again, in a new order. expected: fingerprint of the run; rows:
-    how many draws an epoch has. Raises UserError for a cache that was made of anything else, or is
-    not complete."""
+    cached epochs the same draws come again, in a new order. expected: fingerprint of the run;
+    digests: row_digests of what it trains on; rows: how many draws an epoch has. Raises UserError
+    for a cache that was made of anything else, or is not complete."""
 
-    def __init__(self, folder, expected, rows):
+    def __init__(self, folder, expected, digests, rows):
         self.folder = Path(folder)
         self.rows = rows
         self.order = EndlessOrder(range(rows), expected["seed"])
@@ -712,6 +1149,8 @@ class CachedDataset(Dataset):
             if index.get(name) != value:
                 other = f"was made with --{name} {index.get(name)}, this run has {value}"
                 raise UserError(f"--cache {folder}: {other}; python data.py cache makes a new one")
+        before = read_json(self.folder / "pictures.json")
+        check_same(before, digests, f"--cache {folder} was made of other pictures")
         for n in range(self.epochs * rows):
             if not draw_path(folder, n).is_file():
                 rest = "the python data.py cache command that began it makes the rest"
@@ -748,20 +1187,16 @@ def draw_path(folder, n):
 
 
 def fingerprint(args, config):
-    """Return what a cache depends on, by the names of the flags: {name: value}."""
-    files = []
-    for row in CsvPairs(args.data, args.skip_bad).rows:
-        sizes = [path.stat().st_size for path in (row.clean, row.condition) if path]
-        files.append([row.clean.name, row.caption, sizes])
+    """Return what a cache depends on beside its pictures, by the names of the flags."""
     weights = [config["autoencoder"]]
     if not config["autoencoder"]:
         folder = resolve_model(config["name"], ["vae", "text_encoder"])
         for part in ("vae", "text_encoder", "tokenizer"):
             for path in sorted((folder / part).glob("*.*")):
-                weights.append([path.name, path.stat().st_size])
+                weights.append([path.name, file_digest(path)])
     names = "degradations", "max_degradations", "resolution", "caption_dropout", "seed"
     flags = {name: getattr(args, name) for name in names}
-    return flags | {"data": short_hash(files), "model": short_hash(weights)}
+    return flags | {"model": short_hash(weights)}
 
 
 def short_hash(content):
@@ -782,6 +1217,10 @@ def make_cache(args):
     index = {"epochs": args.epochs} | fingerprint(args, config)
     if (out / "index.json").exists() and read_json(out / "index.json") != index:
         raise UserError(f"{out} holds another cache; choose another --out")
+    digests = row_digests(train_set)
+    if (out / "pictures.json").exists():
+        check_same(read_json(out / "pictures.json"), digests, f"{out} is a cache of other pictures")
+    write_text(out / "pictures.json", json.dumps(digests, indent=1))
     write_text(out / "index.json", json.dumps(index, indent=1))
     autoencoder, prompts = load_frozen(config, args.device)
     count = args.epochs * len(train_set)
@@ -802,7 +1241,7 @@ def make_cache(args):
                 save_weights(latents, draw_path(out, next(numbers)), caption=caption)
             bar.update(len(batch["caption"]))
     made = f"{count} draws ({args.epochs} epochs of {len(train_set)} pictures) in {out}"
-    print(f"{made}: python train.py --data {args.data} --cache {out}")
+    print(f"{made}: python train.py with the same flags of data and --cache {out}")
 
 
 def default_model(args):
@@ -841,13 +1280,17 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
     write_text(begun, made_of)
     rows = [("image_path", "condition_image_path", "caption", "degradation")]
     for i, path in enumerate(tqdm(paths, unit="img", desc="pairs")):
-        rng = np.random.default_rng(seed_for(seed, i, "pairs"))
+        # of the content too: another folder with the same seed gets other noise
+        rng = np.random.default_rng(seed_for(seed, f"{i} {file_digest(path)}", "pairs"))
         recipe = degrade.draw_recipe(choices, rng.integers(counts[0], counts[-1] + 1), rng)
         caption = degrade.make_prompt([name for name, _ in recipe], rng)
         name = f"{i:05d}_{path.stem}.png"
         if not (out / "condition" / name).exists():
             try:
-                clean = open_image(path).convert("RGB")
+                if read_header(path).transparent:
+                    raise UserError(f"{path}: transparent pixels hide colours; save it without")
+                clean = open_image(path, srgb=True)
+                clean = clean.convert(clean.mode.rstrip("A"))
             except UserError as error:
                 report_bad(error, skip_bad)
                 continue
@@ -865,6 +1308,59 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
 # --------------------------------------------------------------------------------------------------
 
 
+def match_folders(clean_folder, degraded_folder, out, pattern=""):
+    """Write the CSV of two folders whose pictures are named alike. What has no partner is listed.
+
+    pattern: "GT=NOISY": the last GT in a clean picture's path stands for NOISY in its partner's.
+    The partner has the same path below its folder, or else the same name. Extensions may differ.
+    Raises UserError."""
+    here, _, there = pattern.partition("=")
+    if pattern and (not here or not there):
+        raise UserError(f"--pattern {pattern}: write CLEAN=DEGRADED, such as GT=NOISY")
+    if Path(out).exists():
+        raise UserError(f"{out} exists already; choose another --out")
+    by_path = {}
+    by_name = {}
+    for path in list_images(degraded_folder):
+        by_path.setdefault(path.relative_to(degraded_folder).with_suffix(""), []).append(path)
+        by_name.setdefault(path.stem, []).append(path)
+    rows = []
+    alone = []
+    taken = {}
+    one_folder = Path(clean_folder).resolve() == Path(degraded_folder).resolve()
+    for path in list_images(clean_folder):
+        relative = path.relative_to(clean_folder).as_posix()
+        if one_folder and here not in relative:
+            continue  # one of the degraded
+        before, _, after = relative.rpartition(here) if here else (relative, "", "")
+        wanted = Path(before + there + after).with_suffix("")
+        found = by_path.get(wanted, [])
+        if not found and len(by_name.get(wanted.name, [])) == 1:
+            found = by_name[wanted.name]
+        if len(found) > 1:
+            names = " and ".join(str(name) for name in found[:2])
+            raise UserError(f"{path}: its partner may be {names}; leave one of them out")
+        if not found or found[0] == path:
+            alone.append(path)
+            continue
+        if found[0] in taken:
+            raise UserError(f"{found[0]} would be the partner of {taken[found[0]]} and {path}")
+        taken[found[0]] = path
+        folder = Path(out).parent
+        rows.append([os.path.relpath(name, folder) for name in (path, found[0])] + [""])
+    if not one_folder:
+        alone += [path for path in list_images(degraded_folder) if path not in taken]
+    for path in alone:
+        print(f"no partner: {path}", file=sys.stderr)
+    if not rows:
+        raise UserError(f"no picture of {clean_folder} has a partner in {degraded_folder}")
+    write_csv(out, [("image_path", "condition_image_path", "caption"), *rows])
+    print(f"{len(rows)} pairs in {out}; {len(alone)} pictures without a partner are left out")
+
+
+# --------------------------------------------------------------------------------------------------
+
+
 def main():
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -873,10 +1369,17 @@ def main():
     add("photos", help="folder of clean photos (searched recursively)")
     add("--out", required=True, help="folder to make; pairs.csv appears when all is written")
     add_degradations_flag(pairs)
-    text, count = "how many: one number, or lowest and highest (default 1 3)", between(int, 1, 6)
+    text = "how many: one number, or lowest and highest (default 1 3)"
+    count = between(int, 1, len(degrade.DEGRADATIONS))
     add("--num_degradations", nargs="+", type=count, default=[1, 3], metavar="N", help=text)
     add("--skip_bad", action="store_true", help="leave out pictures that cannot be read")
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")
+    match = commands.add_parser("match", description="Write the CSV of two folders.")
+    match.add_argument("clean", help="folder of clean pictures")
+    match.add_argument("degraded", help="folder of the same pictures, degraded; may be the same")
+    match.add_argument("--out", required=True, help="CSV to write")
+    text = "what differs in their paths: GT=NOISY, sharp=blur, .png=x4.png"
+    match.add_argument("--pattern", default="", metavar="CLEAN=DEGRADED", help=text)
     cache = commands.add_parser("cache", description="Encode what train.py would draw, once.")
     add_data_flags(cache)
     cache.add_argument("--epochs", type=between(int, 1), default=1, help="epochs (default 1)")
@@ -884,6 +1387,9 @@ def main():
     args = parser.parse_args()
     if args.command == "cache":
         make_cache(args)
+        return
+    if args.command == "match":
+        match_folders(args.clean, args.degraded, args.out, args.pattern)
         return
     counts = args.num_degradations
     if len(counts) > 2 or counts[0] > counts[-1]:

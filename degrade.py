@@ -352,6 +352,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} -h)")
 
 
+def given_flags():
+    """Return the flags that the command line names: {"--data", ...}."""
+    return {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+
+
 def between(kind, low, high=math.inf):
     """Make an argparse type: a number of that kind (int, float) from low to high."""
 
@@ -368,6 +373,9 @@ def between(kind, low, high=math.inf):
 
 def run_script(main):
     """Call main(). What a user or a machine can cause is said in one line, with exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that it cannot encode
     try:
         main()
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that is not writable
@@ -376,7 +384,8 @@ def run_script(main):
         reason = " ".join(str(error).split())[:200]
         if "DataLoader worker" in reason:
             fail(f"a --workers process ended, as it does where memory runs out: {reason}")
-        if isinstance(error, RuntimeError) and "memory" not in reason:
+        shortages = "out of memory", "not enough memory", "allocate memory"
+        if isinstance(error, RuntimeError) and not any(word in reason for word in shortages):
             raise
         fail(f"out of memory: use smaller batches, crops or pictures, or see the README ({reason})")
     except KeyboardInterrupt:
@@ -413,7 +422,8 @@ def main():
     add("image", help="picture to degrade")
     add("out", help="where to write the result (format by extension)")
     add("--only", metavar="NAME", help="this degradation alone: jpeg, or jpeg:quality=20")
-    add("--num_degradations", type=between(int, 1, 6), default=2, help="how many (default 2)")
+    most = len(DEGRADATIONS)
+    add("--num_degradations", type=between(int, 1, most), default=2, help="how many (default 2)")
     add("--preview", action="store_true", help="write a labelled sheet of all six instead")
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")
     args = parser.parse_args()
@@ -422,7 +432,10 @@ def main():
         image = Image.open(args.image)
         if image.format == "EPS" or image.mode[0] in "IF":
             raise ValueError("give a picture with 8 bits a channel")
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        if image.has_transparency_data:
+            raise ValueError("transparent pixels hide colours; save it without transparency")
+        image = ImageOps.exif_transpose(image)
+        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
     if args.preview:
         result = contact_sheet(image, rng)
     else:

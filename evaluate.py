@@ -11,6 +11,8 @@ In Python: Pipeline.load("out/demo")("noisy.jpg").save("restored.png")
 Pictures have any size and mode. Grey stays grey; transparency and colour profile are kept; 16-bit
 grey becomes 8-bit; EXIF rotation is applied, the rest of EXIF is dropped.
 """
+import contextlib
+import csv
 import glob
 import json
 import math
@@ -18,6 +20,7 @@ import os
 import pickle
 import sys
 from argparse import ArgumentTypeError
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +32,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from data import CsvPairs, PairedDataset, add_degradations_flag, add_device_flag, list_images
-from data import load_frozen, open_image, report_bad, save_image, seed_for, size_of, to_image
-from data import PICTURES, plain_image, to_tensor, write_csv
-from degrade import Parser, UserError, between, explain_errors, parse_degradations, run_script
+from data import load_frozen, open_image, picture_extensions, plain_image, refuse_useless_flags
+from data import report_bad, save_image, seed_for, size_of, to_image, to_tensor
+from degrade import Parser, UserError, between, explain_errors, given_flags, parse_degradations
+from degrade import run_script
 from model import SAMPLERS, guided, load_restorer
 from vae import PixelAE, blend_tiles, pad_to_multiple, write_text
 
@@ -397,12 +401,22 @@ class Metrics:
     """What is measured, of "psnr", "ssim", "lpips", "fid".
 
     A metric whose weights cannot be fetched is missing: {name: why}. The others go on.
-    lpips_weights: local files (trunk, heads). fid_weights: a local file."""
+    lpips_weights: local files (trunk, heads). fid_weights: a local file. crop_border: how many
+    pixels at each side do not count."""
 
-    def __init__(self, names, y_channel=False, lpips_weights=None, fid_weights=None, device="cpu"):
+    def __init__(
+        self,
+        names,
+        y_channel=False,
+        lpips_weights=None,
+        fid_weights=None,
+        device="cpu",
+        crop_border=0,
+    ):
         self.names = [name for name in METRICS if name in names]
         self.y_channel = y_channel
         self.device = device
+        self.crop_border = crop_border
         self.lpips = None
         self.fid = None
         self.missing = {}
@@ -420,21 +434,27 @@ class Metrics:
             except OSError as error:
                 self.missing["fid"] = f"{reason}: {error}; --fid_weights takes a local file"
 
+    def cut(self, x):
+        """[..., H, W] -> without the border that does not count."""
+        n = self.crop_border
+        return x[..., n : x.shape[-2] - n, n : x.shape[-1] - n]
+
     @torch.no_grad()
     def __call__(self, clean, image, name):
         """Score a picture [3, H, W], rounded to 8 bits as when it is saved -> {metric: value}.
 
         nan where a metric is missing or the picture too small for it. name: of its set, for FID."""
-        a, b = to_tensor(to_image(image))[None], clean[None]
+        a, b = self.cut(to_tensor(to_image(image))[None]), self.cut(clean[None])
+        side = min(b.shape[2:])
         values = dict.fromkeys(METRICS, math.nan)
-        if self.lpips and min(clean.shape[1:]) >= 64:
+        if self.lpips and side >= 64:
             values["lpips"] = self.lpips(a.to(self.device), b.to(self.device)).item()
         if self.fid:
             self.fid.add(name, a.to(self.device))
         if self.y_channel:
             a, b = luma(a), luma(b)
         values["psnr"] = psnr(a, b).item()
-        if min(clean.shape[1:]) >= 11:
+        if side >= 11:
             values["ssim"] = ssim(a, b).item()
         return {key: values[key] for key in self.names}
 
@@ -448,25 +468,40 @@ PIXEL_TILE = 1024  # the tiny preset restores larger pictures in tiles, which bo
 OVERLAP = 64
 
 
+def finished_image(pixels, grey):
+    """Turn restored pixels [3, H, W] into the picture that is saved, and so scored: L or RGB."""
+    image = to_image(pixels)
+    return image.convert("L") if grey else image
+
+
 class Pipeline:
     """A loaded restorer: Pipeline.load("out/demo")("noisy.jpg").save("restored.png").
 
-    autoencoder, prompts: what data.load_frozen returns."""
+    autoencoder, prompts: what data.load_frozen returns. enlarge: see load."""
 
-    def __init__(self, restorer, autoencoder, prompts):
+    def __init__(self, restorer, autoencoder, prompts, enlarge=1):
         self.restorer = restorer
         self.autoencoder = autoencoder
         self.prompts = prompts
+        self.enlarge = enlarge
 
     @classmethod
-    def load(cls, path, device="cpu", model=None):
+    def load(cls, path, device="cpu", model=None, weights="ema", enlarge=None):
         """Load a run of train.py or one of its checkpoints. Raises UserError.
 
-        model: where autoencoder and text encoder are now, if not where they were in training."""
-        restorer, config = load_restorer(path)
+        path may also be the file `best` or `latest` of a run, which names a checkpoint. model:
+        where autoencoder and text encoder are now, if not where they were in training. weights:
+        "ema", the averaged ones, or "model", the last ones. enlarge: by which factor a picture is
+        enlarged before it is restored; None: as the conditions were in training."""
+        path = Path(path)
+        if path.name in ("best", "latest") and path.is_file():
+            path = path.parent / path.read_text(errors="replace").strip()
+        restorer, config = load_restorer(path, weights)
         if model:
             config["name"] = model
-        return cls(restorer.to(device), *load_frozen(config, device))
+        if enlarge is None:
+            enlarge = config["enlarge"]
+        return cls(restorer.to(device), *load_frozen(config, device), enlarge)
 
     def __call__(self, picture, prompt="", **sampling):
         """Restore a path, a PIL image of any mode, or a uint8 array [H, W] or [H, W, 3].
@@ -479,9 +514,12 @@ class Pipeline:
             picture = plain_image(picture.copy())
         else:
             picture = open_image(picture)
+        if self.enlarge > 1:
+            size = picture.width * self.enlarge, picture.height * self.enlarge
+            picture = picture.resize(size, Image.Resampling.BICUBIC)
         pixels = to_tensor(picture)[None].to(next(self.restorer.parameters()).device)
-        restored = to_image(self.restore(pixels, [prompt], **sampling)[0])
-        restored = restored.convert(picture.mode.rstrip("A"))
+        restored = self.restore(pixels, [prompt], **sampling)[0]
+        restored = finished_image(restored, picture.mode.startswith("L"))
         if picture.mode.endswith("A"):
             restored.putalpha(picture.getchannel("A"))
         profile = picture.info.get("icc_profile") or b""
@@ -551,7 +589,8 @@ def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **opti
 
     grid: path of a picture of the first eight: input | restored | difference.
     options: of Pipeline's call."""
-    todo = [(path, out) for path, out in work if overwrite or not out.exists()]
+    # os.path: a name that is too long does not exist, and fails when it is written
+    todo = [(path, out) for path, out in work if overwrite or not os.path.exists(out)]
     failed = 0
     shown = []
     for path, out in tqdm(todo, unit="img", desc="restore", disable=len(work) == 1):
@@ -579,14 +618,14 @@ def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **opti
 
 def save_restored(image, path, quality):
     """Save with the options of its format. What the format cannot hold is said and left out."""
-    suffix = path.suffix.lower()
-    if image.mode.endswith("A") and suffix in (".jpg", ".jpeg", ".bmp", ".ppm", ".pgm"):
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if image.mode.endswith("A") and kind in ("JPEG", "MPO", "BMP", "DIB", "PPM", "PCX"):
         print(f"{path}: this format holds no transparency; saved without", file=sys.stderr)
         profile = image.info.get("icc_profile")
         image = image.convert(image.mode.rstrip("A"))
         image.info["icc_profile"] = profile
     options = {"icc_profile": image.info.get("icc_profile")}
-    if suffix in (".jpg", ".jpeg", ".webp"):
+    if kind in ("JPEG", "MPO", "WEBP", "AVIF"):
         options["quality"] = quality
     save_image(image, path, **options)
 
@@ -594,6 +633,7 @@ def save_restored(image, path, quality):
 def list_work(sources, target):
     """Files, folders and patterns -> [(picture, where the restored one goes)]. Raises UserError."""
     target = Path(target)
+    writable = picture_extensions(writable=True)
     found = []
     for source in sources:
         matches = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
@@ -609,11 +649,12 @@ def list_work(sources, target):
                 work.append((picture, target / picture.relative_to(path)))
         elif target.is_dir() or len(found) > 1:
             work.append((path, target / path.name))
-        else:
+        elif target.suffix.lower() in writable:
             work.append((path, target))
+        else:
+            raise UserError(f"--output {target}: give a file name with a picture's extension: .png")
+    work = writable_work(work, writable)
     for path, out in work:
-        if out.suffix.lower() not in PICTURES:
-            raise UserError(f"--output {out}: give a file name with a picture's extension: .png")
         if out.resolve() == path.resolve():
             raise UserError(f"--output {out} would write over the input; choose another")
     if len({out for _, out in work}) < len(work):
@@ -621,28 +662,48 @@ def list_work(sources, target):
     return work
 
 
+def writable_work(work, writable):
+    """Return work with .png in place of extensions that Pillow reads but does not write."""
+    changed = []
+    as_png = []
+    for path, out in work:
+        if out.suffix.lower() not in writable:
+            out = out.with_suffix(".png")
+            as_png.append(path)
+        changed.append((path, out))
+    if as_png:
+        some = f"{len(as_png)} picture(s), such as {as_png[0]}"
+        print(f"{some}, are of a format that cannot be written: restored as .png")
+    return changed
+
+
 # --------------------------------------------------------------------------------------------------
 # Measuring. A method is a function (i, item of the data set) -> its picture [3, H, W].
 
 
-def evaluate_pairs(dataset, methods, metrics, quiet=False):
+def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None):
     """Score {name: method} on each pair, and the degraded picture itself as "input".
 
-    -> rows [{"image": i, "degradation": names, "input_psnr", "NAME_psnr", ...}], and the labelled
-    pictures of the first eight pairs, as draw_grid takes them. Raises UserError."""
+    -> rows [{"image": i, "condition": "", "degradation": [name, ...], "input_psnr", "NAME_psnr",
+    ...}], and the labelled pictures of the first eight pairs, as draw_grid takes them. save: called
+    with row, item and {name: picture} of each pair when it is measured. Raises UserError."""
     rows = []
     pictures = []
     bar = tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)
     for i in bar:
         try:
             item = dataset.draw(i)
+            if metrics.crop_border and min(item["clean"].shape[1:]) < 2 * metrics.crop_border + 11:
+                where = dataset.source.load(dataset.rows[i])[2]
+                least = "11 pixels have to be left of each side with --crop_border"
+                raise UserError(f"{where}: {least} {metrics.crop_border}, the picture is too small")
         except UserError as error:
             report_bad(error, dataset.skip_bad)
             continue
         outputs = {"input": item["condition"]}
         for name, method in methods.items():
             outputs[name] = method(i, item)
-        row = {"image": i, "degradation": dataset.name_degradations(i)}
+        row = {"image": i, "condition": "", "degradation": dataset.name_degradations(i)}
         labelled = []
         for name, output in outputs.items():
             scores = metrics(item["clean"], output, name)
@@ -652,8 +713,10 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False):
                 label = f"{shown} {scores.get('psnr', math.nan):.2f} dB"
                 labelled.append((label, to_image(output)))
         if metrics.fid:
-            metrics.fid.add("clean", item["clean"][None].to(metrics.device))
+            metrics.fid.add("clean", metrics.cut(item["clean"])[None].to(metrics.device))
         rows.append(row)
+        if save:
+            save(row, item, outputs)
         labelled.append(("clean", to_image(item["clean"])))
         if len(pictures) < 8:
             pictures.append(labelled)
@@ -664,16 +727,45 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False):
 
 
 def mean_of(rows):
-    """Average each column of scores.
+    """Average each column of scores, for validations that are compared with each other.
 
-    Images restored perfectly (PSNR inf) or too small (nan) are left out of it. If all are perfect,
-    so is the mean."""
+    All pictures count: one that equals the clean one counts as 100 dB, not as infinite, so that it
+    leaves neither the mean of one method nor that of one validation. Only what is too small for a
+    metric (nan), whatever the method, is left out."""
     means = {}
     for key, value in rows[0].items():
         if isinstance(value, float):
-            finite = [row[key] for row in rows if math.isfinite(row[key])]
-            means[key] = sum(finite) / len(finite) if finite else value
+            means[key] = mean([min(row[key], 100.0) for row in rows if not math.isnan(row[key])])
     return means
+
+
+def mean(values):
+    return sum(values) / len(values) if values else math.nan
+
+
+def left_out(rows, key):
+    """Say which rows count in no mean of a metric, and why: {position: reason}.
+
+    Those where some method has no finite value: so all means are over the same pictures. A method
+    that is infinite on all pictures, because it returns the clean ones, leaves out nothing."""
+    columns = []
+    for name in rows[0]:
+        if name.endswith(f"_{key}") and any(row[name] != math.inf for row in rows):
+            columns.append(name)
+    reasons = {}
+    for i, row in enumerate(rows):
+        for name in columns:
+            if math.isnan(row[name]):
+                reasons[i] = "too small"
+            elif math.isinf(row[name]):
+                reasons[i] = "identical to the clean one"
+    return reasons
+
+
+def counted_rows(rows, key):
+    """Return the rows over which all means of a metric are taken."""
+    reasons = left_out(rows, key)
+    return [row for i, row in enumerate(rows) if i not in reasons]
 
 
 def bootstrap(values, resamples=1000):
@@ -688,14 +780,17 @@ def bootstrap(values, resamples=1000):
 
 
 def summarize(rows, methods, metrics):
-    """Return {method: {metric: {"mean", "low", "high"}, ..., "fid": distance}}."""
-    means = mean_of(rows)
-    summary = {}
+    """Return {method: {metric: {"mean", "low", "high"}, ..., "fid": distance}}.
+
+    The means of a metric are over the same pictures for all methods, see left_out."""
+    summary = {name: {} for name in methods}
+    for key in metrics.names:
+        counted = counted_rows(rows, key)
+        for name in methods:
+            values = [row[f"{name}_{key}"] for row in counted]
+            low, high = bootstrap(values)
+            summary[name][key] = {"mean": mean(values), "low": low, "high": high}
     for name in methods:
-        summary[name] = {}
-        for key in metrics.names:
-            low, high = bootstrap([row[f"{name}_{key}"] for row in rows])
-            summary[name][key] = {"mean": means[f"{name}_{key}"], "low": low, "high": high}
         summary[name]["fid"] = metrics.fid.distance("clean", name) if metrics.fid else math.nan
     return summary
 
@@ -712,8 +807,9 @@ def shares_of_the_way(summary, names):
         for key in names:
             start = summary["input"][key]["mean"]
             way = summary["ceiling"][key]["mean"] - start
-            possible = math.isfinite(way) and way != 0
-            shares[method][key] = (scores[key]["mean"] - start) / way if possible else math.nan
+            gone = scores[key]["mean"] - start
+            possible = math.isfinite(way) and math.isfinite(gone) and way != 0
+            shares[method][key] = gone / way if possible else math.nan
     return shares
 
 
@@ -751,10 +847,29 @@ def print_summary(rows, summary, shares, metrics):
         cells = ["n/a" if math.isnan(value) else f"{value:.0%}" for value in share.values()]
         print_row(f"{method}: share of the way", cells)
     methods = [method for method in summary if method != "ceiling"]
-    for word in sorted({word for row in rows for word in row["degradation"].split()}):
-        some = [row for row in rows if word in row["degradation"].split()]
-        print_row(f"with {word} ({len(some)})", degradation_cells(some, methods, metrics.names))
+    groups = {}
+    for row in rows:
+        for group in set(row["degradation"]):
+            groups[group] = groups.get(group, 0) + 1
+    counted = {key: counted_rows(rows, key) for key in metrics.names}
+    for group, count in sorted(groups.items()):
+        print_row(f"with {group} ({count})", degradation_cells(counted, group, methods))
     print_notes(rows, metrics)
+
+
+def degradation_cells(counted, group, methods):
+    """Format the means of all methods over a group, for each metric: "20.44 -> 28.76".
+
+    counted: {metric: its counted_rows}."""
+    cells = []
+    for key, rows in counted.items():
+        some = [row for row in rows if group in row["degradation"]]
+        means = []
+        for method in methods:
+            value = mean([row[f"{method}_{key}"] for row in some])
+            means.append("n/a" if math.isnan(value) else f"{value:.{DIGITS[key]}f}")
+        cells.append(" -> ".join(means))
+    return cells
 
 
 def print_notes(rows, metrics):
@@ -763,38 +878,78 @@ def print_notes(rows, metrics):
         print(f"{name.upper()}: n/a ({reason})")
     if metrics.fid and len(rows) < 2048:
         print(f"FID of {len(rows)} images is too high: compare it only at the same number of them")
-    for key in mean_of(rows):
-        count = sum(not math.isfinite(row[key]) for row in rows)
-        if 0 < count < len(rows):
-            print(f"{key}: {count} image(s), identical or too small, are not in its mean")
+    for key, reasons in count_left_out(rows, metrics).items():
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        if listed:
+            some = f"{sum(reasons.values())} of {len(rows)} images"
+            print(f"{METRICS[key]}: {some} are in none of its means: {listed}")
 
 
-def degradation_cells(rows, methods, names):
-    """Format the means of all methods, for each metric: "20.44 -> 28.76"."""
-    means = mean_of(rows)
-    cells = []
-    for key in names:
-        values = [f"{means[f'{method}_{key}']:.{DIGITS[key]}f}" for method in methods]
-        cells.append(" -> ".join(values))
-    return cells
+def count_left_out(rows, metrics):
+    """Return {metric: {reason: how many images are left out of its means for it}}."""
+    counts = {}
+    for key in metrics.names:
+        if key not in metrics.missing:
+            counts[key] = dict(Counter(left_out(rows, key).values()))
+    return counts
 
 
-def compared(folder, source):
-    """Make the method that returns another program's pictures. Raises UserError.
+def relative_name(path, source):
+    """Return the path of a row's picture, relative to the CSV's folder: "clean/00.png"."""
+    try:
+        return Path(os.path.relpath(path, source.path.parent)).as_posix()
+    except ValueError:  # on another drive
+        return path.as_posix()
 
-    They are named like the degraded or the clean pictures of the CsvPairs source."""
-    files = {path.stem: path for path in list_images(folder)}
+
+def match_outputs(folder, source):
+    """Find another program's picture for each row of a CsvPairs -> [path]. Raises UserError.
+
+    It has the path of the condition, or else of the clean picture, relative to the CSV's folder or
+    to one below; or else a name that only one picture has. Extensions may differ."""
+    files = {}
+    by_name = {}
+    for path in list_images(folder):
+        key = path.relative_to(folder).with_suffix("").as_posix()
+        files.setdefault(key, []).append(path)
+        by_name.setdefault(path.stem, []).append(path)
     outputs = []
+    taken = {}
     for row in source.rows:
-        names = [path.stem for path in (row.condition, row.clean) if path]
-        found = [files[name] for name in names if name in files]
+        where = f"{source.path}, line {row.line}"
+        names = [relative_name(path, source) for path in (row.condition, row.clean) if path]
+        found = []
+        for name in names:
+            parts = Path(name).with_suffix("").parts
+            for start in range(len(parts)):
+                found = found or files.get("/".join(parts[start:]), [])
+        for name in names:
+            alike = by_name.get(Path(name).stem, [])
+            if len(alike) == 1:
+                found = found or alike
         if not found:
-            where = f"{source.path}, line {row.line}"
-            raise UserError(f"--compare {folder}: nothing is named like {names[0]} ({where})")
+            problem = f"nothing is named like {names[0]}"
+            alike = by_name.get(Path(names[0]).stem)
+            if alike:
+                problem = f"{alike[0]} and {alike[1]} are both named like {names[0]}"
+            raise UserError(f"--compare {folder}: {problem} ({where})")
+        if len(found) > 1:
+            both = f"{found[0]} and {found[1]} differ only in extension"
+            raise UserError(f"--compare {folder}: {both} ({where}); take one away")
+        other = taken.setdefault(found[0], row)
+        if (other.condition or other.clean) != (row.condition or row.clean):
+            both = f"line {other.line} and line {row.line} of {source.path}"
+            advice = "name the pictures as the CSV has them, with their folders"
+            raise UserError(f"--compare {folder}: {found[0]} fits {both}; {advice}")
         outputs.append(found[0])
+    return outputs
+
+
+def compared_method(outputs):
+    """Make the method that returns another program's pictures, one for each pair."""
 
     def method(i, item):
-        picture = open_image(outputs[i])
+        picture = open_image(outputs[i], srgb=True)
         output = to_tensor(picture)
         if output.shape != item["clean"].shape:
             height, width = item["clean"].shape[1:]
@@ -811,30 +966,96 @@ def ceiling_method(pipeline, device):
         clean = item["clean"][None].to(device)
         latents = pipeline.autoencoder.encode(clean)
         pixels = pipeline.autoencoder.decode(latents)
-        return pixels[0, :, : clean.shape[2], : clean.shape[3]].cpu()
+        pixels = pixels[0, :, : clean.shape[2], : clean.shape[3]]
+        return to_tensor(finished_image(pixels, item["grey"]))
 
     return method
 
 
 def restoring_method(pipeline, captions, device, **sampling):
+    """Make the method that restores the condition. sampling: the arguments of restore."""
+
     def method(i, item):
         pixels = item["condition"][None].to(device)
-        return pipeline.restore(pixels, [captions[i]], **sampling)[0].cpu()
+        restored = pipeline.restore(pixels, [captions[i]], **sampling)[0]
+        return to_tensor(finished_image(restored, item["grey"]))
 
     return method
+
+
+@contextlib.contextmanager
+def open_scores(path):
+    """Give a function that writes a row, {column: value}, to a CSV at once.
+
+    What is in it stays, and is said, when the measuring ends early."""
+    count = 0
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.writer(file)
+
+        def write(row):
+            nonlocal count
+            if count == 0:
+                writer.writerow(row)
+            writer.writerow(row.values())
+            file.flush()
+            count += 1
+
+        try:
+            yield write
+        except BaseException:  # Ctrl-C too
+            if count:
+                tqdm.write(f"{path} has the scores of {count} images", file=sys.stderr)
+            raise
+        finally:
+            file.close()
+            if count == 0:
+                path.unlink()
+
+
+def choose_output(output, overwrite):
+    """Return the folder of the scores: --output, or the next free one. Raises UserError."""
+    if output and (Path(output) / "scores.csv").exists() and not overwrite:
+        advice = "choose another --output, or give --overwrite"
+        raise UserError(f"--output {output} holds scores already; {advice}")
+    out = Path(output or "out/evaluation")
+    number = 1
+    while not overwrite and (out / "scores.csv").exists():
+        number += 1
+        out = Path(f"out/evaluation-{number}")
+    return out
+
+
+def picture_names(source):
+    """Return under which name the restored picture of each row is saved -> [relative path].
+
+    That of its condition, or else of its clean picture, in the CSV. Raises UserError."""
+    names = []
+    lines = {}
+    for row in source.rows:
+        path = Path(relative_name(row.condition or row.clean, source)).with_suffix(".png")
+        name = Path(*[part for part in path.parts if part not in ("..", path.anchor)])
+        line = lines.setdefault(name, row.line)
+        if line != row.line:
+            both = f"line {line} and line {row.line} of {source.path}"
+            raise UserError(f"--save_pictures: {both} have one name, {name}; rename a picture")
+        names.append(name)
+    return names
 
 
 def measure(args, pipeline, sampling):
     """--data: print the table, write scores.csv, scores.json, grid.png and sweep.png."""
     source = CsvPairs(args.data, args.skip_bad)
-    out = Path(args.output or "out/evaluation")
-    out.mkdir(parents=True, exist_ok=True)
+    refuse_useless_flags(source)
+    print(source.summary())
+    names = picture_names(source) if args.save_pictures else []
+    out = Path(args.output)
     choices = parse_degradations(args.degradations)
     fixed = {"training": False, "seed": args.seed, "skip_bad": args.skip_bad}
     dataset = PairedDataset(source, None, choices, **fixed)
     weights = args.lpips_weights, args.fid_weights
-    metrics = Metrics(args.metrics, args.y_channel, *weights, args.device)
+    metrics = Metrics(args.metrics, args.y_channel, *weights, args.device, args.crop_border)
     methods = {}
+    folders = {}  # of what is restored
     if pipeline:
         captions = [dataset.plan(i)[2] for i in range(len(dataset))]
         if args.prompt is not None:
@@ -845,27 +1066,43 @@ def measure(args, pipeline, sampling):
             name = f"steps_{steps}" if args.sweep else "restored"
             options = sampling | {"steps": steps}
             methods[name] = restoring_method(pipeline, captions, args.device, **options)
+            folders[name] = out / "pictures" / (name if args.sweep else "")
     if args.compare:
-        methods["compared"] = compared(args.compare, source)
-    rows, pictures = evaluate_pairs(dataset, methods, metrics)
-    for row in rows:
-        row["image"] = os.path.relpath(source.rows[row["image"]].clean, source.path.parent)
+        methods["compared"] = compared_method(match_outputs(args.compare, source))
+
+    def save(row, item, outputs):
+        index = row["image"]
+        pair = source.rows[index]
+        row["image"] = relative_name(pair.clean, source)
+        if pair.condition:
+            row["condition"] = relative_name(pair.condition, source)
+        if args.save_pictures:
+            for name, folder in folders.items():
+                restored = finished_image(outputs[name], item["grey"])
+                save_image(restored, folder / names[index])
+        write(row | {"degradation": "; ".join(row["degradation"])})
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "scores.json").unlink(missing_ok=True)  # of other scores
+    with open_scores(out / "scores.csv") as write:
+        rows, pictures = evaluate_pairs(dataset, methods, metrics, save=save)
     summary = summarize(rows, ["input", *methods], metrics)
     shares = shares_of_the_way(summary, metrics.names)
     print_summary(rows, summary, shares, metrics)
     save_image(draw_grid(pictures), out / "grid.png")
-    write_csv(out / "scores.csv", [list(rows[0])] + [list(row.values()) for row in rows])
     report = {
         "flags": vars(args),
         "count": len(rows),
         "methods": summary,
         "share_of_the_way": shares,
         "missing": metrics.missing,
+        "left_out": count_left_out(rows, metrics),
         "images": rows,
     }
-    # JSON has no inf and nan: null
-    report = json.loads(json.dumps(report), parse_constant=lambda _: None)
-    write_text(out / "scores.json", json.dumps(report, indent=1))
+    # JSON has neither: nan becomes null, inf a text
+    spelled = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}
+    report = json.loads(json.dumps(report), parse_constant=spelled.get)
+    write_text(out / "scores.json", json.dumps(report, indent=1, allow_nan=False))
     if args.sweep:
         draw_sweep(args.sweep, summary, metrics, out / "sweep.png")
     print(f"{out}: scores.csv, scores.json, grid.png")
@@ -878,18 +1115,19 @@ def measure(args, pipeline, sampling):
 def draw_grid(rows, tile=256):
     """Draw rows of (label, PIL image): the centre of each, unscaled, at most tile pixels wide.
 
-    More than four rows stand two side by side."""
-    side = min(tile, *(min(image.size) for row in rows for _, image in row))
+    Smaller pictures leave room in their tiles. More than four rows stand two side by side."""
     columns = len(rows[0]) * (2 if len(rows) > 4 else 1)
     tiles = [tile for row in rows for tile in row]
+    side = min(tile, max(min(image.size) for _, image in tiles))
     width, height = side + 4, side + 18
     sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (label, image) in enumerate(tiles):
         x, y = i % columns * width, i // columns * height
-        left, top = (image.width - side) // 2, (image.height - side) // 2
+        across, down = min(side, image.width), min(side, image.height)
+        left, top = (image.width - across) // 2, (image.height - down) // 2
         draw.text((x + 2, y + 2), label, fill="black")
-        sheet.paste(image.crop((left, top, left + side, top + side)), (x, y + 16))
+        sheet.paste(image.crop((left, top, left + across, top + down)), (x, y + 16))
     return sheet
 
 
@@ -957,7 +1195,7 @@ def step_list(text):
 
 
 def picture_path(text):
-    if Path(text).suffix.lower() not in PICTURES:
+    if Path(text).suffix.lower() not in picture_extensions(writable=True):
         raise ArgumentTypeError(f"{text}: give a file name with a picture's extension: .png")
     return text
 
@@ -965,9 +1203,12 @@ def picture_path(text):
 def parse_args():
     parser = Parser(__doc__, usage="python evaluate.py [flags]")
     add = parser.add_argument
-    add("--checkpoint", help="run folder of train.py, or one of its step folders")
+    add("--checkpoint", help="run folder of train.py, its file best or latest, or a step folder")
+    add("--weights", choices=["ema", "model"], default="ema", help="averaged (default), or last")
     add("--input", nargs="+", help="pictures, folders, or patterns such as 'photos/**/*.jpg'")
-    add("--output", help="restored picture or folder; folder of scores (default out/evaluation)")
+    text = "restored picture or folder; folder of scores (default: a new one in out)"
+    add("--output", help=text)
+    add("--overwrite", action="store_true", help="write over what --output holds already")
     add("--data", metavar="CSV", help="pairs to measure on")
     add("--model", help="where a pretrained model's autoencoder and text encoder are now")
     add_device_flag(parser)
@@ -981,7 +1222,7 @@ def parse_args():
     add("--condition_guidance", type=factor, default=1.0, help="see model.guided (default 1)")
     add("--seed", type=between(int, 0), default=0, help="of all noise (default 0)")
     add = parser.add_argument_group("with --input").add_argument
-    add("--overwrite", action="store_true", help="restore again what --output holds already")
+    add("--enlarge", type=between(int, 1, 16), help="enlarge first (default: as in training)")
     add("--quality", type=between(int, 1, 100), default=95, help="of JPEG and WebP (default 95)")
     add("--grid", type=picture_path, metavar="FILE", help="draw input | restored | difference")
     group = parser.add_argument_group("with --data")
@@ -993,8 +1234,11 @@ def parse_args():
     add("--y_channel", action="store_true", help="PSNR and SSIM of luma alone (BT.601)")
     add("--lpips_weights", nargs=2, metavar=("TRUNK", "HEADS"), help="local files")
     add("--fid_weights", metavar="FILE", help="local file of FID's Inception")
-    add("--compare", metavar="FOLDER", help="also score another program's pictures, named alike")
+    add("--compare", metavar="FOLDER", help="also score another program's pictures")
     add("--sweep", type=step_list, default=[], metavar="STEPS,...", help="compare step counts")
+    add("--save_pictures", action="store_true", help="keep the restored pictures, in pictures/")
+    border = "pixels at each side that are not scored (default 0)"
+    add("--crop_border", type=between(int, 0), default=0, metavar="N", help=border)
     args = parser.parse_args()
     if bool(args.input) == bool(args.data):
         raise UserError("give --input (pictures to restore) or --data (pairs to measure on)")
@@ -1004,19 +1248,50 @@ def parse_args():
         raise UserError("--input needs --checkpoint: what to restore with")
     if not args.checkpoint and not args.compare:
         raise UserError("--data needs --checkpoint or --compare: what to measure")
-    if args.sweep and not args.checkpoint:
-        raise UserError("--sweep needs --checkpoint: what to sample with")
+    refuse_idle_flags(args)
     if args.sweep and not {"psnr", "ssim"} <= set(args.metrics):
         raise UserError("--sweep draws LPIPS or SSIM over PSNR: --metrics needs psnr and ssim")
     return args
 
 
+RESTORING = ["--prompt", "--steps", "--sampler", "--average", "--guidance", "--condition_guidance"]
+RESTORING += ["--weights", "--model", "--sweep", "--save_pictures"]
+MEASURING = ["--degradations", "--skip_bad", "--metrics", "--y_channel", "--lpips_weights"]
+MEASURING += ["--fid_weights", "--compare", "--sweep", "--save_pictures", "--crop_border"]
+
+
+def refuse_idle_flags(args):
+    """Raise UserError for a flag that can have no effect beside the others."""
+    reasons = {}
+    if args.input:
+        reasons |= dict.fromkeys(MEASURING, "goes with --data, not with --input; leave it out")
+    else:
+        reason = "goes with --input, not with --data; leave it out"
+        reasons |= dict.fromkeys(["--enlarge", "--quality", "--grid"], reason)
+        if args.sweep:
+            reasons["--steps"] = "has no effect beside --sweep, which names the steps; leave it out"
+        if not args.checkpoint:
+            reasons |= dict.fromkeys(RESTORING, "needs --checkpoint: what to restore with")
+        if "lpips" not in args.metrics:
+            reasons["--lpips_weights"] = "has no effect: --metrics leaves out lpips"
+        if "fid" not in args.metrics:
+            reasons["--fid_weights"] = "has no effect: --metrics leaves out fid"
+        if not {"psnr", "ssim"} & set(args.metrics):
+            reasons["--y_channel"] = "has no effect: --metrics leaves out psnr and ssim"
+    for flag, reason in reasons.items():
+        if flag in given_flags():
+            raise UserError(f"{flag} {reason}")
+
+
 def main():
     args = parse_args()
+    if args.data:
+        args.output = str(choose_output(args.output, args.overwrite))
     work = list_work(args.input, args.output) if args.input else []
     pipeline = None
     if args.checkpoint:
-        pipeline = Pipeline.load(args.checkpoint, args.device, args.model)
+        about = args.model, args.weights, args.enlarge
+        pipeline = Pipeline.load(args.checkpoint, args.device, *about)
         args.steps = args.steps or DEFAULT_STEPS[pipeline.restorer.prediction]
     sampling = {
         "steps": args.steps,

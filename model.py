@@ -356,6 +356,8 @@ class Restorer(nn.Module):
             if widened:
                 raise ValueError("this model takes the condition already: --conditioning widen")
             self.projection = Projection(channels)
+        if conditioning == "none" and widened:
+            raise ValueError("this model takes a condition: --conditioning widen")
         if conditioning == "widen" and not widened:
             sana.patch_embed.proj = widen(sana.patch_embed.proj)
 
@@ -522,6 +524,7 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 # Presets and checkpoints. The "model" part of a checkpoint's config.json says what to build:
 #   name         --model, or for a pretrained one where its other parts lie
 #   autoencoder  PixelAE's arguments; None: the DC-AE of name
+#   enlarge      by which factor pictures are enlarged before they are restored
 #   sana         the transformer's config; conditioning, prediction, shift: Restorer's arguments
 
 PRESETS = {
@@ -553,6 +556,7 @@ MODEL_DEFAULTS = {
     "prediction": "velocity",
     "shift": SHIFT,
     "sana": {},
+    "enlarge": 1,
 }
 
 

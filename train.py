@@ -11,7 +11,7 @@
 Writes to out/RUN: config.json, log.jsonl, loss.png, samples/ (degraded | restored | clean) and
 checkpoints step_N/. The files latest and best name one of them.
 """
-import hashlib
+import contextlib
 import json
 import math
 import os
@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,8 +33,8 @@ import data
 import evaluate
 import model
 from data import check_device, seed_for
-from degrade import Parser, UserError, between, explain_errors, run_script
-from vae import load_weights, save_weights, write_text
+from degrade import Parser, UserError, between, explain_errors, given_flags, run_script
+from vae import load_weights, pad_to_multiple, read_json, save_weights, write_text
 
 # Flags whose default depends on the model: pixels from scratch, or latents from pretrained weights.
 SCRATCH = {"lr": 5e-3, "steps": 8000, "resolution": 48, "share_at_one": 0.3, "clip": 0.2}
@@ -92,24 +93,29 @@ def parse_args(argv=None):
     if isinstance(args.resume, str):
         out = args.resume
         if not (Path(out) / "latest").is_file():
-            raise UserError(f"--resume {out}: no run here; give the folder that --out named")
+            where = f"no run in {Path(out).resolve()}"
+            raise UserError(f"--resume {out}: {where}; give the folder that --out named")
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of them")
     if args.resume and (Path(out) / "latest").is_file():
-        saved = model.read_run(out)["args"]
-        begun = saved | {"conditioning": model.read_run(out)["model"]["conditioning"]}
-        unknown = sorted(saved.keys() - vars(args).keys() - {"data_digest"})
-        if unknown:
-            older = "evaluate.py still restores with it"
-            raise UserError(f"--resume {out}: made by another version ({unknown[0]}); {older}")
+        config = model.read_run(out)
+        saved = config["args"]
+        begun = saved | {"conditioning": config["model"]["conditioning"]}
+        if "draws" not in config or saved.keys() - vars(args).keys():
+            older = "made by another version; evaluate.py still restores with it"
+            raise UserError(f"--resume {out}: {older}")
         for name in ("model", "conditioning", "optimizer"):
             if getattr(given, name) not in (None, begun[name]):
                 raise UserError(f"--{name}: {out} was begun with {begun[name]} and keeps it")
-        if given.lr and not given.proj_lr:  # which follows from it
-            saved["proj_lr"] = None
-        if given.data:  # given again: as it is now
-            saved.pop("data_digest", None)
+        if given.lr and saved["proj_lr"] == projection_lr(saved["lr"]):
+            saved["proj_lr"] = None  # it follows from --lr
+        if "--device" in given_flags():
+            saved |= {"ema_device": None, "compile": None}  # they follow from it
         args = parser.parse_args(argv, Namespace(**saved))  # what is given again overrides it
+    try:
+        check_device(args.device)
+    except ArgumentTypeError as error:  # of the run that is resumed; what is given was checked
+        raise UserError(f"--device {error}; give --device") from None
     args.out = out
     args.resume = given.resume
     args.overwrite = given.overwrite
@@ -124,9 +130,14 @@ def fill_defaults(args):
     """Set the defaults that depend on other flags."""
     args.model = args.model or data.default_model(args)
     scratch = args.model in model.PRESETS
-    if model.is_run(args.model):
+    trained = model.is_run(args.model)
+    if trained:
         scratch = bool(model.read_run(args.model)["model"]["autoencoder"])
     defaults = dict(SCRATCH if scratch else PRETRAINED)
+    if trained and scratch:  # at the peak it would forget what it has learnt
+        defaults["lr"] /= 10
+        if args.lr is None and RANK == 0:
+            print(f"--model {args.model} is trained already: --lr {defaults['lr']:g}, a tenth")
     if scratch and not args.data:
         defaults["steps"] = DEMO_STEPS
     on_gpu = args.device.startswith("cuda")
@@ -140,7 +151,11 @@ def fill_defaults(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.proj_lr is None:  # it starts at 0 and has to travel to order 1
-        args.proj_lr = min(100 * args.lr, 0.05)
+        args.proj_lr = projection_lr(args.lr)
+
+
+def projection_lr(lr):
+    return min(100 * lr, 0.05)
 
 
 def check_flags(args):
@@ -150,6 +165,14 @@ def check_flags(args):
         raise UserError(f"{parts}: has to be a divisor of --batch_size {args.batch_size}")
     if args.cache and (args.curriculum or not args.data):
         raise UserError("--cache needs --data, and has one resolution: no --curriculum")
+    given = given_flags()
+    if args.curriculum and "--resolution" in given:
+        raise UserError("--resolution: --curriculum sets the sides; leave it out")
+    if args.val_count and not args.val_data:
+        raise UserError("--val_count counts pictures of --val_data; give that too")
+    only_data = {"--val_data", "--skip_bad"} & given
+    if only_data and not args.data:
+        raise UserError(f"{sorted(only_data)[0]}: the demo draws its own pictures; give --data")
 
 
 def parse_curriculum(text):
@@ -170,14 +193,18 @@ def parse_curriculum(text):
 
 
 def start_processes(args):
-    """Meet the other processes, if there are any. Only the first one speaks."""
+    """Meet the other processes, if there are any. Only the first one's output is shown."""
     if WORLD > 1:
+        if ":" in args.device:
+            raise UserError(f"--device {args.device}: each process takes its own; give cuda")
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # on one machine
             # what torchrun restarts must not meet the addresses of the dead, in the same store
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if args.device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        group = {"store": store, "rank": rank, "world_size": world}
+        # they wait while the first one validates and saves
+        dist.init_process_group(backend, timeout=timedelta(hours=2), **group)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open to the end
 
@@ -207,7 +234,9 @@ def rows_of_each(whole):
 
 
 def gather(part, weight):
-    """Return the whole of what is sharded as weight is. All processes call it."""
+    """Return the whole of what is sharded as weight is, in the first process, None in the others.
+
+    All processes call it."""
     if WORLD == 1:
         return part
     from torch.distributed.tensor import DTensor
@@ -216,7 +245,8 @@ def gather(part, weight):
     layout = {"shape": weight.shape, "stride": weight.stride()}
     bits = bits.to(weight.device)
     whole = DTensor.from_local(bits, weight.device_mesh, weight.placements, **layout)
-    return whole.full_tensor().view(part.dtype).cpu()
+    whole = whole.full_tensor().view(part.dtype)
+    return whole.cpu() if RANK == 0 else None
 
 
 def sum_over_processes(numbers, device):
@@ -255,9 +285,9 @@ def round_stochastically(x, seed, start=0):
     integers, compiled into one parallel pass with the rest, where a Generator draws one by one."""
     noise = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + start
     noise = noise ^ seed[0]
-    noise = (noise ^ noise >> 16 & 0xFFFF) * 0x7FEB352D + seed[1]
-    noise = (noise ^ noise >> 15 & 0x1FFFF) * -0x7B935975           # its upper half is the better
-    bits = x.view(torch.int32) + (noise >> 16 & 0xFFFF)
+    noise = (noise ^ ((noise >> 16) & 0xFFFF)) * 0x7FEB352D + seed[1]
+    noise = (noise ^ ((noise >> 15) & 0x1FFFF)) * -0x7B935975       # its upper half is the better
+    bits = x.view(torch.int32) + ((noise >> 16) & 0xFFFF)
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
@@ -377,6 +407,9 @@ class State:
         self.config = config
         self.args = args
         self.step = 0
+        self.draws = 0  # pictures drawn for them
+        self.held_out = []  # rows of the CSV that best was measured on
+        self.mean_weight = 1.0  # see model.flow_loss
         self.consistent = True  # False while an update is under way
         self.validation = None  # the last line of validate()
         self.best = [-math.inf, None]  # validation PSNR, name of the checkpoint that had it
@@ -452,7 +485,7 @@ class State:
         """Do one optimizer step with the gradients times scale, and average the weights."""
         args = self.args
         self.consistent = False
-        self.step += 1
+        self.count_step()
         if args.optimizer == "adamw":
             torch._foreach_mul_([p.grad for p in self.parts.values()], scale)
             self.optimizer.step()
@@ -476,8 +509,8 @@ class State:
         for name, p in self.parts.items():
             self.ema[name].lerp_(self.exact(p).to(args.ema_device), 1 - decay)
 
-    def square_of_gradient(self):
-        """Return the square of this process's gradient, and hand it to the parts."""
+    def collect_gradients(self):
+        """Give each part its gradient -> the square of this process's norm."""
         norms = []
         for name, part in self.parts.items():
             if WORLD > 1:
@@ -492,10 +525,14 @@ class State:
 
     def skip(self):
         """Count a step without an update."""
-        self.step += 1
+        self.count_step()
         for moments in self.optimizer.state.values():
             if "step" in moments:
                 moments["step"] += 1
+
+    def count_step(self):
+        self.step += 1
+        self.draws += self.args.batch_size
 
     def save(self, run):
         """Write run/step_N, then point run/best and run/latest at what they should name.
@@ -518,8 +555,10 @@ class State:
             self.best = [psnr, folder.name]
         config = {
             "step": self.step,
+            "draws": self.draws,
             "model": self.config,
             "args": vars(self.args),
+            "held_out": self.held_out,
             "validation": self.validation,
             "best": self.best,
         }
@@ -538,13 +577,15 @@ class State:
         write_text(latest, folder.name)
         for old in run.glob(STEP_FOLDERS):
             if old.name not in (folder.name, self.best[1]):
-                half = old.rename(run / f".{old.name}.partial")  # never half a step_N
-                shutil.rmtree(half, ignore_errors=True)
+                with contextlib.suppress(OSError):  # Windows, while another program reads it
+                    half = old.rename(run / f".{old.name}.partial")  # never half a step_N
+                    shutil.rmtree(half, ignore_errors=True)
 
     def load(self, folder):
         """Invert save, but for the weights. Raises UserError for a damaged checkpoint."""
         config = model.read_run(folder)
         self.step = config["step"]
+        self.draws = config["draws"]
         self.best = config["best"]
         self.validation = config["validation"]
         with explain_errors(folder / "optimizer.safetensors", "this checkpoint"):
@@ -568,7 +609,7 @@ MOST_FAILURES = 20  # steps in a row without a finite loss
 
 
 def get_lr(step, steps, peak):
-    """Return the learning rate: it rises for 2% of the steps, then falls as a cosine to 0."""
+    """Return the learning rate: a warm-up over 2% of the steps, times a cosine over all of them."""
     progress = (step + 0.5) / steps
     return peak * min(1, progress / 0.02) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -599,11 +640,10 @@ def compute_gradients(state, batch, autoencoder, prompts):
     noise = noise.to(args.device)
     condition = condition * kept.to(args.device)[:, None, None, None]
     text, text_mask = prompts(batch["caption"])
-    if args.compile:  # few lengths, because each is compiled by itself
-        more = -text.shape[1] % 32
+    if args.compile:  # few lengths, because each is compiled by itself, and torch stops at eight
+        more = -text.shape[1] % 100
         text, text_mask = F.pad(text, (0, 0, 0, more)), F.pad(text_mask, (0, more))
     text, text_mask = text.to(args.device), text_mask.to(args.device)
-    jitter = any(word.startswith("color_jitter") for word in args.degradations)
     sums = torch.zeros(2, BINS)
     for i in range(args.accumulate):  # every so many-th picture: together they are the batch
         part = slice(i, None, args.accumulate)
@@ -615,7 +655,7 @@ def compute_gradients(state, batch, autoencoder, prompts):
             text_mask[part],
             sigma[part].to(args.device),
             noise[part],
-            mean_weight=0.1 if jitter else 1.0,
+            mean_weight=state.mean_weight,
         )
         # the mean over the batch: its parts add up, and FSDP averages over the processes
         (loss.sum() * WORLD / args.batch_size).backward()
@@ -625,15 +665,16 @@ def compute_gradients(state, batch, autoencoder, prompts):
 
 
 def catch_signals():
-    """Make the first Ctrl-C or SIGTERM a wish: it is added to the list that is returned."""
+    """Make the first Ctrl-C, SIGTERM or SIGHUP a wish, added to the list that is returned."""
     caught = []
 
     def note(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one is the system's
 
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
+    for name in data.SIGNALS:
+        if signal.getsignal(name) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(name, note)
     return caught
 
 
@@ -672,8 +713,9 @@ def validation_loss(pipeline, dataset, rows, args):
     total = 0.0
     for row in rows:
         item = dataset.draw(row["image"])
-        x0 = autoencoder.encode(item["clean"][None].to(args.device))
-        condition = autoencoder.encode(item["condition"][None].to(args.device))
+        pair = torch.stack([item["clean"], item["condition"]]).to(args.device)
+        unit = autoencoder.factor * restorer.sana.config["patch_size"]
+        x0, condition = autoencoder.encode(pad_to_multiple(pair, unit)).split(1)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         sigma = model.draw_sigma(1, generator, shift=restorer.shift).to(x0)
         text, text_mask = pipeline.prompts([item["caption"]])
@@ -711,6 +753,8 @@ class Log:
                     break
                 if line["step"] <= resumed_at:
                     self.lines.append(line)
+            self.skipped = self.newest("skipped") or 0
+            self.bad = self.newest("bad_images") or 0
         if RANK == 0:
             write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
@@ -769,7 +813,8 @@ class Log:
             points = [(line["step"], line[key]) for line in self.lines if key in line]
             charts.append((title, points, key == "loss", None))
         if RANK == 0:
-            evaluate.draw_charts(charts, self.run / "loss.png")
+            with contextlib.suppress(UserError):  # Windows, while a viewer shows it
+                evaluate.draw_charts(charts, self.run / "loss.png")
 
 
 def train_step(state, batch, autoencoder, prompts, stop=()):
@@ -781,16 +826,16 @@ def train_step(state, batch, autoencoder, prompts, stop=()):
     for group in state.optimizer.param_groups:
         group["lr"] = get_lr(state.step, args.steps, group["peak"])
     sums = compute_gradients(state, batch, autoencoder, prompts)
-    numbers = [*sums.flatten().tolist(), state.square_of_gradient(), batch["bad"], bool(stop)]
-    *sums, square, bad, stopped = sum_over_processes(numbers, args.device)
+    numbers = [*sums.flatten().tolist(), state.collect_gradients(), batch["bad"], bool(stop)]
+    *losses, square, bad, stopped = sum_over_processes(numbers, args.device)
     norm = math.sqrt(square)
-    finite = math.isfinite(sum(sums) + norm)
+    finite = math.isfinite(sum(losses) + norm)
     if finite:
         state.update(min(1.0, args.clip / (norm + 1e-6)))
     else:
         state.skip()
     state.clear_gradients()
-    sums = torch.tensor(sums, dtype=torch.float64).view(2, BINS)
+    sums = torch.tensor(losses, dtype=torch.float64).view(2, BINS)
     result = {"sums": sums, "norm": norm, "finite": finite}
     return result | {"bad": int(bad), "stop": bool(stopped)}
 
@@ -839,16 +884,14 @@ def train(state, batches, val_set, run, log, autoencoder, prompts):
     return stop[0] if stop else signal.SIGTERM  # of another process
 
 
-def check_data(args, train_set, val_set):
-    """Refuse to go on with other rows than those that the run began with. Raises UserError."""
-    if not args.data:
-        return
-    rows = train_set.source.rows, train_set.rows, val_set.rows
-    digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-    if getattr(args, "data_digest", digest) != digest:
-        again = f"--data {args.data} goes on with it as it is now"
-        raise UserError(f"{args.data} is not what it was when this run began; {again}")
-    args.data_digest = digest
+def check_pictures(run, digests):
+    """Refuse to go on with other pictures than those of before. Raises UserError.
+
+    --data, given again, goes on with them as they are now."""
+    path = run / "pictures.json"
+    if path.is_file() and "--data" not in given_flags():
+        what = f"{run} began with other pictures; --data, given again, goes on with these"
+        data.check_same(read_json(path), digests, what)
 
 
 def check_resolution(args, autoencoder, config):
@@ -859,24 +902,28 @@ def check_resolution(args, autoencoder, config):
             raise UserError(f"--resolution {side}: give a multiple of {unit}, the model's unit")
 
 
-def crop_stages(args):
-    """Return --curriculum as PairedDataset takes it: [(draws before the end, side)]."""
+def crop_stages(args, start=0, draws=0):
+    """Return --curriculum as PairedDataset takes it: [(draws before the end, side)].
+
+    start, draws: steps done and pictures drawn so far."""
     stages = []
-    end = 0
+    end = -start
     for side, steps in args.curriculum or []:
-        end += steps * args.batch_size
-        stages.append((end, side))
+        end += steps
+        stages.append((draws + end * args.batch_size, side))
     return stages
 
 
-def begin_run(run, args, config):
-    """Make the run folder, empty of an older run, with config.json."""
+def begin_run(run, args, state, digests):
+    """Make the run folder, empty of an older run, with config.json and pictures.json."""
     if (run / "latest").is_file() and not args.resume:
-        for name in ["latest", "best", "log.jsonl", "loss.png"]:
+        for name in ["latest", "best", "log.jsonl", "loss.png", "pictures.json"]:
             (run / name).unlink(missing_ok=True)
         for folder in [run / "samples", *run.glob(STEP_FOLDERS)]:
             shutil.rmtree(folder, ignore_errors=True)
-    write_text(run / "config.json", json.dumps({"model": config, "args": vars(args)}, indent=1))
+    config = {"model": state.config, "args": vars(args), "held_out": state.held_out}
+    write_text(run / "config.json", json.dumps(config, indent=1))
+    write_text(run / "pictures.json", json.dumps(digests, indent=1))
 
 
 def find_start(run, args):
@@ -906,25 +953,38 @@ def load_state(config, checkpoint, args):
 
 
 def main():
-    if WORLD > 1 and torch.cuda.is_available():
+    if WORLD > 1 and torch.cuda.device_count() > LOCAL_RANK:
         torch.cuda.set_device(LOCAL_RANK)  # before anything is put on a GPU: "cuda" is this one
     args = parse_args()
     start_processes(args)
     run = Path(args.out)
     checkpoint = find_start(run, args)
+    saved = {"step": 0, "draws": 0, "held_out": None}
     if checkpoint:
-        config, start = model.read_run(checkpoint)["model"], model.read_run(checkpoint)["step"]
+        saved |= model.read_run(checkpoint)
+        config = saved["model"]
     else:
-        config, start = model.describe_model(args.model, args.conditioning), 0
-    train_set, val_set = data.make_datasets(args, crop_stages(args))
-    check_data(args, train_set, val_set)
+        config = model.describe_model(args.model, args.conditioning)
+    start, first = saved["step"], saved["draws"]
+    stages = crop_stages(args, start, first)
+    train_set, val_set = data.make_datasets(args, stages, saved["held_out"])
+    digests = data.row_digests(train_set) | data.row_digests(val_set)
+    if checkpoint:
+        check_pictures(run, digests)
+    if args.data:
+        config["enlarge"] = train_set.source.enlarge
+    changes_brightness = "color_jitter" in train_set.degradation_names()
+    if "--proj_lr" in given_flags() and config["conditioning"] != "projection":
+        raise UserError("--proj_lr: this model has no projection; leave it out")
     autoencoder, prompts = data.load_frozen(config, args.device)
     check_resolution(args, autoencoder, config)
 
     # every draw of the run has a number; this process takes every WORLD-th
-    draws = range(start * args.batch_size + RANK, args.steps * args.batch_size, WORLD)
+    last = first + (args.steps - start) * args.batch_size
+    draws = range(first + RANK, last, WORLD)
     if args.cache:
-        train_set = data.CachedDataset(args.cache, data.fingerprint(args, config), len(train_set))
+        about = data.fingerprint(args, config), data.row_digests(train_set)
+        train_set = data.CachedDataset(args.cache, *about, len(train_set))
         prompts.known = train_set.prompts()
         autoencoder = None
     elif prompts.folder:  # all captions of the run, before the transformer takes the memory
@@ -933,8 +993,15 @@ def main():
     batches = data.load_batches(train_set, args.batch_size // WORLD, draws, args.workers, on_gpu)
 
     state = load_state(config, checkpoint, args)
+    state.held_out = data.row_names(val_set)
+    if changes_brightness:
+        state.mean_weight = 0.1
+    if checkpoint and state.held_out != saved["held_out"]:
+        print("other pictures are held out than before: best begins anew")
+        state.best = [-math.inf, None]
+        state.validation = None
     if RANK == 0:
-        begin_run(run, args, config)
+        begin_run(run, args, state, digests)
     log = Log(run, args, start)
     count = sum(p.numel() for p in state.weights.values()) / 1e6
     where = f"{WORLD} x {args.device}" if WORLD > 1 else args.device

@@ -831,9 +831,10 @@ def cache_victims(folder, pretrained):
         data.main()
     expected = json.loads((cache / "index.json").read_text())
     expected.pop("epochs")
+    digests = json.loads((cache / "pictures.json").read_text())
 
     def use():
-        cached = data.CachedDataset(cache, expected, rows)
+        cached = data.CachedDataset(cache, expected, digests, rows)
         cached.prompts()
         for batch in data.load_batches(cached, 2 * rows, range(2 * rows), workers=0):
             assert batch["clean"].shape == batch["condition"].shape
@@ -841,6 +842,7 @@ def cache_victims(folder, pretrained):
 
     return [
         Victim(cache / "index.json", use, damage_json),
+        Victim(cache / "pictures.json", use, damage_json),
         Victim(data.draw_path(cache, 0), use, damage_weights),
         Victim(cache / "prompts.safetensors", use, damage_weights),
     ]

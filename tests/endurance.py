@@ -215,6 +215,7 @@ def kill_evaluation(run, photos, folder, kills):
     evaluating = ["evaluate.py", "--checkpoint", run]
     restoring = [*evaluating, "--input", photos, "--output", "restored"]
     measuring = [*evaluating, "--data", "photos.csv", "--metrics", "psnr", "--output", "scores"]
+    measuring.append("--overwrite")
     first = kill_often(restoring, folder, kills // 2, 1.6, check, clear)
     second = kill_often(measuring, folder, kills // 2, 1.6, check, clear)
     finish(restoring, folder)

@@ -121,7 +121,7 @@ def test_pairs_train_evaluate(photos, tmp_path):
     done = []
     for row in read_csv(tmp_path / "pairs/pairs.csv"):
         done.append([word.split(":")[0] for word in row["degradation"].split()])
-    assert [row["degradation"].split() for row in rows] == done
+    assert [row["degradation"].split("; ") for row in rows] == done
     some = [float(row["restored_psnr"]) for row in rows if "jpeg" in row["degradation"]]
     assert re.search(rf"with jpeg \({len(some)}\) .* -> {np.mean(some):.2f}", output)
 
@@ -152,7 +152,7 @@ def test_the_context_of_a_score(restore, photos, published, tmp_path):
     methods = report["methods"]
     assert list(methods) == ["input", "ceiling", "steps_1", "steps_3", "compared"]
     for perfect in ("ceiling", "compared"):  # the tiny preset's autoencoder loses nothing
-        assert methods[perfect]["psnr"]["mean"] is None and "inf" in output
+        assert methods[perfect]["psnr"]["mean"] == "inf" and "inf" in output
         assert methods[perfect]["ssim"]["mean"] == 1
         assert methods[perfect]["lpips"]["mean"] == 0
         assert methods[perfect]["fid"] < 1e-4
@@ -236,7 +236,7 @@ def test_degrade_commands(photos, tmp_path):
 def test_help_of_every_script(script, tmp_path):
     output = run(script, "-h", cwd=tmp_path)
     assert "python " + script in output
-    assert len(output.splitlines()) <= 62
+    assert len(output.splitlines()) <= 66
 
 
 # --------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_open_image_scales_16_bits_to_8(tmp_path, capsys):
     image = open_image(tmp_path / "deep.png")
     assert image.mode == "L"
     assert np.array_equal(levels(image), ramp)
-    assert capsys.readouterr().err.endswith("deep.png: 16-bit grey is converted to 8 bits\n")
+    assert capsys.readouterr().err.endswith("deep.png: 16 bits a channel are converted to 8 bits\n")
 
 
 def test_open_image_turns_a_picture_upright(tmp_path, photo):
@@ -264,11 +264,13 @@ def refused(path, *words):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """a.png is a good picture, b.png one of another size, broken.png none."""
+    """a.png is a good picture, b.png one of another size, broken.png none, cut.png half of one."""
     coordinates(40, 40).save(tmp_path / "a.png")
     coordinates(41, 40).save(tmp_path / "b.png")
     coordinates(31, 90).save(tmp_path / "small.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
+    coordinates(200, 200).save(tmp_path / "cut.png", compress_level=0)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:50000])
     return tmp_path
 
 
@@ -304,7 +306,7 @@ def test_bad_rows_are_refused_with_the_place(pictures, rows, words):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_name_the_row_that_cannot_be_read_in_one_line(pictures, workers):
     """From a worker process, too, it is the message and not a page of traceback."""
-    rows = [("a.png", "", ""), ("broken.png", "", "")]
+    rows = [("a.png", "", ""), ("cut.png", "", "")]
     path = write_csv(pictures / "p.csv", rows)
     dataset = PairedDataset(CsvPairs(path), 32, training=False)
     with pytest.raises(UserError) as error:
@@ -313,7 +315,7 @@ def test_batches_name_the_row_that_cannot_be_read_in_one_line(pictures, workers)
     for process in left:
         process.kill()
     message = str(error.value)
-    assert message.startswith(f"{path}, line 3: {pictures / 'broken.png'}: cannot read")
+    assert message.startswith(f"{path}, line 3: {pictures / 'cut.png'}: cannot read")
     assert "Traceback" not in message
     assert "\n" not in message
     with pytest.raises(UserError) as alone:
@@ -324,7 +326,7 @@ def test_batches_name_the_row_that_cannot_be_read_in_one_line(pictures, workers)
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_with_skip_bad_the_next_row_takes_the_place_and_is_counted(pictures, workers, capfd):
-    rows = [("a.png", "", "good"), ("broken.png", "", "bad")]
+    rows = [("a.png", "", "good"), ("cut.png", "", "bad")]
     source = CsvPairs(write_csv(pictures / "p.csv", rows))
     dataset = PairedDataset(source, 32, caption_dropout=0, skip_bad=True)
     seen = list(load_batches(dataset, 2, range(6), workers))

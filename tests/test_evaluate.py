@@ -352,14 +352,15 @@ def test_colour_profiles_stay_with_pictures_they_fit(tiny, photo, tmp_path):
 # What is measured and drawn.
 
 
-def test_means_leave_out_what_is_not_finite():
+def test_means_of_validations_are_over_all_pictures():
+    """A perfect picture counts as 100 dB; what is too small for a metric does not count."""
     rows = [
-        {"image": "a", "p": 20.0, "q": math.inf},
-        {"image": "b", "p": 30.0, "q": math.inf},
-        {"image": "c", "p": math.nan, "q": 5.0},
+        {"image": 0, "input_psnr": 20.0, "restored_psnr": math.inf, "input_ssim": math.nan},
+        {"image": 1, "input_psnr": 30.0, "restored_psnr": 40.0, "input_ssim": 0.5},
     ]
-    assert mean_of(rows) == {"p": 25, "q": 5}
-    assert mean_of(rows[:2])["q"] == math.inf
+    assert mean_of(rows) == {"input_psnr": 25, "restored_psnr": 70, "input_ssim": 0.5}
+    assert mean_of(rows[:1])["restored_psnr"] == 100
+    assert math.isnan(mean_of(rows[:1])["input_ssim"])
 
 
 def test_grids_show_the_centre(photo):
@@ -369,17 +370,31 @@ def test_grids_show_the_centre(photo):
     assert np.array_equal(levels(second), levels(photo.crop((224, 224, 288, 288))))
 
 
+def test_a_small_or_narrow_picture_does_not_shrink_the_grid(photo):
+    small, narrow = photo.resize((20, 10)), photo.resize((6, 200))
+    grid = draw_grid([[("a", photo), ("b", photo)], [("c", small), ("d", narrow)]], tile=64)
+    assert grid.size == (2 * 68, 2 * 82)
+    first = grid.crop((0, 16, 64, 80))
+    assert np.array_equal(levels(first), levels(photo.crop((224, 224, 288, 288))))
+    assert np.array_equal(levels(grid.crop((0, 98, 20, 108))), levels(small))
+    centre = narrow.crop((0, 68, 6, 132))
+    assert np.array_equal(levels(grid.crop((68, 98, 74, 162))), levels(centre))
+    assert levels(grid.crop((20, 98, 64, 162))).min() == 255
+
+
 def test_what_was_done_to_an_image_is_read_from_recipe_column_or_caption(photos, tmp_path):
     clean, condition = photos / "00.png", photos / "01.png"
     lines = [
         "image_path,condition_image_path,caption,degradation",
         f"{clean},,,",
-        f"{clean},{condition},x,rain:amount=3 jpeg:quality=20",
+        f"{clean},{condition},x,downscale:factor=3 jpeg:quality=20",
         f"{clean},{condition},Undo soft focus and JPEG blocking.,",
         f"{clean},{condition},Make it nice.,",
+        f"{clean},{condition},x,motion blur",
     ]
     (tmp_path / "a.csv").write_text("\n".join(lines))
     source = CsvPairs(tmp_path / "a.csv")
     dataset = PairedDataset(source, None, [("jpeg", {})], training=False)
-    named = [dataset.name_degradations(i) for i in range(4)]
-    assert named == ["jpeg", "rain jpeg", "jpeg gaussian_blur", ""]
+    named = [dataset.name_degradations(i) for i in range(5)]
+    words = ["jpeg", "gaussian_blur"]
+    assert named == [["jpeg"], ["downscale", "jpeg"], words, [], ["motion blur"]]

@@ -36,6 +36,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "data pairs": data,
     "data cache": data,
+    "data match": data,
     "degrade": degrade,
     "model export": model,
 }
@@ -70,7 +71,7 @@ def test_help_explains_every_flag_and_fits_on_a_page():
     for command, action in ACTIONS:
         assert action.help or action.dest == "command", (command, action.dest)
     for command, parser in PARSERS.items():
-        assert len(parser.format_help().splitlines()) <= 62, command
+        assert len(parser.format_help().splitlines()) <= 66, command
 
 
 def test_every_flag_is_used_by_a_test():
@@ -117,18 +118,22 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "cache": ["absent", "file"],
     "caption_dropout": NO_SHARE,
     "checkpoint": ["absent", "file", "photos"],
+    "clean": ["absent", "file"],
     "clip": NO_FACTOR,
     "compare": ["absent", "file"],
     "condition_dropout": NO_SHARE,
     "condition_guidance": NO_FACTOR,
     "conditioning": NO_CHOICE,
+    "crop_border": NO_INDEX,
     "curriculum": NO_CURRICULUM,
     "data": ["absent.csv", "file", "photos"],
+    "degraded": ["absent", "file"],
     "degradations": [*NO_DEGRADATION, "jpeg jpeg"],
     "device": ["moon", "cuda:99", "", "cpu:x", "meta"],
     "ema_decay": NO_SHARE,
     "ema_device": ["moon", "meta"],
     "ema_every": NO_COUNT,
+    "enlarge": [*NO_COUNT, "17"],
     "epochs": NO_COUNT,
     "fid_weights": ["absent", "file"],
     "grid": ["g.xyz", "g"],
@@ -145,6 +150,7 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "optimizer": NO_CHOICE,
     "out": ["file/below"],
     "output": ["file/below.png", "o.xyz", "o"],
+    "pattern": ["x", "=", "a=", "=b"],
     "photos": ["absent", "file"],
     "proj_lr": NO_SHARE,
     "quality": [*NO_COUNT, "101"],
@@ -157,6 +163,8 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "sigma_mean": ["x", "nan", "", "1,5", "-11", "11", "-inf", "inf"],
     "steps": NO_COUNT,
     "sweep": NO_SWEEP,
+    "val_count": NO_COUNT,
+    "val_data": ["absent.csv", "file", "photos"],
     "val_every": NO_COUNT,
     "weight_decay": NO_FACTOR,
     "weights": NO_CHOICE,
@@ -176,6 +184,9 @@ def place(photos, tmp_path_factory):
     (folder / "photos").mkdir()
     for i in range(3):
         Image.open(photos / f"{i:02d}.png").save(folder / f"photos/{i}.png")
+    (folder / "again").mkdir()
+    for i in range(3):
+        Image.open(photos / f"{i:02d}.png").save(folder / f"again/{i}.png")
     Image.open(photos / "00.png").save(folder / "a.png")
     (folder / "pairs.csv").write_text(
         "image_path,condition_image_path,caption\n"
@@ -199,16 +210,17 @@ def place(photos, tmp_path_factory):
 
 def in_process(module, words, patch):
     """Run a script here. It may catch Ctrl-C; afterwards pytest does again."""
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before = {name: signal.getsignal(name) for name in data.SIGNALS}
     patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
     try:
         degrade.run_script(module.main)
     finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 MEASURING = {"metrics", "lpips_weights", "fid_weights", "compare", "sweep", "degradations", "data"}
+MEASURING.add("crop_border")
 
 
 def words_for(command, name, value):
@@ -218,6 +230,7 @@ def words_for(command, name, value):
         flag = [f"--{name}", *value.split()]
     if command == "train":
         more = {"cache": ["--data", "pairs.csv"], "resume": [], "out": []}
+        more["val_data"] = ["--data", "pairs.csv", "--resolution", "32", "--out", "new"]
         return [*flag, *more.get(name, ["--out", "new"])]
     if command == "evaluate":
         checkpoint = ["--checkpoint", "latent" if name == "model" else "run"]
@@ -231,6 +244,7 @@ def words_for(command, name, value):
         return ["cache", *words, *flag]
     positional = {
         "data pairs": {"photos": "photos"},
+        "data match": {"clean": "photos", "degraded": "again"},
         "degrade": {"image": "a.png", "out": "o.png"},
         "model export": {"checkpoint": "run", "out": "new"},
     }[command]
@@ -238,7 +252,8 @@ def words_for(command, name, value):
         positional[name] = value
         flag = []
     words = [*command.split()[1:], *positional.values()]
-    return [*words, *(["--out", "new"] if command == "data pairs" else []), *flag]
+    more = {"data pairs": ["--out", "new"], "data match": ["--out", "new.csv"]}
+    return [*words, *more.get(command, []), *flag]
 
 
 def cases_of(command):
@@ -518,7 +533,7 @@ def scores(place, tmp_path, monkeypatch):
     def measure(*flags):
         out = tmp_path / "out"
         words = ["--checkpoint", "run", "--data", "pairs.csv", "--output", out, *flags]
-        in_process(evaluate, words, monkeypatch)
+        in_process(evaluate, [*words, "--overwrite"], monkeypatch)
         with open(out / "scores.csv", newline="") as file:
             return list(csv.DictReader(file))
 
@@ -536,7 +551,7 @@ def test_metrics_and_the_captions(scores, monkeypatch):
     monkeypatch.setattr(evaluate.Pipeline, "restore", watch)
     rows = scores("--metrics", "psnr")
     columns = ["input_psnr", "ceiling_psnr", "restored_psnr"]
-    assert list(rows[0]) == ["image", "degradation", *columns]
+    assert list(rows[0]) == ["image", "condition", "degradation", *columns]
     assert captions[:2] == ["sharpen", ""] and len(captions) == 3
     captions.clear()
     scores("--metrics", "psnr", "--prompt", "Fix it.")

@@ -1,5 +1,6 @@
 """The optimizer against torch's, and the parts of the training loop that no command shows."""
 
+import json
 import math
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import train
 from conftest import ROOT
 from degrade import UserError
@@ -28,7 +30,7 @@ def train_here(monkeypatch, *flags):
     """Run train.py's main() in this process, where its functions can be replaced."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
     handlers = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in data.SIGNALS:
         handlers[number] = signal.getsignal(number)
     try:
         train.main()
@@ -363,13 +365,13 @@ def test_condition_dropout_hides_that_share_of_the_conditions(photos_csv, tmp_pa
 
 
 def test_a_run_resumes_with_its_own_optimizer_and_folder_only(photos_csv, tmp_path):
-    flags = ["--data", photos_csv, *SMALL]
-    run("train.py", *flags, "--steps", 4, "--out", "a", cwd=tmp_path)
+    flags = ["--data", photos_csv, "--batch_size", 2]
+    run("train.py", *flags, "--resolution", 32, "--steps", 4, "--out", "a", cwd=tmp_path)
     run("train.py", *flags, "--curriculum", "32:2,48:2", "--out", "b", cwd=tmp_path)
     config = tmp_path / "a/step_000004/config.json"
     before = config.read_text()
     refused = [
-        (["--resume", "a/step_000004", "--steps", 8], "no run here"),
+        (["--resume", "a/step_000004", "--steps", 8], "no run in"),
         (["--resume", "a", "--steps", 8, "--optimizer", "adamw_bf16"], "begun with adamw"),
         (["--resume", "a", "--steps", 8, "--conditioning", "projection"], "begun with widen"),
         (["--resume", "b", "--steps", 9], "--curriculum"),
@@ -377,6 +379,42 @@ def test_a_run_resumes_with_its_own_optimizer_and_folder_only(photos_csv, tmp_pa
     for flags, words in refused:
         assert words in run("train.py", *flags, cwd=tmp_path, status=2)
     assert config.read_text() == before
+
+
+def test_another_batch_size_after_a_resume_skips_and_repeats_no_draw(
+    photos_csv, tmp_path, monkeypatch
+):
+    drawn = []
+    draw = data.PairedDataset.draw
+
+    def watch(dataset, index, later=0):
+        if dataset.training:
+            drawn.append(index)
+        return draw(dataset, index, later)
+
+    monkeypatch.setattr(data.PairedDataset, "draw", watch)
+    flags = ["--data", photos_csv, "--curriculum", "32:4,48:4", "--workers", 0, "--out", "run"]
+    train_until(3, *flags, "--batch_size", 4, cwd=tmp_path)
+    train_here(monkeypatch, "--resume", tmp_path / "run", "--batch_size", 2)
+    assert drawn == list(range(12, 22))
+    config = json.loads((tmp_path / "run/step_000008/config.json").read_text())
+    assert config["draws"] == 22
+
+
+def test_a_closed_terminal_saves(photos_csv, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIGNAL", "HUP 2 0")
+    flags = ["--data", photos_csv, *SMALL, "--steps", 9, "--out", "run"]
+    run(ROOT / "tests/signalled.py", *flags, cwd=tmp_path, status=128 + signal.SIGHUP)
+    assert (tmp_path / "run/latest").read_text() == "step_000003"
+
+
+def test_a_trained_model_gets_a_tenth_of_the_learning_rate(photos_csv, tmp_path, capsys):
+    flags = ["--data", photos_csv, *SMALL]
+    run("train.py", *flags, "--steps", 2, "--out", "a", cwd=tmp_path)
+    output = run("train.py", *flags, "--steps", 2, "--model", "a", "--out", "b", cwd=tmp_path)
+    assert "--lr 0.0005, a tenth" in output
+    config = json.loads((tmp_path / "b/config.json").read_text())
+    assert config["args"]["lr"] == pytest.approx(5e-4)
 
 
 def test_sigterm_to_all_processes_of_a_run_saves_and_the_best_is_kept(photos_csv, tmp_path):
