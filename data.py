@@ -1312,50 +1312,57 @@ def match_folders(clean_folder, degraded_folder, out, pattern=""):
     """Write the CSV of two folders whose pictures are named alike. What has no partner is listed.
 
     pattern: "GT=NOISY": the last GT in a clean picture's path stands for NOISY in its partner's.
-    The partner has the same path below its folder, or else the same name. Extensions may differ.
-    Raises UserError."""
+    The folders may be one. Raises UserError."""
     here, _, there = pattern.partition("=")
-    if pattern and (not here or not there):
+    if pattern and not (here and there):
         raise UserError(f"--pattern {pattern}: write CLEAN=DEGRADED, such as GT=NOISY")
     if Path(out).exists():
         raise UserError(f"{out} exists already; choose another --out")
-    by_path = {}
-    by_name = {}
-    for path in list_images(degraded_folder):
+    clean = list_images(clean_folder)
+    degraded = list_images(degraded_folder)
+    if here and Path(clean_folder).resolve() == Path(degraded_folder).resolve():
+        clean = [path for path in clean if here in path.relative_to(clean_folder).as_posix()]
+        degraded = [path for path in degraded if path not in clean]
+    by_path, by_name = {}, {}
+    for path in degraded:
         by_path.setdefault(path.relative_to(degraded_folder).with_suffix(""), []).append(path)
         by_name.setdefault(path.stem, []).append(path)
-    rows = []
+    partners = {}  # degraded picture: clean picture
     alone = []
-    taken = {}
-    one_folder = Path(clean_folder).resolve() == Path(degraded_folder).resolve()
-    for path in list_images(clean_folder):
-        relative = path.relative_to(clean_folder).as_posix()
-        if one_folder and here not in relative:
-            continue  # one of the degraded
-        before, _, after = relative.rpartition(here) if here else (relative, "", "")
-        wanted = Path(before + there + after).with_suffix("")
-        found = by_path.get(wanted, [])
-        if not found and len(by_name.get(wanted.name, [])) == 1:
-            found = by_name[wanted.name]
-        if len(found) > 1:
-            names = " and ".join(str(name) for name in found[:2])
-            raise UserError(f"{path}: its partner may be {names}; leave one of them out")
-        if not found or found[0] == path:
+    for path in clean:
+        wanted = path.relative_to(clean_folder).as_posix()
+        if here in wanted and pattern:
+            before, _, after = wanted.rpartition(here)
+            wanted = before + there + after
+        found = find_partner(path, Path(wanted).with_suffix(""), by_path, by_name)
+        if found in partners:
+            raise UserError(f"{found} would be the partner of {partners[found]} and {path}")
+        if found:
+            partners[found] = path
+        else:
             alone.append(path)
-            continue
-        if found[0] in taken:
-            raise UserError(f"{found[0]} would be the partner of {taken[found[0]]} and {path}")
-        taken[found[0]] = path
-        folder = Path(out).parent
-        rows.append([os.path.relpath(name, folder) for name in (path, found[0])] + [""])
-    if not one_folder:
-        alone += [path for path in list_images(degraded_folder) if path not in taken]
+    alone += [path for path in degraded if path not in partners]
     for path in alone:
         print(f"no partner: {path}", file=sys.stderr)
-    if not rows:
+    if not partners:
         raise UserError(f"no picture of {clean_folder} has a partner in {degraded_folder}")
-    write_csv(out, [("image_path", "condition_image_path", "caption"), *rows])
-    print(f"{len(rows)} pairs in {out}; {len(alone)} pictures without a partner are left out")
+    rows = [("image_path", "condition_image_path", "caption")]
+    for condition, path in partners.items():
+        rows.append([os.path.relpath(name, Path(out).parent) for name in (path, condition)] + [""])
+    write_csv(out, rows)
+    print(f"{len(partners)} pairs in {out}; {len(alone)} pictures without a partner are left out")
+
+
+def find_partner(path, wanted, by_path, by_name):
+    """Return the picture with the path that is wanted, else the only one of its name, else None.
+
+    Extensions may differ. Raises UserError if there are two of that path."""
+    found = by_path.get(wanted, [])
+    if len(found) > 1:
+        raise UserError(f"{path}: its partner may be {found[0]} and {found[1]}; leave one out")
+    if not found and len(by_name.get(wanted.name, [])) == 1:
+        found = by_name[wanted.name]
+    return found[0] if found else None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1042,6 +1042,31 @@ def picture_names(source):
     return names
 
 
+def make_methods(args, pipeline, sampling, dataset):
+    """Return the methods that the flags ask for: {name: method}."""
+    methods = {}
+    if pipeline:
+        captions = [dataset.plan(i)[2] for i in range(len(dataset))]
+        if args.prompt is not None:
+            captions = [args.prompt] * len(dataset)
+        pipeline.prompts.prepare([*captions, ""])
+        methods["ceiling"] = ceiling_method(pipeline, args.device)
+        for steps in args.sweep or [args.steps]:
+            name = f"steps_{steps}" if args.sweep else "restored"
+            options = sampling | {"steps": steps}
+            methods[name] = restoring_method(pipeline, captions, args.device, **options)
+    if args.compare:
+        methods["compared"] = compared_method(match_outputs(args.compare, dataset.source))
+    return methods
+
+
+def write_json(report, path):
+    """Write strict JSON, which has no special numbers: nan becomes null, inf a text."""
+    spelled = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}
+    report = json.loads(json.dumps(report), parse_constant=spelled.get)
+    write_text(path, json.dumps(report, indent=1, allow_nan=False))
+
+
 def measure(args, pipeline, sampling):
     """--data: print the table, write scores.csv, scores.json, grid.png and sweep.png."""
     source = CsvPairs(args.data, args.skip_bad)
@@ -1054,21 +1079,8 @@ def measure(args, pipeline, sampling):
     dataset = PairedDataset(source, None, choices, **fixed)
     weights = args.lpips_weights, args.fid_weights
     metrics = Metrics(args.metrics, args.y_channel, *weights, args.device, args.crop_border)
-    methods = {}
-    folders = {}  # of what is restored
-    if pipeline:
-        captions = [dataset.plan(i)[2] for i in range(len(dataset))]
-        if args.prompt is not None:
-            captions = [args.prompt] * len(dataset)
-        pipeline.prompts.prepare([*captions, ""])
-        methods["ceiling"] = ceiling_method(pipeline, args.device)
-        for steps in args.sweep or [args.steps]:
-            name = f"steps_{steps}" if args.sweep else "restored"
-            options = sampling | {"steps": steps}
-            methods[name] = restoring_method(pipeline, captions, args.device, **options)
-            folders[name] = out / "pictures" / (name if args.sweep else "")
-    if args.compare:
-        methods["compared"] = compared_method(match_outputs(args.compare, source))
+    methods = make_methods(args, pipeline, sampling, dataset)
+    restored = [name for name in methods if name not in ("ceiling", "compared")]
 
     def save(row, item, outputs):
         index = row["image"]
@@ -1077,9 +1089,9 @@ def measure(args, pipeline, sampling):
         if pair.condition:
             row["condition"] = relative_name(pair.condition, source)
         if args.save_pictures:
-            for name, folder in folders.items():
-                restored = finished_image(outputs[name], item["grey"])
-                save_image(restored, folder / names[index])
+            for name in restored:
+                folder = out / "pictures" / (name if args.sweep else "")
+                save_image(finished_image(outputs[name], item["grey"]), folder / names[index])
         write(row | {"degradation": "; ".join(row["degradation"])})
 
     out.mkdir(parents=True, exist_ok=True)
@@ -1099,10 +1111,7 @@ def measure(args, pipeline, sampling):
         "left_out": count_left_out(rows, metrics),
         "images": rows,
     }
-    # JSON has neither: nan becomes null, inf a text
-    spelled = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}
-    report = json.loads(json.dumps(report), parse_constant=spelled.get)
-    write_text(out / "scores.json", json.dumps(report, indent=1, allow_nan=False))
+    write_json(report, out / "scores.json")
     if args.sweep:
         draw_sweep(args.sweep, summary, metrics, out / "sweep.png")
     print(f"{out}: scores.csv, scores.json, grid.png")

@@ -952,38 +952,41 @@ def load_state(config, checkpoint, args):
     return state
 
 
-def main():
-    if WORLD > 1 and torch.cuda.device_count() > LOCAL_RANK:
-        torch.cuda.set_device(LOCAL_RANK)  # before anything is put on a GPU: "cuda" is this one
-    args = parse_args()
-    start_processes(args)
-    run = Path(args.out)
-    checkpoint = find_start(run, args)
-    saved = {"step": 0, "draws": 0, "held_out": None}
+def read_start(checkpoint, args):
+    """Return what a run begins with: {"model", "step", "draws", "held_out"} of its checkpoint."""
     if checkpoint:
-        saved |= model.read_run(checkpoint)
-        config = saved["model"]
-    else:
-        config = model.describe_model(args.model, args.conditioning)
-    start, first = saved["step"], saved["draws"]
-    stages = crop_stages(args, start, first)
+        return model.read_run(checkpoint)
+    config = model.describe_model(args.model, args.conditioning)
+    return {"model": config, "step": 0, "draws": 0, "held_out": None}
+
+
+def load_data(args, run, saved):
+    """Open the pairs -> training set, validation set, digests of their files. Raises UserError."""
+    stages = crop_stages(args, saved["step"], saved["draws"])
     train_set, val_set = data.make_datasets(args, stages, saved["held_out"])
     digests = data.row_digests(train_set) | data.row_digests(val_set)
-    if checkpoint:
+    if saved["step"]:
         check_pictures(run, digests)
+    config = saved["model"]
     if args.data:
         config["enlarge"] = train_set.source.enlarge
-    changes_brightness = "color_jitter" in train_set.degradation_names()
     if "--proj_lr" in given_flags() and config["conditioning"] != "projection":
         raise UserError("--proj_lr: this model has no projection; leave it out")
-    autoencoder, prompts = data.load_frozen(config, args.device)
-    check_resolution(args, autoencoder, config)
+    return train_set, val_set, digests
 
+
+def prepare_batches(args, saved, train_set, val_set):
+    """Load what stands around the transformer -> batches, autoencoder, prompts. Raises UserError.
+
+    With --cache the batches are latents, and the autoencoder is None."""
+    autoencoder, prompts = data.load_frozen(saved["model"], args.device)
+    check_resolution(args, autoencoder, saved["model"])
     # every draw of the run has a number; this process takes every WORLD-th
-    last = first + (args.steps - start) * args.batch_size
+    first = saved["draws"]
+    last = first + (args.steps - saved["step"]) * args.batch_size
     draws = range(first + RANK, last, WORLD)
     if args.cache:
-        about = data.fingerprint(args, config), data.row_digests(train_set)
+        about = data.fingerprint(args, saved["model"]), data.row_digests(train_set)
         train_set = data.CachedDataset(args.cache, *about, len(train_set))
         prompts.known = train_set.prompts()
         autoencoder = None
@@ -991,30 +994,38 @@ def main():
         prompts.prepare(data.captions_of(train_set, draws, val_set))
     on_gpu = args.device.startswith("cuda")
     batches = data.load_batches(train_set, args.batch_size // WORLD, draws, args.workers, on_gpu)
+    return batches, autoencoder, prompts
 
-    state = load_state(config, checkpoint, args)
-    state.held_out = data.row_names(val_set)
-    if changes_brightness:
+
+def main():
+    if WORLD > 1 and torch.cuda.device_count() > LOCAL_RANK:
+        torch.cuda.set_device(LOCAL_RANK)  # before anything is put on a GPU: "cuda" is this one
+    args = parse_args()
+    start_processes(args)
+    run = Path(args.out)
+    checkpoint = find_start(run, args)
+    saved = read_start(checkpoint, args)
+    train_set, val_set, digests = load_data(args, run, saved)
+    batches, autoencoder, prompts = prepare_batches(args, saved, train_set, val_set)
+    state = load_state(saved["model"], checkpoint, args)
+    if "color_jitter" in train_set.degradation_names():
         state.mean_weight = 0.1
+    state.held_out = data.row_names(val_set)
     if checkpoint and state.held_out != saved["held_out"]:
         print("other pictures are held out than before: best begins anew")
         state.best = [-math.inf, None]
         state.validation = None
     if RANK == 0:
         begin_run(run, args, state, digests)
-    log = Log(run, args, start)
-    count = sum(p.numel() for p in state.weights.values()) / 1e6
-    where = f"{WORLD} x {args.device}" if WORLD > 1 else args.device
-    work = f"{args.steps - start} steps of {args.batch_size} crops of {args.resolution} pixels"
-    print(f"model {args.model}, {count:.2f} M parameters, on {where}")
-    print(f"{work} from {len(train_set)} images -> {run}")
+    log = Log(run, args, state.step)
+    introduce(args, state, len(train_set), run)
     try:
         if not state.validation:
             state.validation = validate(state, val_set, run, autoencoder, prompts)
             log.add(state.validation)
         caught = train(state, batches, val_set, run, log, autoencoder, prompts)
     except Exception:  # a bad picture, a dead worker, no memory: keep what there is
-        if state.consistent and state.step > start and WORLD == 1:
+        if state.consistent and state.step > saved["step"] and WORLD == 1:
             state.save(run)
         raise
     finally:
@@ -1023,6 +1034,16 @@ def main():
     if caught:
         print(f"python train.py --resume {run} goes on")
         sys.exit(128 + caught)
+
+
+def introduce(args, state, images, run):
+    """Print what is about to be done."""
+    count = sum(p.numel() for p in state.weights.values()) / 1e6
+    where = f"{WORLD} x {args.device}" if WORLD > 1 else args.device
+    steps = args.steps - state.step
+    work = f"{steps} steps of {args.batch_size} crops of {args.resolution} pixels"
+    print(f"model {args.model}, {count:.2f} M parameters, on {where}")
+    print(f"{work} from {images} images -> {run}")
 
 
 def report(state, run, count):
