@@ -87,8 +87,8 @@ def open_image(path, notice=True, srgb=False):
         for trait in traits_of(image):
             if notice and (srgb or trait != PROFILE):
                 print(f"{path}: {trait}", file=sys.stderr)
-        if is_deep(image) and not image.mode.startswith("I"):
-            image = read_deep(image, Image.open(path))
+        if is_deep(image) and image.mode in ("RGB", "RGBA"):
+            image = read_deep(image, path)
         image.load()
         if srgb or image.mode == "CMYK":
             image = to_srgb(image)
@@ -101,8 +101,13 @@ PROFILE = "its colour profile is converted to sRGB"
 
 
 def traits_of(image):
-    """Say what open_image converts or leaves out of an opened picture, by its header alone."""
+    """Say what open_image converts or leaves out of an opened picture, by its header alone.
+
+    Raises ValueError for a TIFF that Pillow would misread."""
     traits = []
+    planar = image.format == "TIFF" and raw_mode(image) in ("R", "G", "B", "A")
+    if planar and max(image.tag_v2.get(258, (8,))) > 8:  # bits a sample
+        raise ValueError("a planar TIFF of more than 8 bits; save it interleaved")
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a photo with a preview
         traits.append(PAGES)
     if is_deep(image):
@@ -118,35 +123,39 @@ def is_deep(image):
 
 
 def raw_mode(image):
-    """Return how an opened picture is stored, as Pillow names it: "RGB;16B"."""
+    """Return how an opened picture is stored, as Pillow names it: "RGB;16B"; "" if unknown."""
     args = image.tile[0].args if image.tile else ""
-    return args if isinstance(args, str) else str(args[0])
+    if isinstance(args, tuple) and args:
+        args = args[0]
+    return args if isinstance(args, str) else ""
 
 
-def read_deep(image, again):
+def read_deep(image, path):
     """Read 16-bit RGB, of which Pillow keeps the upper bytes -> 8 bits, rounded.
 
-    again: the same file, opened once more. Read in the other byte order, it gives the lower bytes.
-    """
+    Opened once more and read in the other byte order, the file gives the lower bytes."""
     order = raw_mode(image)[-1]
-    native = "L" if sys.byteorder == "little" else "B"
-    other = {"L": "B", "B": "L", "N": "B" if native == "L" else "L"}[order]
-    tiles = []
-    for tile in again.tile:
-        if isinstance(tile.args, str):
-            args = tile.args[:-1] + other
-        else:
-            args = (tile.args[0][:-1] + other, *tile.args[1:])
-        tiles.append(tile._replace(args=args))
-    again.tile = tiles
-    levels = np.array(image).astype(np.uint32) * 256 + np.array(again)
+    if order == "N":  # the machine's own
+        order = "L" if sys.byteorder == "little" else "B"
+    other = "B" if order == "L" else "L"
+    with Image.open(path) as again:
+        tiles = []
+        for tile in again.tile:
+            if isinstance(tile.args, str):
+                args = tile.args[:-1] + other
+            else:
+                args = (tile.args[0][:-1] + other, *tile.args[1:])
+            tiles.append(tile._replace(args=args))
+        again.tile = tiles
+        lower = np.array(again)
+    levels = np.array(image).astype(np.uint32) * 256 + lower
     rounded = Image.fromarray(((levels + 128) // 257).astype(np.uint8), image.mode)
     rounded.info = image.info
     return rounded
 
 
 def profile_of(image):
-    """Return the colour profile of a picture, or None if it has none or sRGB's."""
+    """Return the colour profile of a picture; None for sRGB's, and for one that does not fit it."""
     content = image.info.get("icc_profile")
     if not content:
         return None
@@ -155,7 +164,13 @@ def profile_of(image):
         name = ImageCms.getProfileDescription(profile)
     except (ImageCms.PyCMSError, OSError):  # damaged: as without one
         return None
-    return None if "sRGB" in name else profile
+    space = "CMYK" if image.mode == "CMYK" else "RGB "
+    if image.mode in GREY or image.mode.startswith("I"):
+        space = "GRAY"
+    if profile.profile.xcolor_space != space:
+        return None
+    linear = "linear" in name.lower() or "g10" in name  # "Linear sRGB" is not sRGB
+    return None if "sRGB" in name and not linear else profile
 
 
 def to_srgb(image):
@@ -164,13 +179,12 @@ def to_srgb(image):
     image.info.pop("icc_profile", None)
     if not profile:
         return image
+    if image.mode.startswith("I"):
+        image = grey_to_8_bits(image)
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("L" if image.mode in GREY else "RGB")
-    try:
-        srgb = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), 0, "RGB")
-    except ImageCms.PyCMSError:  # that of another kind of picture
-        return image
+    srgb = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), 0, "RGB")
     converted = srgb.convert("L") if image.mode == "L" else srgb
     converted.info.pop("icc_profile", None)
     if alpha:
@@ -190,14 +204,19 @@ def plain_image(image):
     if image.mode == "F":
         raise UserError("floating-point pixels have no fixed range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        image = image.convert("I")
-        low, high = image.getextrema()
-        if low < 0 or high > 65535:
-            raise UserError("its values go beyond 16 bits; save it with 8 or 16 bits")
-        table = [(level + 128) // 257 for level in range(65536)]
-        return image.point(table, "L")
+        return grey_to_8_bits(image)
     mode = "L" if image.mode in GREY else "RGB"
     return image.convert(mode + "A" if image.has_transparency_data else mode)
+
+
+def grey_to_8_bits(image):
+    """Scale 16-bit grey to L. Raises UserError for values beyond."""
+    image = image.convert("I")
+    low, high = image.getextrema()
+    if low < 0 or high > 65535:
+        raise UserError("its values go beyond 16 bits; save it with 8 or 16 bits")
+    table = [(level + 128) // 257 for level in range(65536)]
+    return image.point(table, "L")
 
 
 def save_image(image, path, **options):
@@ -254,7 +273,7 @@ class Header:
     turned: bool  # by EXIF: its sides are swapped as stored
     transparent: bool
     traits: list  # see traits_of
-    digest: str  # of its size in bytes, its beginning and its end
+    digest: str  # of its size in bytes and of what is in it, see file_digest
 
 
 def read_header(path):
@@ -264,7 +283,8 @@ def read_header(path):
         if image.format != "PNG" or "exif" in image.info:  # a PNG would be decoded for it
             orientation = image.getexif().get(0x0112, 1)
         turned = orientation in (5, 6, 7, 8)
-        size = image.size[::-1] if turned else image.size
+        upright = image.format == "TIFF"  # Pillow has turned its size already
+        size = image.size[::-1] if turned and not upright else image.size
         traits = traits_of(image)
         transparent = image.has_transparency_data
         if transparent:  # whether any pixel is must be looked up
@@ -273,14 +293,18 @@ def read_header(path):
 
 
 def file_digest(path):
-    """Hash the length of a file, its first and its last 64 KB."""
+    """Hash a file: all of it up to 256 KB, else sixteen blocks from its beginning to its end."""
     length = os.path.getsize(path)
+    digest = hashlib.sha256()
+    block = 2**14
     with open(path, "rb") as file:
-        content = file.read(2**16)
-        if length > 2**16:
-            file.seek(max(2**16, length - 2**16))
-            content += file.read()
-    return f"{length}-{hashlib.sha256(content).hexdigest()[:16]}"
+        if length <= 16 * block:
+            digest.update(file.read())
+        else:
+            for i in range(16):
+                file.seek((length - block) * i // 15)
+                digest.update(file.read(block))
+    return f"{length}-{digest.hexdigest()[:16]}"
 
 
 def write_csv(path, rows):
@@ -348,6 +372,9 @@ class CsvPairs:
         if reader.fieldnames.count("image_path") != 1:
             wanted = "image_path,condition_image_path,caption"
             raise UserError(f"{path}: no column image_path in {header!r}; the header is {wanted}")
+        for name in COLUMNS:
+            if reader.fieldnames.count(name) > 1:
+                raise UserError(f"{path}: two columns {name} in {header!r}")
         unused = [name for name in reader.fieldnames if name and name not in COLUMNS]
         if unused:
             names = ", ".join(repr(name) for name in unused)
@@ -374,19 +401,22 @@ class CsvPairs:
         return Row(line, name, clean, condition, *texts)
 
     def find_factor(self):
-        """Return by which whole factor all conditions are smaller than their clean pictures."""
+        """Return by which whole factor the conditions are smaller than their clean pictures."""
         pairs = []
         for row in self.rows:
             clean, condition = self.headers[row.clean], self.headers.get(row.condition)
             if isinstance(clean, Header) and isinstance(condition, Header):
                 pairs.append((clean.size, condition.size))
-        for factor in FACTORS:
-            if pairs and all(is_larger(clean, small, factor) for clean, small in pairs):
-                if factor > 1:
-                    smaller = f"all conditions are {factor} times smaller than their clean pictures"
-                    print(f"{self.path}: {smaller}: they are enlarged (bicubic)")
-                return factor
-        return 1
+        counts = Counter()
+        for clean, small in pairs:
+            counts.update(factor for factor in FACTORS if is_larger(clean, small, factor))
+        if not counts:
+            return 1
+        factor = counts.most_common(1)[0][0]  # others are refused by check_header
+        if factor > 1:
+            smaller = f"conditions are {factor} times smaller than their clean pictures"
+            print(f"{self.path}: {smaller}: they are enlarged (bicubic)")
+        return factor
 
     def check_header(self, row):
         """Raise UserError if the pictures of a row cannot be used."""
@@ -418,7 +448,7 @@ class CsvPairs:
             except UserError as error:
                 report_bad(UserError(f"{self.path}, line {row.line}: {error}"), skip_bad)
         if not kept:
-            raise UserError(f"{self.path}: no row that can be read")
+            raise UserError(f"{self.path}: no row that can be used")
         self.rows = kept
 
     def check_sides(self, crop, skip_bad):
@@ -463,7 +493,7 @@ class CsvPairs:
     def digest(self, row):
         """Return the digest of a row's files and texts."""
         files = [self.headers[path].digest for path in (row.clean, row.condition) if path]
-        return short_hash([files, row.caption, row.group])
+        return short_hash([files, row.caption, row.degradation, row.group])
 
     def __len__(self):
         return len(self.rows)
@@ -482,6 +512,9 @@ class CsvPairs:
                 condition = self.open(row.condition)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        if condition and not is_larger(clean.size, condition.size, self.enlarge):  # after all
+            sizes = f"{as_text(clean.size)} and {as_text(condition.size)}"
+            raise UserError(f"{where}: a pair of different sizes, {sizes}")
         if condition and self.enlarge > 1:
             condition = condition.resize(clean.size, Image.Resampling.BICUBIC)
         return clean, condition, where
@@ -544,10 +577,6 @@ def too_small(size, crop):
     if min(size) >= 8:
         advice += f" or --resolution {min(size) // 4 * 4}"
     return f"the picture is {as_text(size)}, smaller than the {crop}-pixel crop; {advice}"
-
-
-def size_of(image):
-    return as_text(image.size)
 
 
 def report_bad(error, skip=True):
@@ -944,6 +973,8 @@ def make_datasets(args, stages=None, kept=None):
         return PairedDataset(photos, crop, **options), val_set
     source = val_source = CsvPairs(args.data, args.skip_bad)
     source.check_sides(largest, args.skip_bad)
+    if args.val_count and not args.val_data:
+        raise UserError("--val_count counts pictures of --val_data; give that too")
     if args.val_data:
         val_source = CsvPairs(args.val_data, args.skip_bad)
         if val_source.enlarge != source.enlarge:
@@ -951,11 +982,8 @@ def make_datasets(args, stages=None, kept=None):
             raise UserError(f"--val_data and --data have {factors}; give the same in both")
         held_out = list(range(len(val_source)))[: args.val_count]
         training = rows_apart(source, held_out, val_source)
-        if len(training) < len(source):
-            shared = f"{len(source) - len(training)} rows of {args.data}"
-            print(f"{shared} share a picture or group with {args.val_data}: not trained on")
     else:
-        held_out = find_rows(source, kept)
+        held_out = find_rows(source, kept or [])
         if not held_out:
             held_out = choose_held_out(PairedDataset(source, None, training=False, **options))
         training = rows_apart(source, held_out, source)
@@ -963,9 +991,12 @@ def make_datasets(args, stages=None, kept=None):
             print(f"{args.data}: too few rows to hold any out: validation is on training pictures")
             training = list(range(len(source)))
     if not training:
-        raise UserError(f"{args.data}: all rows have a clean picture that is held out; give more")
+        raise UserError(f"{args.data}: all rows share a picture or group with one held out")
     refuse_useless_flags(source, val_source)
     print(f"{source.summary()}, {len(held_out)} held out ({val_source.path.name})")
+    shared = len(source) - len(training) - (0 if args.val_data else len(held_out))
+    if shared > 0:
+        print(f"{shared} more share a picture or group with those: they are not trained on")
     val_crop = max(VALIDATION_CROP, largest)
     val_set = PairedDataset(val_source, val_crop, rows=held_out, training=False, **options)
     return PairedDataset(source, crop, rows=training, **options), val_set
@@ -991,11 +1022,9 @@ def choose_held_out(dataset):
 
 
 def find_rows(source, names):
-    """Return the rows of these names, or None if one of them is gone."""
+    """Return the rows of these names that are still there."""
     places = {row.name: i for i, row in enumerate(source.rows)}
-    if not names or not set(names) <= places.keys():
-        return None
-    return [places[name] for name in names]
+    return [places[name] for name in names if name in places]
 
 
 def rows_apart(source, held_out, val_source):
@@ -1320,9 +1349,15 @@ def match_folders(clean_folder, degraded_folder, out, pattern=""):
         raise UserError(f"{out} exists already; choose another --out")
     clean = list_images(clean_folder)
     degraded = list_images(degraded_folder)
-    if here and Path(clean_folder).resolve() == Path(degraded_folder).resolve():
+    if Path(clean_folder).resolve() == Path(degraded_folder).resolve():
+        if not here:
+            raise UserError(f"{clean_folder}: two times the same folder; say with --pattern which")
         clean = [path for path in clean if here in path.relative_to(clean_folder).as_posix()]
-        degraded = [path for path in degraded if path not in clean]
+    both = {path.resolve() for path in clean} & {path.resolve() for path in degraded}
+    if here:  # one folder, or one within the other
+        degraded = [path for path in degraded if path.resolve() not in both]
+    else:
+        clean = [path for path in clean if path.resolve() not in both]
     by_path, by_name = {}, {}
     for path in degraded:
         by_path.setdefault(path.relative_to(degraded_folder).with_suffix(""), []).append(path)
@@ -1331,7 +1366,7 @@ def match_folders(clean_folder, degraded_folder, out, pattern=""):
     alone = []
     for path in clean:
         wanted = path.relative_to(clean_folder).as_posix()
-        if here in wanted and pattern:
+        if here and here in wanted:
             before, _, after = wanted.rpartition(here)
             wanted = before + there + after
         found = find_partner(path, Path(wanted).with_suffix(""), by_path, by_name)

@@ -430,7 +430,7 @@ def main():
     rng = np.random.default_rng(args.seed)
     with explain_errors(args.image, "this picture"):
         image = Image.open(args.image)
-        if image.format == "EPS" or image.mode[0] in "IF":
+        if image.format == "EPS" or image.mode[0] in "IF" or ";16" in str(image.tile):
             raise ValueError("give a picture with 8 bits a channel")
         if image.has_transparency_data:
             raise ValueError("transparent pixels hide colours; save it without transparency")

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import CsvPairs, PairedDataset, add_degradations_flag, add_device_flag, list_images
 from data import load_frozen, open_image, picture_extensions, plain_image, refuse_useless_flags
-from data import report_bad, save_image, seed_for, size_of, to_image, to_tensor
+from data import as_text, read_header, report_bad, save_image, seed_for, to_image, to_tensor
 from degrade import Parser, UserError, between, explain_errors, given_flags, parse_degradations
 from degrade import run_script
 from model import SAMPLERS, guided, load_restorer
@@ -603,7 +603,8 @@ def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **opti
             failed += 1
             continue
         if grid and len(shown) < 8:
-            before, after = picture.convert("RGB"), restored.convert("RGB")
+            after = restored.convert("RGB")
+            before = picture.convert("RGB").resize(after.size, Image.Resampling.BICUBIC)
             # 128 + 2 * (after - before)
             difference = ImageChops.add(after, ImageChops.invert(before), 0.5, -382)
             shown.append([("input", before), ("restored", after), ("difference x 2", difference)])
@@ -936,6 +937,10 @@ def match_outputs(folder, source):
         if len(found) > 1:
             both = f"{found[0]} and {found[1]} differ only in extension"
             raise UserError(f"--compare {folder}: {both} ({where}); take one away")
+        size, wanted = read_header(found[0]).size, source.headers[row.clean].size
+        if size != wanted:
+            sizes = f"{as_text(size)}, the pair is {as_text(wanted)}"
+            raise UserError(f"--compare: {found[0]}: {sizes} ({where})")
         other = taken.setdefault(found[0], row)
         if (other.condition or other.clean) != (row.condition or row.clean):
             both = f"line {other.line} and line {row.line} of {source.path}"
@@ -949,12 +954,7 @@ def compared_method(outputs):
     """Make the method that returns another program's pictures, one for each pair."""
 
     def method(i, item):
-        picture = open_image(outputs[i], srgb=True)
-        output = to_tensor(picture)
-        if output.shape != item["clean"].shape:
-            height, width = item["clean"].shape[1:]
-            raise UserError(f"{outputs[i]}: {size_of(picture)}, the pair is {width}x{height}")
-        return output
+        return to_tensor(open_image(outputs[i], srgb=True))
 
     return method
 
@@ -1072,6 +1072,9 @@ def measure(args, pipeline, sampling):
     source = CsvPairs(args.data, args.skip_bad)
     refuse_useless_flags(source)
     print(source.summary())
+    if pipeline and pipeline.enlarge != source.enlarge:
+        factors = f"{pipeline.enlarge} times in training, {source.enlarge} times here"
+        print(f"conditions were enlarged {factors}")
     names = picture_names(source) if args.save_pictures else []
     out = Path(args.output)
     choices = parse_degradations(args.degradations)
@@ -1095,7 +1098,8 @@ def measure(args, pipeline, sampling):
         write(row | {"degradation": "; ".join(row["degradation"])})
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / "scores.json").unlink(missing_ok=True)  # of other scores
+    for name in ("scores.json", "grid.png", "sweep.png"):  # of other scores
+        (out / name).unlink(missing_ok=True)
     with open_scores(out / "scores.csv") as write:
         rows, pictures = evaluate_pairs(dataset, methods, metrics, save=save)
     summary = summarize(rows, ["input", *methods], metrics)

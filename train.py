@@ -101,7 +101,7 @@ def parse_args(argv=None):
         config = model.read_run(out)
         saved = config["args"]
         begun = saved | {"conditioning": config["model"]["conditioning"]}
-        if "draws" not in config or saved.keys() - vars(args).keys():
+        if "validated_on" not in config or saved.keys() - vars(args).keys():
             older = "made by another version; evaluate.py still restores with it"
             raise UserError(f"--resume {out}: {older}")
         for name in ("model", "conditioning", "optimizer"):
@@ -168,8 +168,6 @@ def check_flags(args):
     given = given_flags()
     if args.curriculum and "--resolution" in given:
         raise UserError("--resolution: --curriculum sets the sides; leave it out")
-    if args.val_count and not args.val_data:
-        raise UserError("--val_count counts pictures of --val_data; give that too")
     only_data = {"--val_data", "--skip_bad"} & given
     if only_data and not args.data:
         raise UserError(f"{sorted(only_data)[0]}: the demo draws its own pictures; give --data")
@@ -408,7 +406,8 @@ class State:
         self.args = args
         self.step = 0
         self.draws = 0  # pictures drawn for them
-        self.held_out = []  # rows of the CSV that best was measured on
+        self.held_out = []  # names of the rows that are held out
+        self.validated_on = ""  # all that best depends on beside the weights, hashed
         self.mean_weight = 1.0  # see model.flow_loss
         self.consistent = True  # False while an update is under way
         self.validation = None  # the last line of validate()
@@ -559,6 +558,7 @@ class State:
             "model": self.config,
             "args": vars(self.args),
             "held_out": self.held_out,
+            "validated_on": self.validated_on,
             "validation": self.validation,
             "best": self.best,
         }
@@ -964,7 +964,9 @@ def load_data(args, run, saved):
     """Open the pairs -> training set, validation set, digests of their files. Raises UserError."""
     stages = crop_stages(args, saved["step"], saved["draws"])
     train_set, val_set = data.make_datasets(args, stages, saved["held_out"])
-    digests = data.row_digests(train_set) | data.row_digests(val_set)
+    digests = data.row_digests(train_set)
+    for name, digest in data.row_digests(val_set).items():
+        digests[f"validation: {name}"] = digest
     if saved["step"]:
         check_pictures(run, digests)
     config = saved["model"]
@@ -973,6 +975,12 @@ def load_data(args, run, saved):
     if "--proj_lr" in given_flags() and config["conditioning"] != "projection":
         raise UserError("--proj_lr: this model has no projection; leave it out")
     return train_set, val_set, digests
+
+
+def describe_validation(args, val_set):
+    """Hash what the pairs of a validation depend on."""
+    flags = args.degradations, args.max_degradations, args.seed
+    return data.short_hash([data.row_digests(val_set), val_set.crop, flags])
 
 
 def prepare_batches(args, saved, train_set, val_set):
@@ -1011,8 +1019,9 @@ def main():
     if "color_jitter" in train_set.degradation_names():
         state.mean_weight = 0.1
     state.held_out = data.row_names(val_set)
-    if checkpoint and state.held_out != saved["held_out"]:
-        print("other pictures are held out than before: best begins anew")
+    state.validated_on = describe_validation(args, val_set)
+    if checkpoint and state.validated_on != saved["validated_on"]:
+        print("validation is on other pictures than before: best begins anew")
         state.best = [-math.inf, None]
         state.validation = None
     if RANK == 0:

@@ -280,7 +280,7 @@ def test_different_factors_in_one_csv_are_refused(tmp_path):
     for name, side in (("a.png", 40), ("b.png", 20), ("c.png", 10)):
         coordinates(side, side).save(tmp_path / name)
     rows = [("a.png", "b.png", ""), ("a.png", "c.png", "")]
-    with pytest.raises(UserError, match="line 2: a pair of different sizes, 40x40 and 20x20"):
+    with pytest.raises(UserError, match="line 3: a pair of different sizes, 40x40 and 10x10"):
         CsvPairs(write_csv(tmp_path / "p.csv", rows))
 
 
@@ -383,7 +383,7 @@ def test_val_data_is_what_is_validated_and_is_not_trained_on(tmp_path, capsys):
     train_set, val_set = make_datasets(flags(path, val_data=val, val_count=5))
     assert data.row_names(val_set) == names[:5]
     assert data.row_names(train_set) == names[5:]
-    assert "5 rows of" in capsys.readouterr().out
+    assert "5 more share a picture or group" in capsys.readouterr().out
 
 
 def test_another_picture_under_the_same_name_and_size_is_named(tmp_path):
@@ -429,3 +429,90 @@ def test_a_degradation_of_two_words_is_one_group(tmp_path):
     dataset = PairedDataset(CsvPairs(path), None, training=False)
     assert dataset.name_degradations(0) == ["motion blur"]
     assert dataset.name_degradations(1) == ["jpeg", "downscale"]
+
+
+# --------------------------------------------------------------------------------------------------
+# What a second pair of eyes found.
+
+
+def test_16_bit_grey_with_a_profile_is_not_clipped(tmp_path):
+    values = np.arange(0, 65536, 40, dtype=np.uint16)[:1600].reshape(40, 40)
+    image = Image.fromarray(values)
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "profiled.png", icc_profile=display_p3())
+    plain = open_image(tmp_path / "plain.png", srgb=True)
+    assert np.array_equal(levels(plain), np.rint(values / 257))
+    assert open_image(tmp_path / "profiled.png", srgb=True).tobytes() == plain.tobytes()
+
+
+def test_a_turned_tiff_has_its_size_after_turning(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    coordinates(40, 60).save(tmp_path / "turned.tif", exif=exif)
+    noise_picture((60, 40), 0).save(tmp_path / "upright.png")
+    assert open_image(tmp_path / "turned.tif").size == (60, 40)
+    path = write_csv(tmp_path / "p.csv", [("upright.png", "turned.tif", "")])
+    clean, condition, _ = CsvPairs(path).load(0)
+    assert clean.size == condition.size == (60, 40)
+
+
+def test_pictures_that_differ_in_the_middle_alone_are_not_copies(tmp_path):
+    digests = set()
+    for i in range(20):
+        image = Image.new("L", (700, 700))
+        image.paste(noise_picture((60, 60), i, "L"), (320, 320))
+        image.save(tmp_path / f"{i}.bmp")
+        digests.add(data.file_digest(tmp_path / f"{i}.bmp"))
+    assert len(digests) == 20
+
+
+def test_the_held_out_pictures_that_are_left_stay_held_out(tmp_path):
+    names = made_of(tmp_path, 40)
+    path = write_csv(tmp_path / "p.csv", [(name,) for name in names], ["image_path"])
+    kept = data.row_names(make_datasets(flags(path))[1])
+    left = [name for name in names if name != kept[1]]
+    path = write_csv(tmp_path / "p.csv", [(name,) for name in left], ["image_path"])
+    _, val_set = make_datasets(flags(path), kept=kept)
+    assert data.row_names(val_set) == [kept[0], *kept[2:]]
+
+
+def test_one_misfit_does_not_change_the_factor(tmp_path):
+    rows = []
+    for i in range(4):
+        noise_picture((40, 40), i).save(tmp_path / f"{i}.png")
+        noise_picture((10, 10), i).save(tmp_path / f"{i}x4.png")
+        rows.append((f"{i}.png", f"{i}x4.png", ""))
+    rows.append(("0.png", "1.png", ""))
+    path = write_csv(tmp_path / "p.csv", rows)
+    with pytest.raises(UserError, match="line 6: a pair of different sizes, 40x40 and 40x40"):
+        CsvPairs(path)
+    source = CsvPairs(path, skip_bad=True)
+    assert (len(source), source.enlarge) == (4, 4)
+
+
+def test_no_picture_is_its_own_partner(tmp_path):
+    for name in ("data/1.png", "data/noisy/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        coordinates(40, 40).save(tmp_path / name)
+    out = tmp_path / "pairs.csv"
+    with pytest.raises(UserError, match="--pattern"):
+        match_folders(tmp_path / "data", tmp_path / "data", out)
+    match_folders(tmp_path / "data", tmp_path / "data/noisy", out)
+    assert [row.name for row in CsvPairs(out).rows] == ["data/1.png,data/noisy/1.png"]
+
+
+def test_a_linear_profile_is_not_srgb(tmp_path):
+    renamed = display_p3().replace("swap".encode("utf-16-be"), "g10x".encode("utf-16-be"))
+    image = coordinates(40, 40)
+    image.info["icc_profile"] = renamed
+    assert data.profile_of(image)
+    for trouble in (b"", b"nothing"):
+        image.info["icc_profile"] = trouble
+        assert data.profile_of(image) is None
+
+
+def test_doubled_columns_are_refused(tmp_path):
+    coordinates(40, 40).save(tmp_path / "a.png")
+    header = ["image_path", "caption", "caption"]
+    with pytest.raises(UserError, match="two columns caption"):
+        CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "x", "y")], header))
