@@ -8,7 +8,7 @@
 
 A CSV has the header image_path,condition_image_path,caption (the last two may be empty or absent).
 Paths are absolute or relative to the CSV. An empty condition is made from the clean picture each
-time it is drawn. An empty caption becomes a prompt that names the degradations. The column
+time it is drawn. An empty caption then becomes a prompt that names the degradations. The column
 degradation says what was done, group keeps rows together on one side of the validation split.
 """
 import contextlib
@@ -53,6 +53,10 @@ def seed_for(seed, index, purpose):
 # --------------------------------------------------------------------------------------------------
 # Pictures. Nobody else opens, saves or converts them.
 
+PAGES = "has several pages; only the first is used"
+DEEP = "16 bits a channel are converted to 8 bits"
+PROFILE = "its colour profile is converted to sRGB"
+GREY = "1", "L", "LA", "La"  # modes of one channel
 NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}  # what Pillow knows but cannot decode
 
 
@@ -93,11 +97,6 @@ def open_image(path, notice=True, srgb=False):
         if srgb or image.mode == "CMYK":
             image = to_srgb(image)
         return plain_image(image)
-
-
-PAGES = "has several pages; only the first is used"
-DEEP = "16 bits a channel are converted to 8 bits"
-PROFILE = "its colour profile is converted to sRGB"
 
 
 def traits_of(image):
@@ -190,9 +189,6 @@ def to_srgb(image):
     if alpha:
         converted.putalpha(alpha)
     return converted
-
-
-GREY = "1", "L", "LA", "La"  # modes of one channel
 
 
 def plain_image(image):
@@ -409,7 +405,7 @@ class CsvPairs:
                 pairs.append((clean.size, condition.size))
         counts = Counter()
         for clean, small in pairs:
-            counts.update(factor for factor in FACTORS if is_larger(clean, small, factor))
+            counts.update(factor for factor in FACTORS if sizes_fit(clean, small, factor))
         if not counts:
             return 1
         factor = counts.most_common(1)[0][0]  # others are refused by check_header
@@ -430,7 +426,7 @@ class CsvPairs:
         if not row.condition:
             return
         clean, condition = self.headers[row.clean], self.headers[row.condition]
-        if is_larger(clean.size, condition.size, self.enlarge):
+        if sizes_fit(clean.size, condition.size, self.enlarge):
             return
         problem = f"a pair of different sizes, {as_text(clean.size)} and {as_text(condition.size)}"
         if clean.turned != condition.turned and clean.size == condition.size[::-1]:
@@ -464,20 +460,11 @@ class CsvPairs:
     def say_traits(self):
         """Say once for all pictures what is converted or left out of them."""
         examples = {}
-        for path in self.paths():
+        for path in paths_of(self.rows):
             for trait in self.headers[path].traits:
                 examples.setdefault(trait, []).append(path)
         for trait, paths in examples.items():
             print(f"{self.path}: {len(paths)} pictures, such as {paths[0].name}: {trait}")
-
-    def paths(self):
-        """Return the pictures of all rows, each once."""
-        paths = {}
-        for row in self.rows:
-            paths[row.clean] = True
-            if row.condition:
-                paths[row.condition] = True
-        return list(paths)
 
     def summary(self):
         """Say what is in the rows, in a line."""
@@ -485,10 +472,6 @@ class CsvPairs:
         captions = sum(row.caption != "" for row in self.rows)
         made = f"{paired} with a condition, {len(self) - paired} degraded on the fly"
         return f"{self.path}: {len(self)} rows, {made}, {captions} with captions"
-
-    def content(self, row):
-        """Return the digest of a row's clean picture: equal for copies of one file."""
-        return self.headers[row.clean].digest
 
     def digest(self, row):
         """Return the digest of a row's files and texts."""
@@ -512,7 +495,7 @@ class CsvPairs:
                 condition = self.open(row.condition)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if condition and not is_larger(clean.size, condition.size, self.enlarge):  # after all
+        if condition and not sizes_fit(clean.size, condition.size, self.enlarge):  # after all
             sizes = f"{as_text(clean.size)} and {as_text(condition.size)}"
             raise UserError(f"{where}: a pair of different sizes, {sizes}")
         if condition and self.enlarge > 1:
@@ -531,13 +514,19 @@ class CsvPairs:
         return image
 
 
-def read_headers(rows):
-    """Look at the pictures of all rows -> {path: Header, or the UserError that it gave}."""
+def paths_of(rows):
+    """Return the pictures of all rows, each once."""
     paths = {}
     for row in rows:
         paths[row.clean] = True
         paths[row.condition] = True
     paths.pop(None, None)
+    return list(paths)
+
+
+def read_headers(rows):
+    """Look at the pictures of all rows -> {path: Header, or the UserError that it gave}."""
+    paths = paths_of(rows)
 
     def look(path):
         try:
@@ -563,7 +552,7 @@ def other_spelling(path):
     return ""
 
 
-def is_larger(clean, condition, factor):
+def sizes_fit(clean, condition, factor):
     return clean == (condition[0] * factor, condition[1] * factor)
 
 
@@ -719,7 +708,8 @@ class PairedDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index):
-        tries = 2 * len(self) if self.skip_bad and self.training else 1  # so many see every row
+        # two epochs of draws hold a whole one, wherever they begin: every row is tried
+        tries = 2 * len(self) if self.skip_bad and self.training else 1
         for later in range(tries):
             try:
                 return self.draw(index, later) | {"bad": later}
@@ -834,9 +824,9 @@ class EndlessOrder:
         epoch, position = divmod(n, len(self.rows))
         if epoch != self.epoch:
             rng = np.random.default_rng(seed_for(self.seed, epoch, "order"))
-            self.kept = rng.permutation(self.rows)
+            self.permutation = rng.permutation(self.rows)
             self.epoch = epoch
-        return int(self.kept[position])
+        return int(self.permutation[position])
 
 
 def collate(items):
@@ -964,6 +954,8 @@ def make_datasets(args, stages=None, kept=None):
         "seed": args.seed,
         "skip_bad": args.skip_bad,
     }
+    if args.val_count and not args.val_data:
+        raise UserError("--val_count counts pictures of --val_data; give that too")
     crop = stages or args.resolution
     largest = max([args.resolution] + [side for _, side in stages or []])
     if args.data is None:
@@ -973,8 +965,6 @@ def make_datasets(args, stages=None, kept=None):
         return PairedDataset(photos, crop, **options), val_set
     source = val_source = CsvPairs(args.data, args.skip_bad)
     source.check_sides(largest, args.skip_bad)
-    if args.val_count and not args.val_data:
-        raise UserError("--val_count counts pictures of --val_data; give that too")
     if args.val_data:
         val_source = CsvPairs(args.val_data, args.skip_bad)
         if val_source.enlarge != source.enlarge:
@@ -1034,12 +1024,13 @@ def rows_apart(source, held_out, val_source):
     contents = set()
     groups = set()
     for i in held_out:
-        contents.add(val_source.content(val_source.rows[i]))
+        contents.add(val_source.headers[val_source.rows[i].clean].digest)
         groups.add(val_source.rows[i].group)
     groups.discard("")
     apart = []
     for i, row in enumerate(source.rows):
-        if source.content(row) not in contents and row.group not in groups:
+        content = source.headers[row.clean].digest
+        if content not in contents and row.group not in groups:
             apart.append(i)
     return apart
 
@@ -1241,6 +1232,8 @@ def make_cache(args):
     args.model = args.model or default_model(args)
     config = model.describe_model(args.model)
     args.resolution = args.resolution or (48 if config["autoencoder"] else 512)
+    autoencoder, prompts = load_frozen(config, args.device)
+    check_resolution([args.resolution], autoencoder, config)
     train_set, val_set = make_datasets(args)
     out = Path(args.out)
     index = {"epochs": args.epochs} | fingerprint(args, config)
@@ -1251,7 +1244,6 @@ def make_cache(args):
         check_same(read_json(out / "pictures.json"), digests, f"{out} is a cache of other pictures")
     write_text(out / "pictures.json", json.dumps(digests, indent=1))
     write_text(out / "index.json", json.dumps(index, indent=1))
-    autoencoder, prompts = load_frozen(config, args.device)
     count = args.epochs * len(train_set)
     if prompts.folder and not (out / "prompts.safetensors").exists():
         prompts.prepare(captions_of(train_set, range(count), val_set))
@@ -1271,6 +1263,14 @@ def make_cache(args):
             bar.update(len(batch["caption"]))
     made = f"{count} draws ({args.epochs} epochs of {len(train_set)} pictures) in {out}"
     print(f"{made}: python train.py with the same flags of data and --cache {out}")
+
+
+def check_resolution(sides, autoencoder, config):
+    """Raise UserError for a crop that the model cannot take."""
+    unit = autoencoder.factor * config["sana"].get("patch_size", 1)
+    for side in sides:
+        if side % unit:
+            raise UserError(f"--resolution {side}: give a multiple of {unit}, the model's unit")
 
 
 def default_model(args):

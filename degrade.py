@@ -159,10 +159,10 @@ class Degradation:
                 raise ValueError(f"no strength {key!r}; there is {', '.join(self.strengths)}")
         drawn = {}
         for key, strength in self.strengths.items():
-            if given.get(key) is None:
-                drawn[key] = strength.draw(rng)
-            else:
+            if key in given:
                 drawn[key] = strength.check(given[key])
+            else:
+                drawn[key] = strength.draw(rng)
         return drawn
 
     def __call__(self, image, rng, **given):
@@ -329,7 +329,7 @@ def explain_errors(path, what):
         raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
     try:
         yield
-    except NameError:  # a mistake in this program, not in the file
+    except (NameError, MemoryError):  # a mistake in this program, or the machine; not the file
         raise
     except Exception as error:  # damaged files raise a dozen types
         reason = repr(error) if isinstance(error, KeyError) else str(error)

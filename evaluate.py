@@ -605,7 +605,7 @@ def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **opti
         if grid and len(shown) < 8:
             after = restored.convert("RGB")
             before = picture.convert("RGB").resize(after.size, Image.Resampling.BICUBIC)
-            # 128 + 2 * (after - before)
+            # 128 + 2 * (after - before) = (after + 255 - before) / 0.5 - 382
             difference = ImageChops.add(after, ImageChops.invert(before), 0.5, -382)
             shown.append([("input", before), ("restored", after), ("difference x 2", difference)])
     if shown:
@@ -687,7 +687,8 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None):
 
     -> rows [{"image": i, "condition": "", "degradation": [name, ...], "input_psnr", "NAME_psnr",
     ...}], and the labelled pictures of the first eight pairs, as draw_grid takes them. save: called
-    with row, item and {name: picture} of each pair when it is measured. Raises UserError."""
+    with row, item and {name: picture} of each pair when it is measured; it may change "image" to a
+    name. Raises UserError."""
     rows = []
     pictures = []
     bar = tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)

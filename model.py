@@ -109,6 +109,7 @@ class Sana(nn.Module):
         modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])
         if torch.is_tensor(text):
             text = [self.embed_caption(text)] * len(self.transformer_blocks)  # [B, L, D] each
+        # one entry a block: the caption's tokens, or its keys and values
         for block, block_text in zip(self.transformer_blocks, text):
             inputs = x, modulation, block_text, text_mask, grid
             if self.checkpointing:
@@ -142,7 +143,7 @@ class Sana(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("bias", "scale_shift_table")) or name.startswith(zero):
                 nn.init.zeros_(p)
-                if name.endswith("scale_shift_table") and len(p) == 6:
+                if name.endswith("scale_shift_table") and len(p) == 6:  # a block's, with gates
                     nn.init.ones_(p.data[2::3])  # shift, scale, gate, shift, scale, gate
             elif "norm" in name:
                 nn.init.ones_(p)
@@ -162,7 +163,8 @@ class SanaBlock(nn.Module):
         self.eps = c["norm_eps"]
         self.attn1 = LinearAttention(dim, dim, heads, head_dim, c["attention_bias"], qk_norm)
         heads, head_dim = c["num_cross_attention_heads"], c["cross_attention_head_dim"]
-        self.attn2 = CrossAttention(dim, c["cross_attention_dim"], heads, head_dim, True, qk_norm)
+        source_dim = c["cross_attention_dim"]
+        self.attn2 = CrossAttention(dim, source_dim, heads, head_dim, bias=True, qk_norm=qk_norm)
         self.ff = GLUMBConv(dim, c["mlp_ratio"])
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
@@ -580,12 +582,12 @@ def describe_model(name, conditioning=None):
         config = dict(PRESETS[name])
     elif is_run(name):
         config = read_run(name)["model"]
-        if config["conditioning"] not in ("none", conditioning or config["conditioning"]):
-            learnt = config["conditioning"]
+        learnt = config["conditioning"]
+        if conditioning and learnt not in ("none", conditioning):
             raise UserError(f"--conditioning {conditioning}: {name} has learnt {learnt} already")
     else:
         config = describe_pretrained(name)
-    if config["conditioning"] == "none":
+    if config["conditioning"] == "none":  # not inherited: a restorer is what is wanted
         config["conditioning"] = "projection"
     if conditioning:
         config["conditioning"] = conditioning

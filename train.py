@@ -95,6 +95,8 @@ def parse_args(argv=None):
         if not (Path(out) / "latest").is_file():
             where = f"no run in {Path(out).resolve()}"
             raise UserError(f"--resume {out}: {where}; give the folder that --out named")
+    if isinstance(args.resume, str) and "--out" in given_flags() and args.out != args.resume:
+        raise UserError("--out and --resume name two folders; --resume goes on in its own")
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of them")
     if args.resume and (Path(out) / "latest").is_file():
@@ -429,9 +431,11 @@ class State:
             self.parts = {name: p.detach().to_local() for name, p in self.weights.items()}
         self.ema = {name: t.to(args.ema_device) for name, t in fp32.items()}
         self.optimizer = self.make_optimizer(args)
-        for name, part in self.parts.items():  # bf16 weights from scratch have low bits as well
+        for name, part in self.parts.items():  # what the cast to bf16 took away
             if "low" in self.optimizer.state[part]:
-                self.optimizer.state[part]["low"].copy_(split_fp32(fp32[name])[1])
+                high, low = split_fp32(fp32[name])
+                part.detach().copy_(high)  # it rounds halves up, the cast to even
+                self.optimizer.state[part]["low"].copy_(low)
 
     def make_optimizer(self, args):
         groups = [
@@ -894,14 +898,6 @@ def check_pictures(run, digests):
         data.check_same(read_json(path), digests, what)
 
 
-def check_resolution(args, autoencoder, config):
-    """Raise UserError for a crop that the model cannot take."""
-    unit = autoencoder.factor * config["sana"].get("patch_size", 1)
-    for side in [args.resolution] + [side for side, _ in args.curriculum or []]:
-        if side % unit:
-            raise UserError(f"--resolution {side}: give a multiple of {unit}, the model's unit")
-
-
 def crop_stages(args, start=0, draws=0):
     """Return --curriculum as PairedDataset takes it: [(draws before the end, side)].
 
@@ -988,7 +984,8 @@ def prepare_batches(args, saved, train_set, val_set):
 
     With --cache the batches are latents, and the autoencoder is None."""
     autoencoder, prompts = data.load_frozen(saved["model"], args.device)
-    check_resolution(args, autoencoder, saved["model"])
+    sides = [args.resolution] + [side for side, _ in args.curriculum or []]
+    data.check_resolution(sides, autoencoder, saved["model"])
     # every draw of the run has a number; this process takes every WORLD-th
     first = saved["draws"]
     last = first + (args.steps - saved["step"]) * args.batch_size

@@ -81,6 +81,7 @@ DCAE_SUPPORTED = {
     "decoder_conv_act_fn": list(ACTIVATIONS),
 }
 TILE = 512  # pixels: a picture of more than twice that goes through in parts, to bound the memory
+ATTENTION_TILE = TILE // 8  # the same in positions of the attention stages, 8 pixels wide in SANA's
 
 
 class RMSNorm2d(nn.Module):
@@ -152,22 +153,22 @@ class MultiscaleAttention(nn.Module):
         self.to_out = nn.Linear(inner * (1 + len(kernels)), dim, bias=False)
         self.norm_out = make_norm(norm, dim)
 
-    def qkv(self, x, inner):
-        """x [B, D, H, W]; inner: the index of the part that is no halo -> q, k, v [B, h, d, N]."""
+    def qkv(self, x, core):
+        """x [B, D, H, W]; core: the index of the part that is no halo -> q, k, v [B, h, d, N]."""
         tokens = x.flatten(2).transpose(1, 2)                       # [B, N, D]
         qkv = torch.cat([self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)], 2)
         qkv = qkv.transpose(1, 2).unflatten(2, x.shape[2:])         # [B, 3D, H, W]
         scales = [qkv]
         for project in self.to_qkv_multiscale:
             scales.append(project(qkv))
-        qkv = torch.cat(scales, 1)[inner].float().flatten(2)        # fp32: sums run over N terms
+        qkv = torch.cat(scales, 1)[core].float().flatten(2)        # fp32: sums run over N terms
         # The channels are q, k, v of scale 1, then q, k, v of scale 2. Cut into runs of 3*d, each
         # run is a head and its thirds are called q, k, v, whatever they were. So it was trained.
         q, k, v = qkv.unflatten(1, (-1, 3 * self.head_dim)).chunk(3, dim=2)
         return F.relu(q), F.relu(k), v                              # [B, h, d, N] each
 
     def forward(self, x):                                           # [B, D, H, W]
-        parts = tiles(x.shape[2:], TILE // 8, self.halo)
+        parts = tiles(x.shape[2:], ATTENTION_TILE, self.halo)
         summary = 0
         total = 0
         for outer, inner, _ in parts:
@@ -210,7 +211,7 @@ class EfficientViTBlock(nn.Module):
         self.conv_out = GLUMBConv(dim)
 
     def forward(self, x):                                           # [B, D, H, W]
-        return in_tiles(self.conv_out, self.attn(x), TILE // 8, halo=1)
+        return in_tiles(self.conv_out, self.attn(x), ATTENTION_TILE, halo=1)
 
 
 class Down(nn.Module):
@@ -295,7 +296,7 @@ def local_stages(stages, full_resolution):
         if any(isinstance(block, EfficientViTBlock) for block in blocks):
             count = i
             break
-    factor = 1 if full_resolution else 2
+    factor = 1 if full_resolution else 2  # else conv_in halves the side, in place of stage 0
     receptive_field = factor
     for i, blocks in enumerate(stages[:count]):
         receptive_field += factor * (2 * len(blocks) + 2)  # two convolutions a block, Down or Up
