@@ -1347,17 +1347,7 @@ def match_folders(clean_folder, degraded_folder, out, pattern=""):
         raise UserError(f"--pattern {pattern}: write CLEAN=DEGRADED, such as GT=NOISY")
     if Path(out).exists():
         raise UserError(f"{out} exists already; choose another --out")
-    clean = list_images(clean_folder)
-    degraded = list_images(degraded_folder)
-    if Path(clean_folder).resolve() == Path(degraded_folder).resolve():
-        if not here:
-            raise UserError(f"{clean_folder}: two times the same folder; say with --pattern which")
-        clean = [path for path in clean if here in path.relative_to(clean_folder).as_posix()]
-    both = {path.resolve() for path in clean} & {path.resolve() for path in degraded}
-    if here:  # one folder, or one within the other
-        degraded = [path for path in degraded if path.resolve() not in both]
-    else:
-        clean = [path for path in clean if path.resolve() not in both]
+    clean, degraded = list_both(clean_folder, degraded_folder, here)
     by_path, by_name = {}, {}
     for path in degraded:
         by_path.setdefault(path.relative_to(degraded_folder).with_suffix(""), []).append(path)
@@ -1386,6 +1376,22 @@ def match_folders(clean_folder, degraded_folder, out, pattern=""):
         rows.append([os.path.relpath(name, Path(out).parent) for name in (path, condition)] + [""])
     write_csv(out, rows)
     print(f"{len(partners)} pairs in {out}; {len(alone)} pictures without a partner are left out")
+
+
+def list_both(clean_folder, degraded_folder, word):
+    """Return the clean and the degraded pictures; no picture is both. Raises UserError.
+
+    word: what the path of a clean picture has, where the folders are one."""
+    clean = list_images(clean_folder)
+    degraded = list_images(degraded_folder)
+    if Path(clean_folder).resolve() == Path(degraded_folder).resolve():
+        if not word:
+            raise UserError(f"{clean_folder}: two times the same folder; say with --pattern which")
+        clean = [path for path in clean if word in path.relative_to(clean_folder).as_posix()]
+        chosen = set(clean)
+        return clean, [path for path in degraded if path not in chosen]
+    taken = {path.resolve() for path in degraded}  # one folder may lie within the other
+    return [path for path in clean if path.resolve() not in taken], degraded
 
 
 def find_partner(path, wanted, by_path, by_name):

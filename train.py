@@ -100,24 +100,9 @@ def parse_args(argv=None):
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of them")
     if args.resume and (Path(out) / "latest").is_file():
-        config = model.read_run(out)
-        saved = config["args"]
-        begun = saved | {"conditioning": config["model"]["conditioning"]}
-        if "validated_on" not in config or saved.keys() - vars(args).keys():
-            older = "made by another version; evaluate.py still restores with it"
-            raise UserError(f"--resume {out}: {older}")
-        for name in ("model", "conditioning", "optimizer"):
-            if getattr(given, name) not in (None, begun[name]):
-                raise UserError(f"--{name}: {out} was begun with {begun[name]} and keeps it")
-        if given.lr and saved["proj_lr"] == projection_lr(saved["lr"]):
-            saved["proj_lr"] = None  # it follows from --lr
-        if "--device" in given_flags():
-            saved |= {"ema_device": None, "compile": None}  # they follow from it
-        args = parser.parse_args(argv, Namespace(**saved))  # what is given again overrides it
-    try:
-        check_device(args.device)
-    except ArgumentTypeError as error:  # of the run that is resumed; what is given was checked
-        raise UserError(f"--device {error}; give --device") from None
+        # what is given again overrides it
+        args = parser.parse_args(argv, Namespace(**saved_flags(out, given)))
+    check_saved_device(args)
     args.out = out
     args.resume = given.resume
     args.overwrite = given.overwrite
@@ -126,6 +111,34 @@ def parse_args(argv=None):
     fill_defaults(args)
     check_flags(args)
     return args
+
+
+def saved_flags(out, given):
+    """Return the flags that the run out was begun with: {name: value}. Raises UserError.
+
+    given: those of this command. What follows from one that is given anew is left open (None)."""
+    config = model.read_run(out)
+    saved = config["args"]
+    begun = saved | {"conditioning": config["model"]["conditioning"]}
+    if "validated_on" not in config or saved.keys() - vars(given).keys():
+        older = "made by another version; evaluate.py still restores with it"
+        raise UserError(f"--resume {out}: {older}")
+    for name in ("model", "conditioning", "optimizer"):
+        if getattr(given, name) not in (None, begun[name]):
+            raise UserError(f"--{name}: {out} was begun with {begun[name]} and keeps it")
+    if given.lr and saved["proj_lr"] == projection_lr(saved["lr"]):
+        saved["proj_lr"] = None  # it follows from --lr
+    if "--device" in given_flags():
+        saved |= {"ema_device": None, "compile": None}  # they follow from it
+    return saved
+
+
+def check_saved_device(args):
+    """Raise UserError if a run that is resumed was on a device that is not here."""
+    try:
+        check_device(args.device)
+    except ArgumentTypeError as error:
+        raise UserError(f"--device {error}; give --device") from None
 
 
 def fill_defaults(args):

@@ -222,6 +222,7 @@ def test_large_pictures_go_through_dcae_in_tiles_with_the_same_numbers(name, pho
     whole = ours.decode(latents)
 
     monkeypatch.setattr(vae, "TILE", side // 4)
+    monkeypatch.setattr(vae, "ATTENTION_TILE", side // 32)
     parts = count_parts(ours.encoder, monkeypatch), count_parts(ours.decoder, monkeypatch)
     assert_close(ours.encode(pixels), latents)
     assert_close(ours.decode(latents), whole)
@@ -234,6 +235,7 @@ def test_a_halo_that_is_too_small_would_be_noticed(photo, monkeypatch):
     pixels = to_tensor(photo)[None]
     latents = ours.encode(pixels)
     monkeypatch.setattr(vae, "TILE", 128)
+    monkeypatch.setattr(vae, "ATTENTION_TILE", 16)
     monkeypatch.setattr(ours.encoder, "halo", 4)
     assert (ours.encode(pixels) - latents).abs().max() > 1e-3 * latents.abs().max()
 
