@@ -37,7 +37,7 @@ from tqdm import tqdm
 import degrade
 import model
 from degrade import Parser, UserError, between, explain_errors, given_flags, run_script
-from vae import DCAE, HUB, PixelAE, atomic_write, load_config, read_json, resolve_model
+from vae import DCAE, PixelAE, atomic_write, load_config, read_json, resolve_model, resolve_vae
 from vae import save_weights, write_text
 
 
@@ -910,8 +910,9 @@ def add_data_flags(parser):
     add("--resolution", type=side, help="side of the crops (default 48 pixels for tiny, else 512)")
     share = between(float, 0, 1)
     add("--caption_dropout", type=share, default=0.1, help="captions to empty (default 0.1)")
-    names = ", ".join(HUB)
-    add("--model", help=f"tiny, {names}, a hub id, a folder or a run (default tiny; on a GPU SANA)")
+    text = "tiny, sana1.5-1.6b or another name of vae.HUB, a hub id, a folder or a run"
+    add("--model", help=f"{text} (default tiny; on a GPU SANA)")
+    add("--vae", help="another DC-AE with the same encoder: a folder, short name or hub id")
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")
     workers = between(int, 0, 1000)
     add("--workers", type=workers, default=1, help="processes that prepare pictures (default 1)")
@@ -1127,12 +1128,21 @@ class Prompts:
         return model.pad_text([self.known[caption] for caption in captions])
 
 
+def choose_vae(config, name):
+    """Put --vae into the "model" of a config.json, if it is given. Raises UserError."""
+    config.setdefault("vae", None)
+    if name and config["autoencoder"]:
+        raise UserError("--vae: this model works on pixels, it has no DC-AE; leave it out")
+    if name:
+        config["vae"] = str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
 def load_frozen(config, device):
     """Load the autoencoder and the Prompts for the "model" of a config.json. Raises UserError."""
     if config["autoencoder"]:
         return PixelAE(**config["autoencoder"]), Prompts()
     folder = resolve_model(config["name"], ["vae", "text_encoder"])
-    autoencoder = DCAE.from_pretrained(folder / "vae", torch.float32)
+    autoencoder = DCAE.from_pretrained(resolve_vae(config["vae"] or folder), torch.float32)
     width = load_config(model.Gemma2, folder / "text_encoder").config["hidden_size"]
     sana = config["sana"]
     if (autoencoder.channels, width) != (sana["out_channels"], sana["caption_channels"]):
@@ -1211,8 +1221,9 @@ def fingerprint(args, config):
     weights = [config["autoencoder"]]
     if not config["autoencoder"]:
         folder = resolve_model(config["name"], ["vae", "text_encoder"])
-        for part in ("vae", "text_encoder", "tokenizer"):
-            for path in sorted((folder / part).glob("*.*")):
+        vae = resolve_vae(config["vae"] or folder)
+        for part in (vae, folder / "text_encoder", folder / "tokenizer"):
+            for path in sorted(part.glob("*.*")):
                 weights.append([path.name, file_digest(path)])
     names = "degradations", "max_degradations", "resolution", "caption_dropout", "seed"
     flags = {name: getattr(args, name) for name in names}
@@ -1231,6 +1242,7 @@ def make_cache(args):
         raise UserError("cache needs --data: the CSV of what to encode")
     args.model = args.model or default_model(args)
     config = model.describe_model(args.model)
+    choose_vae(config, args.vae)
     args.resolution = args.resolution or (48 if config["autoencoder"] else 512)
     autoencoder, prompts = load_frozen(config, args.device)
     check_resolution([args.resolution], autoencoder, config)

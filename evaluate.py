@@ -31,9 +31,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data import CsvPairs, PairedDataset, add_degradations_flag, add_device_flag, list_images
-from data import load_frozen, open_image, picture_extensions, plain_image, refuse_useless_flags
-from data import as_text, read_header, report_bad, save_image, seed_for, to_image, to_tensor
+from data import CsvPairs, PairedDataset, add_degradations_flag, add_device_flag, as_text
+from data import choose_vae, list_images, load_frozen, open_image, picture_extensions, plain_image
+from data import read_header, refuse_useless_flags, report_bad, save_image, seed_for, to_image
+from data import to_tensor
 from degrade import Parser, UserError, between, explain_errors, given_flags, parse_degradations
 from degrade import run_script
 from model import SAMPLERS, guided, load_restorer
@@ -486,19 +487,21 @@ class Pipeline:
         self.enlarge = enlarge
 
     @classmethod
-    def load(cls, path, device="cpu", model=None, weights="ema", enlarge=None):
+    def load(cls, path, device="cpu", model=None, weights="ema", enlarge=None, vae=None):
         """Load a run of train.py or one of its checkpoints. Raises UserError.
 
         path may also be the file `best` or `latest` of a run, which names a checkpoint. model:
         where autoencoder and text encoder are now, if not where they were in training. weights:
         "ema", the averaged ones, or "model", the last ones. enlarge: by which factor a picture is
-        enlarged before it is restored; None: as the conditions were in training."""
+        enlarged before it is restored; None: as the conditions were in training. vae: another DC-AE
+        with the same encoder."""
         path = Path(path)
         if path.name in ("best", "latest") and path.is_file():
             path = path.parent / path.read_text(errors="replace").strip()
         restorer, config = load_restorer(path, weights)
         if model:
             config["name"] = model
+        choose_vae(config, vae)
         if enlarge is None:
             enlarge = config["enlarge"]
         return cls(restorer.to(device), *load_frozen(config, device), enlarge)
@@ -1225,6 +1228,7 @@ def parse_args():
     add("--overwrite", action="store_true", help="write over what --output holds already")
     add("--data", metavar="CSV", help="pairs to measure on")
     add("--model", help="where a pretrained model's autoencoder and text encoder are now")
+    add("--vae", help="another DC-AE with the same encoder: a folder, short name or hub id")
     add_device_flag(parser)
     add = parser.add_argument_group("how to restore").add_argument
     add("--prompt", help='"Remove JPEG artifacts." (default: "", or the captions of --data)')
@@ -1269,7 +1273,7 @@ def parse_args():
 
 
 RESTORING = ["--prompt", "--steps", "--sampler", "--average", "--guidance", "--condition_guidance"]
-RESTORING += ["--weights", "--model", "--sweep", "--save_pictures"]
+RESTORING += ["--weights", "--model", "--vae", "--sweep", "--save_pictures"]
 MEASURING = ["--degradations", "--skip_bad", "--metrics", "--y_channel", "--lpips_weights"]
 MEASURING += ["--fid_weights", "--compare", "--sweep", "--save_pictures", "--crop_border"]
 
@@ -1304,7 +1308,7 @@ def main():
     work = list_work(args.input, args.output) if args.input else []
     pipeline = None
     if args.checkpoint:
-        about = args.model, args.weights, args.enlarge
+        about = args.model, args.weights, args.enlarge, args.vae
         pipeline = Pipeline.load(args.checkpoint, args.device, *about)
         args.steps = args.steps or DEFAULT_STEPS[pipeline.restorer.prediction]
     sampling = {

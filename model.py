@@ -526,6 +526,7 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 # Presets and checkpoints. The "model" part of a checkpoint's config.json says what to build:
 #   name         --model, or for a pretrained one where its other parts lie
 #   autoencoder  PixelAE's arguments; None: the DC-AE of name
+#   vae          another DC-AE with the same encoder: a folder, short name or hub id; None: name's
 #   enlarge      by which factor pictures are enlarged before they are restored
 #   sana         the transformer's config; conditioning, prediction, shift: Restorer's arguments
 
@@ -558,6 +559,7 @@ MODEL_DEFAULTS = {
     "prediction": "velocity",
     "shift": SHIFT,
     "sana": {},
+    "vae": None,
     "enlarge": 1,
 }
 

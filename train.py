@@ -123,7 +123,7 @@ def saved_flags(out, given):
     if "validated_on" not in config or saved.keys() - vars(given).keys():
         older = "made by another version; evaluate.py still restores with it"
         raise UserError(f"--resume {out}: {older}")
-    for name in ("model", "conditioning", "optimizer"):
+    for name in ("model", "vae", "conditioning", "optimizer"):
         if getattr(given, name) not in (None, begun[name]):
             raise UserError(f"--{name}: {out} was begun with {begun[name]} and keeps it")
     if given.lr and saved["proj_lr"] == projection_lr(saved["lr"]):
@@ -966,6 +966,7 @@ def read_start(checkpoint, args):
     if checkpoint:
         return model.read_run(checkpoint)
     config = model.describe_model(args.model, args.conditioning)
+    data.choose_vae(config, args.vae)
     return {"model": config, "step": 0, "draws": 0, "held_out": None}
 
 

@@ -679,8 +679,13 @@ HUB = {  # short names of --model
     "sana1.5-1.6b": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
     "sana1.5-4.8b": "Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers",
     "sana-0.6b-512": "Efficient-Large-Model/Sana_600M_512px_diffusers",
+    "sana-0.6b": "Efficient-Large-Model/Sana_600M_1024px_diffusers",
     "sana-1.6b-512": "Efficient-Large-Model/Sana_1600M_512px_diffusers",
+    "sana-1.6b-512-multiling": "Efficient-Large-Model/Sana_1600M_512px_MultiLing_diffusers",
     "sana-1.6b": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+    "sana-1.6b-multiling": "Efficient-Large-Model/Sana_1600M_1024px_MultiLing_diffusers",
+    "sana-1.6b-2k": "Efficient-Large-Model/Sana_1600M_2Kpx_BF16_diffusers",
+    "sana-1.6b-4k": "Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers",
 }
 PARTS = ["transformer", "vae", "text_encoder"]
 
@@ -715,8 +720,18 @@ def resolve_model(name, parts=PARTS):
         raise UserError(f"--model {name}: {str(error)[:240]}; {advice}") from None
 
 
+def resolve_vae(name):
+    """Return the folder of a DC-AE: name itself, or vae/ in the pretrained model of that name.
+
+    From the hub as resolve_model does. Raises UserError."""
+    folder = resolve_model(name, ["vae"])
+    return folder / "vae" if (folder / "vae").is_dir() else folder
+
+
 def needed_files(names, parts=PARTS):
     """Choose the files of a repository that this project reads: bf16 weights if there are two."""
+    if not any("/" in name for name in names):  # of one network
+        return [name for name in names if name == "config.json" or name.endswith(".safetensors")]
     ends = ("/config.json", "/scheduler_config.json", "tokenizer/tokenizer.json")
     chosen = [name for name in names if name.endswith(ends)]
     for part in parts:

@@ -9,6 +9,8 @@ autoencoder   DC-AE f32c32, time and memory
 optimizer     a step of AdamW in bf16: time, and bytes a parameter that stay between steps (weight, gradient, state)
 degradations  the six, and random recipes
 loader        training crops from photos
+check         what is looked at before training starts
+busy          training beside another process, by settings of the threads
 metrics       PSNR, SSIM, LPIPS, FID
 tiny          the preset: training, and restoring a photo, beside plain convolutions
 startup       -h, and the import of torch
@@ -21,6 +23,7 @@ import argparse
 import contextlib
 import ctypes
 import itertools
+import json
 import os
 import statistics
 import subprocess
@@ -28,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import conftest  # first: it puts the project on the path, and torchvision needs what it defines
 import numpy as np
@@ -363,6 +367,55 @@ def bench_loader(quick):
         print(
             f"data loader, 2 workers, 512 px of 2 megapixels: {count / (time.perf_counter() - start):.0f} images/s (asked: 20)"
         )
+
+
+def bench_check(quick):
+    """The check of a CSV before training starts: two pictures a row, each a file of its own."""
+    count = 1000 if quick else 10_000
+    with tempfile.TemporaryDirectory() as folder:
+        dead_leaves(64, np.random.default_rng(0)).save(f"{folder}/a.png")
+        content = Path(f"{folder}/a.png").read_bytes()
+        lines = ["image_path,condition_image_path"]
+        for i in range(count):
+            for kind in ("clean", "noisy"):
+                Path(f"{folder}/{i}{kind}.png").write_bytes(content)
+            lines.append(f"{i}clean.png,{i}noisy.png")
+        Path(f"{folder}/pairs.csv").write_text("\n".join(lines))
+        start = time.perf_counter()
+        assert len(data.CsvPairs(f"{folder}/pairs.csv")) == count
+        print(f"check of {count} rows: {time.perf_counter() - start:.1f} s (asked: 10 for 10,000)")
+
+
+def bench_busy(quick):
+    """The demo's steps a second, alone and beside a process that keeps one core busy."""
+    steps = 50 if quick else 300
+    settings = {"as it is": {}, "one thread": {"OMP_NUM_THREADS": "1"}}
+    if sys.platform == "linux":
+        settings["GOMP_SPINCOUNT=500"] = {"GOMP_SPINCOUNT": "500"}
+    for name, setting in settings.items():
+        alone = demo_speed(steps, setting)
+        hog = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            beside = demo_speed(steps, setting)
+        finally:
+            hog.kill()
+        print(f"demo, {name}: {alone:.1f} steps/s alone, {beside:.1f} beside a busy core")
+
+
+def demo_speed(steps, setting):
+    """Return the steps a second of the last fifty of a demo of so many steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--steps", str(steps), "--val_every", str(2 * steps), "--out", f"{folder}/run"]
+        environment = {key: value for key, value in os.environ.items() if "NUM_THREADS" not in key}
+        subprocess.run(
+            [sys.executable, conftest.ROOT / "train.py", *flags],
+            env=environment | setting,
+            check=True,
+            capture_output=True,
+        )
+        lines = Path(f"{folder}/run/log.jsonl").read_text().splitlines()
+    speeds = [json.loads(line)["images_per_second"] for line in lines if '"loss":' in line]
+    return speeds[-1] / 4
 
 
 def bench_metrics(quick):

@@ -167,6 +167,7 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "val_data": ["absent.csv", "file", "photos"],
     "val_every": NO_COUNT,
     "weight_decay": NO_FACTOR,
+    "vae": ["absent", "a/b/c", "file"],
     "weights": NO_CHOICE,
     "workers": [*NO_INDEX, "1001"],
 }

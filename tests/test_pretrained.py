@@ -4,6 +4,7 @@ The same images as diffusers makes, loading and its errors, the hub, export, and
 that train and restore with it.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from degrade import UserError
+from evaluate import Pipeline
 from model import SAMPLERS, Gemma2, GemmaTokenizer, Restorer, Sana, encode_prompts, guided
 from model import load_restorer, pad_text
 from pipeline import SANA
@@ -355,6 +357,44 @@ def list_tree(files):
 
 def object_id(name):
     return hashlib.sha1(name.encode()).hexdigest()
+
+
+def test_another_autoencoder_takes_the_place_of_the_models(
+    pipeline, pipeline_folder, photos, tmp_path
+):
+    """One whose decoder answers twice as much, as a folder and as a part of a model."""
+    other = copy.deepcopy(pipeline.vae)
+    with torch.no_grad():
+        other.decoder.conv_out.weight.mul_(2)
+        other.decoder.conv_out.bias.mul_(2)
+    other.save_pretrained(tmp_path / "whole/vae")
+    flags = ["--data", write_pairs(photos, tmp_path), "--model", pipeline_folder, *TRAIN]
+    run("train.py", *flags, "--vae", tmp_path / "whole", "--out", "run", cwd=tmp_path)
+    run("train.py", *flags, "--out", "plain", cwd=tmp_path)
+    latents = torch.randn(1, 8, 2, 2, generator=seeded())
+    expected = 2 * Pipeline.load(tmp_path / "plain").autoencoder.decode(latents)
+    loads = [
+        Pipeline.load(tmp_path / "run"),
+        Pipeline.load(tmp_path / "plain", vae=tmp_path / "whole/vae"),
+    ]
+    for loaded in loads:
+        decoded = loaded.autoencoder.decode(latents)
+        assert torch.allclose(decoded, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+    command = "train.py", "--resume", "run", "--steps", 6, "--vae", pipeline_folder
+    assert "--vae: run was begun with" in run(*command, cwd=tmp_path, status=2)
+    run("train.py", "--resume", "run", "--steps", 6, cwd=tmp_path)
+    assert "no DC-AE" in run("train.py", "--vae", tmp_path / "whole", cwd=tmp_path, status=2)
+
+    config = json.loads((tmp_path / "whole/vae/config.json").read_text())
+    small = type(other).from_config(config | {"latent_channels": 16})
+    small.save_pretrained(tmp_path / "small")
+    line = run("train.py", *flags, "--vae", tmp_path / "small", cwd=tmp_path, status=2)
+    assert "autoencoder and text encoder give 16" in line
+
+
+def test_a_repository_of_one_network_is_fetched_whole():
+    names = ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
+    assert needed_files(names, ["vae"]) == names[1:]
 
 
 def stop(server):
