@@ -552,7 +552,8 @@ class Pipeline:
             raise ValueError("pixels: give floats in [-1, 1], as data.to_tensor makes them")
         restorer, autoencoder, f = self.restorer, self.autoencoder, self.autoencoder.factor
         height, width = pixels.shape[2:]
-        pixels = pad_to_multiple(pixels, f * restorer.sana.config["patch_size"])
+        unit = f * restorer.sana.config["patch_size"]
+        pixels = pad_to_multiple(pixels, unit)
         size = pixels.shape[2:]
         noises = []
         for k in range(average):
@@ -577,8 +578,10 @@ class Pipeline:
             return total / average
 
         # DC-AE's latents are small: the whole picture at once (encode and decode have own tiles)
-        tile = PIXEL_TILE if isinstance(autoencoder, PixelAE) else max(size)
-        restored = blend_tiles(restore_part, size, tile, OVERLAP)
+        tile = max(size)
+        if isinstance(autoencoder, PixelAE):
+            tile = PIXEL_TILE // unit * unit
+        restored = blend_tiles(restore_part, size, tile, OVERLAP // unit * unit)
         return restored[..., :height, :width].clamp(-1, 1)
 
     def embed(self, captions, device):
@@ -613,7 +616,9 @@ def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **opti
             shown.append([("input", before), ("restored", after), ("difference x 2", difference)])
     if shown:
         save_image(draw_grid(shown), grid)
-    where = work[0][1] if len(work) == 1 else work[0][1].parent
+    where = work[0][1]
+    if len(work) > 1:
+        where = os.path.commonpath([out.parent for _, out in work])
     kept = len(work) - len(todo)
     print(f"restored {len(todo) - failed} image(s) -> {where}; {failed} failed", end="")
     print(f"; {kept} were there already (--overwrite makes them again)" if kept else "")
@@ -731,7 +736,7 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None):
     return rows, pictures
 
 
-def mean_of(rows):
+def validation_means(rows):
     """Average each column of scores, for validations that are compared with each other.
 
     All pictures count: one that equals the clean one counts as 100 dB, not as infinite, so that it

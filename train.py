@@ -714,7 +714,7 @@ def validate(state, dataset, run, autoencoder, prompts):
         path = run / f"samples/step_{state.step:06d}.png"
         data.save_image(evaluate.draw_grid(pictures), path)
         loss = validation_loss(pipeline, dataset, rows, args)
-        result = [{"step": state.step, "val_loss": loss} | evaluate.mean_of(rows)]
+        result = [{"step": state.step, "val_loss": loss} | evaluate.validation_means(rows)]
     if WORLD > 1:
         dist.broadcast_object_list(result)
     return result[0]

@@ -14,7 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 import evaluate
 from data import CsvPairs, PairedDataset, Prompts, seed_for, to_tensor
 from degrade import UserError
-from evaluate import Pipeline, draw_grid, mean_of, psnr, restore_files, ssim
+from evaluate import Pipeline, draw_grid, psnr, restore_files, ssim, validation_means
 from model import PRESETS, build_restorer
 from vae import PixelAE, blend_tiles, save_weights, tile_starts
 
@@ -358,9 +358,9 @@ def test_means_of_validations_are_over_all_pictures():
         {"image": 0, "input_psnr": 20.0, "restored_psnr": math.inf, "input_ssim": math.nan},
         {"image": 1, "input_psnr": 30.0, "restored_psnr": 40.0, "input_ssim": 0.5},
     ]
-    assert mean_of(rows) == {"input_psnr": 25, "restored_psnr": 70, "input_ssim": 0.5}
-    assert mean_of(rows[:1])["restored_psnr"] == 100
-    assert math.isnan(mean_of(rows[:1])["input_ssim"])
+    assert validation_means(rows) == {"input_psnr": 25, "restored_psnr": 70, "input_ssim": 0.5}
+    assert validation_means(rows[:1])["restored_psnr"] == 100
+    assert math.isnan(validation_means(rows[:1])["input_ssim"])
 
 
 def test_grids_show_the_centre(photo):
@@ -398,3 +398,14 @@ def test_what_was_done_to_an_image_is_read_from_recipe_column_or_caption(photos,
     named = [dataset.name_degradations(i) for i in range(5)]
     words = ["jpeg", "gaussian_blur"]
     assert named == [["jpeg"], ["downscale", "jpeg"], words, [], ["motion blur"]]
+
+
+def test_tiles_fit_blocks_of_three_pixels(monkeypatch):
+    """1024 and 64 are no multiples of 3: tiles are cut where blocks end."""
+    config = PRESETS["tiny"] | {"autoencoder": {"factor": 3}}
+    config["sana"] = config["sana"] | {"in_channels": 27, "out_channels": 27}
+    restorer = build_restorer(config)
+    restorer.sana.initialize(torch.Generator().manual_seed(0))  # its answer is its input
+    pipeline = Pipeline(restorer.eval(), PixelAE(3), Prompts())
+    pixels = torch.rand(1, 3, 1200, 30, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.allclose(pipeline.restore(pixels, [""]), pixels, atol=1e-5)
