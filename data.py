@@ -959,7 +959,7 @@ def make_datasets(args, stages=None, kept=None):
         raise UserError("--val_count counts pictures of --val_data; give that too")
     crop = stages or args.resolution
     largest = max([args.resolution] + [side for _, side in stages or []])
-    if args.data is None:
+    if args.data is None:  # the demo
         photos = DeadLeaves(256, max(128, largest), args.seed)
         others = DeadLeaves(HELD_OUT, VALIDATION_CROP, seed_for(args.seed, 0, "held out"))
         val_set = PairedDataset(others, None, training=False, **options)
@@ -974,9 +974,7 @@ def make_datasets(args, stages=None, kept=None):
         held_out = list(range(len(val_source)))[: args.val_count]
         training = rows_apart(source, held_out, val_source)
     else:
-        held_out = find_rows(source, kept or [])
-        if not held_out:
-            held_out = choose_held_out(PairedDataset(source, None, training=False, **options))
+        held_out = choose_held_out(PairedDataset(source, None, training=False, **options), kept)
         training = rows_apart(source, held_out, source)
         if len(source) < 10:
             print(f"{args.data}: too few rows to hold any out: validation is on training pictures")
@@ -993,12 +991,17 @@ def make_datasets(args, stages=None, kept=None):
     return PairedDataset(source, crop, rows=training, **options), val_set
 
 
-def choose_held_out(dataset):
-    """Choose the rows to validate with. One that cannot be drawn is passed over with skip_bad."""
+def choose_held_out(dataset, kept=None):
+    """Choose the rows to validate with: those of the names in kept that are there, else by chance.
+
+    One that cannot be drawn is passed over with skip_bad."""
     source = dataset.source
+    places = {row.name: i for i, row in enumerate(source.rows)}
+    held_out = [places[name] for name in kept or [] if name in places]
+    if held_out:
+        return held_out
     generator = torch.Generator().manual_seed(seed_for(dataset.seed, 0, "held out"))
     count = min(HELD_OUT, len(source) // 10) or len(source)
-    held_out = []
     for row in torch.randperm(len(source), generator=generator).tolist():
         if len(held_out) == count:
             break
@@ -1010,12 +1013,6 @@ def choose_held_out(dataset):
     if not held_out:
         raise UserError(f"{source.path}: no row that can be read")
     return held_out
-
-
-def find_rows(source, names):
-    """Return the rows of these names that are still there."""
-    places = {row.name: i for i, row in enumerate(source.rows)}
-    return [places[name] for name in names if name in places]
 
 
 def rows_apart(source, held_out, val_source):
@@ -1360,10 +1357,7 @@ def match_folders(clean_folder, degraded_folder, out, pattern=""):
     if Path(out).exists():
         raise UserError(f"{out} exists already; choose another --out")
     clean, degraded = list_both(clean_folder, degraded_folder, here)
-    by_path, by_name = {}, {}
-    for path in degraded:
-        by_path.setdefault(path.relative_to(degraded_folder).with_suffix(""), []).append(path)
-        by_name.setdefault(path.stem, []).append(path)
+    by_path, by_name = index_pictures(degraded, degraded_folder)
     partners = {}  # degraded picture: clean picture
     alone = []
     for path in clean:
@@ -1404,6 +1398,15 @@ def list_both(clean_folder, degraded_folder, word):
         return clean, [path for path in degraded if path not in chosen]
     taken = {path.resolve() for path in degraded}  # one folder may lie within the other
     return [path for path in clean if path.resolve() not in taken], degraded
+
+
+def index_pictures(paths, folder):
+    """Return {path below the folder, without extension: pictures} and {bare name: pictures}."""
+    by_path, by_name = {}, {}
+    for path in paths:
+        by_path.setdefault(path.relative_to(folder).with_suffix(""), []).append(path)
+        by_name.setdefault(path.stem, []).append(path)
+    return by_path, by_name
 
 
 def find_partner(path, wanted, by_path, by_name):

@@ -31,10 +31,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data import CsvPairs, PairedDataset, add_degradations_flag, add_device_flag, as_text
-from data import choose_vae, list_images, load_frozen, open_image, picture_extensions, plain_image
-from data import read_header, refuse_useless_flags, report_bad, save_image, seed_for, to_image
-from data import to_tensor
+from data import CsvPairs, PairedDataset, add_degradations_flag, add_device_flag
+from data import choose_vae, index_pictures, list_images, load_frozen, open_image
+from data import picture_extensions, plain_image, read_header, refuse_useless_flags, report_bad
+from data import save_image, seed_for, to_image, to_tensor
 from degrade import Parser, UserError, between, explain_errors, given_flags, parse_degradations
 from degrade import run_script
 from model import SAMPLERS, guided, load_restorer
@@ -917,26 +917,13 @@ def match_outputs(folder, source):
 
     It has the path of the condition, or else of the clean picture, relative to the CSV's folder or
     to one below; or else a name that only one picture has. Extensions may differ."""
-    files = {}
-    by_name = {}
-    for path in list_images(folder):
-        key = path.relative_to(folder).with_suffix("").as_posix()
-        files.setdefault(key, []).append(path)
-        by_name.setdefault(path.stem, []).append(path)
+    by_path, by_name = index_pictures(list_images(folder), folder)
     outputs = []
     taken = {}
     for row in source.rows:
         where = f"{source.path}, line {row.line}"
         names = [relative_name(path, source) for path in (row.condition, row.clean) if path]
-        found = []
-        for name in names:
-            parts = Path(name).with_suffix("").parts
-            for start in range(len(parts)):
-                found = found or files.get("/".join(parts[start:]), [])
-        for name in names:
-            alike = by_name.get(Path(name).stem, [])
-            if len(alike) == 1:
-                found = found or alike
+        found = find_output(names, by_path, by_name)
         if not found:
             problem = f"nothing is named like {names[0]}"
             alike = by_name.get(Path(names[0]).stem)
@@ -948,7 +935,7 @@ def match_outputs(folder, source):
             raise UserError(f"--compare {folder}: {both} ({where}); take one away")
         size, wanted = read_header(found[0]).size, source.headers[row.clean].size
         if size != wanted:
-            sizes = f"{as_text(size)}, the pair is {as_text(wanted)}"
+            sizes = f"{size[0]}x{size[1]}, the pair is {wanted[0]}x{wanted[1]}"
             raise UserError(f"--compare: {found[0]}: {sizes} ({where})")
         other = taken.setdefault(found[0], row)
         if (other.condition or other.clean) != (row.condition or row.clean):
@@ -959,13 +946,19 @@ def match_outputs(folder, source):
     return outputs
 
 
-def compared_method(outputs):
-    """Make the method that returns another program's pictures, one for each pair."""
-
-    def method(i, item):
-        return to_tensor(open_image(outputs[i], srgb=True))
-
-    return method
+def find_output(names, by_path, by_name):
+    """Return the pictures that have one of these paths, or the end of one, or its unique name."""
+    for name in names:
+        parts = Path(name).with_suffix("").parts
+        for start in range(len(parts)):
+            found = by_path.get(Path(*parts[start:]))
+            if found:
+                return found
+    for name in names:
+        alike = by_name.get(Path(name).stem, [])
+        if len(alike) == 1:
+            return alike
+    return []
 
 
 def ceiling_method(pipeline, device):
@@ -1065,7 +1058,8 @@ def make_methods(args, pipeline, sampling, dataset):
             options = sampling | {"steps": steps}
             methods[name] = restoring_method(pipeline, captions, args.device, **options)
     if args.compare:
-        methods["compared"] = compared_method(match_outputs(args.compare, dataset.source))
+        outputs = match_outputs(args.compare, dataset.source)
+        methods["compared"] = lambda i, item: to_tensor(open_image(outputs[i], srgb=True))
     return methods
 
 
@@ -1073,7 +1067,7 @@ def write_json(report, path):
     """Write strict JSON, which has no special numbers: nan becomes null, inf a text."""
     spelled = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}
     report = json.loads(json.dumps(report), parse_constant=spelled.get)
-    write_text(path, json.dumps(report, indent=1, allow_nan=False))
+    write_text(path, json.dumps(report, indent=1))
 
 
 def measure(args, pipeline, sampling):

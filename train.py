@@ -141,13 +141,18 @@ def check_saved_device(args):
         raise UserError(f"--device {error}; give --device") from None
 
 
+def is_scratch(name):
+    """Say whether a model works on pixels, as the presets that are trained from scratch do."""
+    if model.is_run(name):
+        return bool(model.read_run(name)["model"]["autoencoder"])
+    return name in model.PRESETS
+
+
 def fill_defaults(args):
     """Set the defaults that depend on other flags."""
     args.model = args.model or data.default_model(args)
-    scratch = args.model in model.PRESETS
     trained = model.is_run(args.model)
-    if trained:
-        scratch = bool(model.read_run(args.model)["model"]["autoencoder"])
+    scratch = is_scratch(args.model)
     defaults = dict(SCRATCH if scratch else PRETRAINED)
     if trained and scratch:  # at the peak it would forget what it has learnt
         defaults["lr"] /= 10
