@@ -37,8 +37,8 @@ from tqdm import tqdm
 import degrade
 import model
 from degrade import Parser, UserError, between, explain_errors, given_flags, run_script
-from vae import DCAE, PixelAE, atomic_write, load_config, read_json, resolve_model, resolve_vae
-from vae import save_weights, write_text
+from vae import DCAE, PixelAE, atomic_write, file_digest, load_config, load_weights, read_json
+from vae import resolve_model, resolve_vae, save_weights, write_text
 
 
 def seed_for(seed, index, purpose):
@@ -70,12 +70,22 @@ def picture_extensions(writable=False):
 def to_tensor(image):
     """PIL image (alpha ignored) -> float tensor [3, H, W] in [-1, 1], RGB."""
     levels = np.array(image.convert("RGB"))
-    return torch.from_numpy(levels).permute(2, 0, 1).float() / 127.5 - 1
+    return from_bytes(torch.from_numpy(levels).permute(2, 0, 1))
+
+
+def to_bytes(pixels):
+    """Invert what to_tensor does to the levels: [-1, 1] -> uint8."""
+    return ((pixels + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_bytes(levels):
+    """uint8 -> float in [-1, 1]."""
+    return levels.float() / 127.5 - 1
 
 
 def to_image(tensor):
     """[3, H, W] in [-1, 1] (clipped) -> PIL RGB image, rounded to the nearest level."""
-    levels = ((tensor.detach().float().cpu() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+    levels = to_bytes(tensor.detach().float().cpu().clamp(-1, 1))
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
@@ -286,21 +296,6 @@ def read_header(path):
         if transparent:  # whether any pixel is must be looked up
             transparent = image.convert("RGBA").getchannel("A").getextrema()[0] < 255
     return Header(size, turned, transparent, traits, file_digest(path))
-
-
-def file_digest(path):
-    """Hash a file: all of it up to 256 KB, else sixteen blocks from its beginning to its end."""
-    length = os.path.getsize(path)
-    digest = hashlib.sha256()
-    block = 2**14
-    with open(path, "rb") as file:
-        if length <= 16 * block:
-            digest.update(file.read())
-        else:
-            for i in range(16):
-                file.seek((length - block) * i // 15)
-                digest.update(file.read(block))
-    return f"{length}-{digest.hexdigest()[:16]}"
 
 
 def write_csv(path, rows):
@@ -712,7 +707,7 @@ class PairedDataset(Dataset):
         tries = 2 * len(self) if self.skip_bad and self.training else 1
         for later in range(tries):
             try:
-                return self.draw(index, later) | {"bad": later}
+                return self.draw(index, later) | {"bad": later, "draw": index}
             except UserError as error:
                 if later + 1 == tries:
                     raise
@@ -830,13 +825,18 @@ class EndlessOrder:
 
 
 def collate(items):
-    """[item] -> {"clean", "condition": [B, 3, H, W], "caption": [str], "bad": count}."""
-    return {
-        "clean": torch.stack([item["clean"] for item in items]),
-        "condition": torch.stack([item["condition"] for item in items]),
+    """[item] -> {"clean", "condition": [B, 3, H, W], "caption": [str], "bad": count, "draw": [n]}.
+
+    From a cache of --stage decoder also "latents" [B, C, H/f, W/f]."""
+    batch = {
         "caption": [item["caption"] for item in items],
         "bad": sum(item["bad"] for item in items),
+        "draw": [item["draw"] for item in items],
     }
+    for key in ("clean", "condition", "latents"):
+        if key in items[0]:
+            batch[key] = torch.stack([item[key] for item in items])
+    return batch
 
 
 def load_batches(dataset, batch_size, draws, workers, pin_memory=False):
@@ -907,12 +907,18 @@ def add_data_flags(parser):
     add("--max_degradations", type=most, default=3, help="1 to this many (default 3)")
     add("--skip_bad", action="store_true", help="leave out rows that cannot be read")
     side = between(int, 1, 2**14)
-    add("--resolution", type=side, help="side of the crops (default 48 pixels for tiny, else 512)")
+    add("--resolution", type=side, help="side of crops (default: tiny 48, mini 96, else 512)")
     share = between(float, 0, 1)
     add("--caption_dropout", type=share, default=0.1, help="captions to empty (default 0.1)")
     text = "tiny, sana1.5-1.6b or another name of vae.HUB, a hub id, a folder or a run"
     add("--model", help=f"{text} (default tiny; on a GPU SANA)")
     add("--vae", help="another DC-AE with the same encoder: a folder, short name or hub id")
+    text = "what to train: autoencoder (of mini), restorer (default), or its decoder that sees the"
+    stages = model.STAGES
+    add("--stage", choices=stages, help=f"{text} degraded image")
+    text = "of the restorer that makes latents for --stage decoder; several: in turn (default 1)"
+    count = between(int, 1, 1000)
+    add("--latent_steps", type=count, nargs="+", default=[1], metavar="N", help=f"steps {text}")
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")
     workers = between(int, 0, 1000)
     add("--workers", type=workers, default=1, help="processes that prepare pictures (default 1)")
@@ -939,6 +945,8 @@ def check_device(name):
     return name
 
 
+RESOLUTIONS = {"tiny": 48, "mini": 96}  # default sides of crops, pixels
+RESOLUTION = 512  # of pretrained models
 HELD_OUT = 8  # pictures that validation measures, or a tenth of the rows if that is fewer
 VALIDATION_CROP = 192
 
@@ -1115,7 +1123,9 @@ class Prompts:
         dtype = torch.float32 if self.device == "cpu" else None  # a CPU is slow in bf16
         gemma = model.Gemma2.from_pretrained(self.folder / "text_encoder", dtype).to(self.device)
         tokenizer = model.GemmaTokenizer(self.folder / "tokenizer")
-        self.known.update(zip(new, model.encode_prompts(tokenizer, gemma, new)))
+        # one by one on a CPU: no rounding depends on the captions beside, so resuming is exact
+        batch_size = 1 if self.device == "cpu" else 8
+        self.known.update(zip(new, model.encode_prompts(tokenizer, gemma, new, batch_size)))
 
     def __call__(self, captions):
         """[B] captions -> text [B, L, D], text_mask [B, L] bool."""
@@ -1127,19 +1137,61 @@ class Prompts:
 
 def choose_vae(config, name):
     """Put --vae into the "model" of a config.json, if it is given. Raises UserError."""
-    config.setdefault("vae", None)
-    if name and config["autoencoder"]:
+    if not name:
+        return
+    if model.works_on_pixels(config):
         raise UserError("--vae: this model works on pixels, it has no DC-AE; leave it out")
-    if name:
+    if config["decoder"]:
+        raise UserError("--vae: this decoder was trained with one autoencoder; leave it out")
+    if config["autoencoder"]:  # its latents are its own: only the place of the run can be another
+        if model.stage_of(name) != "autoencoder":
+            raise UserError(f"--vae {name}: no run of --stage autoencoder")
+        moved = model.name_base(name)
+        if moved["digest"] != config["vae"]["digest"]:
+            raise UserError(f"--vae {name}: other weights than those this model was trained with")
+        config["vae"] = moved
+    else:
         config["vae"] = str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def load_autoencoder(config, decoder=True):
+    """Load the autoencoder for the "model" of a config.json, frozen. Raises UserError.
+
+    decoder: with the decoder that sees the degraded image, where the config has one."""
+    own = config["autoencoder"]
+    if model.works_on_pixels(config):
+        return PixelAE(**own)
+    if own:
+        with torch.device("meta"):
+            autoencoder = DCAE(own)
+        folder = model.open_base(config["vae"], "this model")
+        load_weights(autoencoder, Path(folder) / "ema.safetensors")
+    else:
+        folder = resolve_vae(config["vae"] or resolve_model(config["name"], ["vae"]))
+        autoencoder = DCAE.from_pretrained(folder, torch.float32)
+    if decoder and config["decoder"]:
+        autoencoder.add_skips(config["decoder"]["gains"])
+        autoencoder.freeze_around_decoder(config["decoder"]["parts"])
+        load_weights(autoencoder, config["decoder"]["weights"], trained=True)
+    return autoencoder.requires_grad_(False).eval()
+
+
+def load_frozen_restorer(config, device):
+    """Load the restorer that a decoder belongs to: its averaged weights. Raises UserError."""
+    restorer, _ = model.load_restorer(model.open_base(config["base"], "this decoder"))
+    if device.startswith("cuda") and not config["autoencoder"]:
+        restorer.sana.bfloat16()
+    return restorer.to(device).requires_grad_(False)
 
 
 def load_frozen(config, device):
     """Load the autoencoder and the Prompts for the "model" of a config.json. Raises UserError."""
+    autoencoder = load_autoencoder(config)
     if config["autoencoder"]:
-        return PixelAE(**config["autoencoder"]), Prompts()
+        if not model.works_on_pixels(config):
+            autoencoder.to(device)
+        return autoencoder, Prompts()
     folder = resolve_model(config["name"], ["vae", "text_encoder"])
-    autoencoder = DCAE.from_pretrained(resolve_vae(config["vae"] or folder), torch.float32)
     width = load_config(model.Gemma2, folder / "text_encoder").config["hidden_size"]
     sana = config["sana"]
     if (autoencoder.channels, width) != (sana["out_channels"], sana["caption_channels"]):
@@ -1201,11 +1253,15 @@ class CachedDataset(Dataset):
         cached_epoch = epoch % self.epochs
         path = draw_path(self.folder, cached_epoch * self.rows + position)
         with explain_errors(path, "this part of the cache"), safe_open(path, "pt") as file:
-            item = {key: file.get_tensor(key).float() for key in ("clean", "condition")}
-            clean, condition = item["clean"], item["condition"]
-            if clean.shape != condition.shape or not (clean + condition).isfinite().all():
-                raise ValueError("not a pair of latents")
-            return item | {"caption": file.metadata()["caption"], "bad": 0}
+            item = {}
+            for key in list(file.keys()):
+                tensor = file.get_tensor(key)
+                item[key] = from_bytes(tensor) if tensor.dtype == torch.uint8 else tensor.float()
+                if not item[key].isfinite().all():
+                    raise ValueError(f"{key} is not finite")
+            if item["clean"].shape != item["condition"].shape:
+                raise ValueError("not a pair")
+            return item | {"caption": file.metadata()["caption"], "bad": 0, "draw": index}
 
 
 def draw_path(folder, n):
@@ -1216,13 +1272,18 @@ def draw_path(folder, n):
 def fingerprint(args, config):
     """Return what a cache depends on beside its pictures, by the names of the flags."""
     weights = [config["autoencoder"]]
+    if config["autoencoder"] and not model.works_on_pixels(config):
+        weights.append(config["vae"]["digest"])
     if not config["autoencoder"]:
         folder = resolve_model(config["name"], ["vae", "text_encoder"])
         vae = resolve_vae(config["vae"] or folder)
         for part in (vae, folder / "text_encoder", folder / "tokenizer"):
             for path in sorted(part.glob("*.*")):
                 weights.append([path.name, file_digest(path)])
-    names = "degradations", "max_degradations", "resolution", "caption_dropout", "seed"
+    names = ["degradations", "max_degradations", "resolution", "caption_dropout", "seed", "stage"]
+    if args.stage == "decoder":
+        names.append("latent_steps")
+        weights.append(config["base"]["digest"])
     flags = {name: getattr(args, name) for name in names}
     return flags | {"model": short_hash(weights)}
 
@@ -1231,17 +1292,26 @@ def short_hash(content):
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
+def check_cache_flags(args):
+    if not args.data:
+        raise UserError("cache needs --data: the CSV of what to encode")
+    args.stage = args.stage or "restorer"
+    if args.stage == "autoencoder":
+        raise UserError("cache: --stage autoencoder trains on pictures, there is nothing to encode")
+    if args.stage == "restorer" and "--latent_steps" in given_flags():
+        raise UserError("--latent_steps: it has no effect with --stage restorer")
+
+
 def make_cache(args):
     """Encode the first args.epochs epochs of draws, each to a file in args.out.
 
     An interrupted command goes on where it stopped. Raises UserError."""
-    if not args.data:
-        raise UserError("cache needs --data: the CSV of what to encode")
+    check_cache_flags(args)
     args.model = args.model or default_model(args)
-    config = model.describe_model(args.model)
+    config = model.describe_model(args.model, stage=args.stage)
     choose_vae(config, args.vae)
-    args.resolution = args.resolution or (48 if config["autoencoder"] else 512)
-    autoencoder, prompts = load_frozen(config, args.device)
+    args.resolution = args.resolution or RESOLUTIONS.get(config["name"], RESOLUTION)
+    autoencoder, prompts = load_frozen(config | {"decoder": None}, args.device)
     check_resolution([args.resolution], autoencoder, config)
     train_set, val_set = make_datasets(args)
     out = Path(args.out)
@@ -1258,20 +1328,61 @@ def make_cache(args):
         prompts.prepare(captions_of(train_set, range(count), val_set))
         named = {f"caption {caption}": row for caption, row in prompts.known.items()}
         save_weights(named, out / "prompts.safetensors")
+    restorer = None
+    if args.stage == "decoder":  # after the text encoder has left the memory
+        restorer = load_frozen_restorer(config, args.device)
     todo = [n for n in range(count) if not draw_path(out, n).exists()]
     numbers = iter(todo)
     bar = tqdm(total=count, initial=count - len(todo), unit="img", desc="cache")
     with bar, contextlib.closing(load_batches(train_set, 8, todo, args.workers)) as batches:
         for batch in batches:
-            clean = autoencoder.encode(batch["clean"].to(args.device))
-            condition = autoencoder.encode(batch["condition"].to(args.device))
+            tensors = encode_batch(args, batch, autoencoder, prompts, restorer)
             for i, caption in enumerate(batch["caption"]):
-                # half precision: its rounding is a hundredth of what the autoencoder loses
-                latents = {"clean": clean[i].half(), "condition": condition[i].half()}
-                save_weights(latents, draw_path(out, next(numbers)), caption=caption)
+                item = {key: values[i] for key, values in tensors.items()}
+                save_weights(item, draw_path(out, next(numbers)), caption=caption)
             bar.update(len(batch["caption"]))
     made = f"{count} draws ({args.epochs} epochs of {len(train_set)} pictures) in {out}"
     print(f"{made}: python train.py with the same flags of data and --cache {out}")
+
+
+def encode_batch(args, batch, autoencoder, prompts, restorer=None):
+    """Return what a cache keeps of a batch, {name: [B, ...]}: latents of both pictures.
+
+    With a restorer, for --stage decoder: the pictures as bytes, and the restored latents. Latents
+    are in half precision: its rounding is a hundredth of what the autoencoder loses."""
+    if restorer:
+        latents = restore_latents(restorer, autoencoder, prompts, batch, args)
+        pictures = {key: to_bytes(batch[key]) for key in ("clean", "condition")}
+        return pictures | {"latents": latents.half()}
+    latents = {}
+    for key in ("clean", "condition"):
+        latents[key] = autoencoder.encode(batch[key].to(args.device)).half()
+    return latents
+
+
+@torch.no_grad()
+def restore_latents(restorer, autoencoder, prompts, batch, args):
+    """Restore the conditions of a batch in the latents, as --stage decoder trains on them.
+
+    -> [B, C, H/f, W/f]. Each draw has its own noise and, of args.latent_steps, its number of steps:
+    so a cache and a run on any number of processes see the same."""
+    device = args.device
+    condition = autoencoder.encode(batch["condition"].to(device))
+    noise = []
+    for n in batch["draw"]:
+        generator = torch.Generator().manual_seed(seed_for(args.seed, n, "latents"))
+        noise.append(torch.randn(condition.shape[1:], generator=generator))
+    noise = torch.stack(noise).to(condition)
+    text, text_mask = prompts(batch["caption"])
+    prompt = text.to(device), text_mask.to(device)
+    latents = torch.empty_like(condition)
+    for k, steps in enumerate(args.latent_steps):
+        turn = [i for i, n in enumerate(batch["draw"]) if n % len(args.latent_steps) == k]
+        if turn:
+            texts = prompt[0][turn], prompt[1][turn]
+            velocity = model.guided(restorer, condition[turn], texts, None)
+            latents[turn] = model.sample_euler(velocity, noise[turn], steps, restorer.shift)
+    return latents
 
 
 def check_resolution(sides, autoencoder, config):
@@ -1283,6 +1394,9 @@ def check_resolution(sides, autoencoder, config):
 
 
 def default_model(args):
+    """Return the model of a command that names none."""
+    if args.stage == "autoencoder":
+        return "mini"
     return "sana1.5-1.6b" if args.data and args.device.startswith("cuda") else "tiny"
 
 

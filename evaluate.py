@@ -32,7 +32,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from data import CsvPairs, PairedDataset, add_degradations_flag, add_device_flag
-from data import choose_vae, index_pictures, list_images, load_frozen, open_image
+from data import choose_vae, index_pictures, list_images, load_autoencoder, load_frozen, open_image
 from data import picture_extensions, plain_image, read_header, refuse_useless_flags, report_bad
 from data import save_image, seed_for, to_image, to_tensor
 from degrade import Parser, UserError, between, explain_errors, given_flags, parse_degradations
@@ -176,7 +176,8 @@ class LPIPS(nn.Module):
         for i, layer in enumerate(self.features):
             x = layer(x)                                            # [2B, C, h, w]
             if i in self.TAPS:
-                unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+                # where all features are 0, vector_norm's gradient is 0, and not nan
+                unit = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
                 first, second = unit.chunk(2)
                 head = self.heads[self.TAPS.index(i)]
                 total = total + ((first - second).square() * head).sum(1).mean((1, 2))
@@ -478,13 +479,20 @@ def finished_image(pixels, grey):
 class Pipeline:
     """A loaded restorer: Pipeline.load("out/demo")("noisy.jpg").save("restored.png").
 
-    autoencoder, prompts: what data.load_frozen returns. enlarge: see load."""
+    autoencoder, prompts: what data.load_frozen returns. enlarge: see load. steps: of the sampler,
+    where restore is not told; None: 1 for a network that predicts the clean image, 20 for SANA."""
 
-    def __init__(self, restorer, autoencoder, prompts, enlarge=1):
+    def __init__(self, restorer, autoencoder, prompts, enlarge=1, steps=None):
         self.restorer = restorer
         self.autoencoder = autoencoder
         self.prompts = prompts
         self.enlarge = enlarge
+        self.config = None  # "model" of the checkpoint's config.json, if load made this
+        self.steps = steps
+        if restorer and not steps:
+            self.steps = DEFAULT_STEPS[restorer.prediction]
+        # whether the decoder sees the degraded image
+        self.seeing = bool(getattr(autoencoder, "gains", None))
 
     @classmethod
     def load(cls, path, device="cpu", model=None, weights="ema", enlarge=None, vae=None):
@@ -498,13 +506,16 @@ class Pipeline:
         path = Path(path)
         if path.name in ("best", "latest") and path.is_file():
             path = path.parent / path.read_text(errors="replace").strip()
-        restorer, config = load_restorer(path, weights)
+        restorer, config = load_restorer(path, weights, model)
         if model:
             config["name"] = model
         choose_vae(config, vae)
         if enlarge is None:
             enlarge = config["enlarge"]
-        return cls(restorer.to(device), *load_frozen(config, device), enlarge)
+        steps = config["decoder"]["steps"] if config["decoder"] else None
+        pipeline = cls(restorer.to(device), *load_frozen(config, device), enlarge, steps)
+        pipeline.config = config
+        return pipeline
 
     def __call__(self, picture, prompt="", **sampling):
         """Restore a path, a PIL image of any mode, or a uint8 array [H, W] or [H, W, 3].
@@ -542,12 +553,14 @@ class Pipeline:
         guidance=1.0,
         condition_guidance=1.0,
         average=1,
+        decoder_weight=1.0,
     ):
         """Restore degraded pixels [B, 3, H, W] in [-1, 1] of any size, with a caption each.
 
         -> the same shape, clipped to [-1, 1]. The noise depends on seed and size alone: a picture
-        comes out the same whatever is beside it. steps None: DEFAULT_STEPS. average: the mean of so
-        many answers from different noise. Raises ValueError for other pixels."""
+        comes out the same whatever is beside it. steps None: self.steps. average: the mean of so
+        many answers from different noise. decoder_weight: how much the decoder sees of the degraded
+        image, 0 to 1, if it does. Raises ValueError for other pixels."""
         if not (pixels.is_floating_point() and pixels.abs().max() <= 1):  # nan is not, either
             raise ValueError("pixels: give floats in [-1, 1], as data.to_tensor makes them")
         restorer, autoencoder, f = self.restorer, self.autoencoder, self.autoencoder.factor
@@ -563,7 +576,7 @@ class Pipeline:
         self.prompts.prepare([*captions, ""])
         prompt = self.embed(captions, pixels.device)
         empty = self.embed([""] * len(captions), pixels.device)
-        steps = steps or DEFAULT_STEPS[restorer.prediction]
+        steps = steps or self.steps
 
         def restore_part(index):
             condition = autoencoder.encode(pixels[index])           # [B, C, h, w]
@@ -574,7 +587,8 @@ class Pipeline:
             for noise in noises:
                 start = noise[:, rows, columns].expand_as(condition)
                 x0 = SAMPLERS[sampler](velocity, start, steps, restorer.shift)
-                total = total + autoencoder.decode(x0)              # [B, 3, h*f, w*f]
+                seen = [pixels[index], decoder_weight] if self.seeing else []
+                total = total + autoencoder.decode(x0, *seen)       # [B, 3, h*f, w*f]
             return total / average
 
         # DC-AE's latents are small: the whole picture at once (encode and decode have own tiles)
@@ -718,7 +732,7 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None):
         for name, output in outputs.items():
             scores = metrics(item["clean"], output, name)
             row |= {f"{name}_{key}": value for key, value in scores.items()}
-            if name != "ceiling":
+            if name not in ("ceiling", "seeing_ceiling"):
                 shown = "degraded" if name == "input" else name
                 label = f"{shown} {scores.get('psnr', math.nan):.2f} dB"
                 labelled.append((label, to_image(output)))
@@ -805,13 +819,17 @@ def summarize(rows, methods, metrics):
     return summary
 
 
+BESIDE = "ceiling", "seeing_ceiling", "control", "plain"  # what stands beside a restorer's scores
+
+
 def shares_of_the_way(summary, names):
     """Return {method: {metric: how far it came from the input (0) to the ceiling (1)}}.
 
-    The ceiling is the best that any restorer can do whose answer passes through the autoencoder."""
+    The ceiling is the best that any restorer can do whose answer passes through the autoencoder. A
+    decoder that sees the degraded image may pass it: its share may be above 1."""
     shares = {}
     for method, scores in summary.items():
-        if method in ("input", "ceiling") or "ceiling" not in summary:
+        if method in ("input", *BESIDE) or "ceiling" not in summary:
             continue
         shares[method] = {}
         for key in names:
@@ -824,7 +842,14 @@ def shares_of_the_way(summary, names):
 
 
 DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
-LABELS = {"input": "degraded input", "ceiling": "ceiling: autoencoder alone"}
+LABELS = {
+    "input": "degraded input",
+    "ceiling": "ceiling: autoencoder alone",
+    # of a decoder that sees the degraded image
+    "seeing_ceiling": "ceiling: this decoder",
+    "control": "control: input's own latents",
+    "plain": "restored, plain decoder",
+}
 
 
 def cell(scores, key):
@@ -856,11 +881,10 @@ def print_summary(rows, summary, shares, metrics):
     for method, share in shares.items():
         cells = ["n/a" if math.isnan(value) else f"{value:.0%}" for value in share.values()]
         print_row(f"{method}: share of the way", cells)
-    methods = [method for method in summary if method != "ceiling"]
-    groups = {}
+    methods = [method for method in summary if method not in ("ceiling", "seeing_ceiling", "plain")]
+    groups = Counter()
     for row in rows:
-        for group in set(row["degradation"]):
-            groups[group] = groups.get(group, 0) + 1
+        groups.update(set(row["degradation"]))
     counted = {key: counted_rows(rows, key) for key in metrics.names}
     for group, count in sorted(groups.items()):
         print_row(f"with {group} ({count})", degradation_cells(counted, group, methods))
@@ -961,14 +985,18 @@ def find_output(names, by_path, by_name):
     return []
 
 
-def ceiling_method(pipeline, device):
-    """Make the method that sends the clean picture through the autoencoder and back."""
+def ceiling_method(autoencoder, device, encoded="clean", seen=None, weight=1.0):
+    """Make the method that sends a picture of the pair through the autoencoder and back.
+
+    encoded: which one, "clean" or "condition". seen: which one the decoder sees beside the latents,
+    if it does, and weight how much of it."""
 
     def method(i, item):
-        clean = item["clean"][None].to(device)
-        latents = pipeline.autoencoder.encode(clean)
-        pixels = pipeline.autoencoder.decode(latents)
-        pixels = pixels[0, :, : clean.shape[2], : clean.shape[3]]
+        picture = item[encoded][None].to(device)
+        beside = [item[seen][None].to(device), weight] if seen else []
+        with torch.no_grad():
+            pixels = autoencoder.decode(autoencoder.encode(picture), *beside)
+        pixels = pixels[0, :, : picture.shape[2], : picture.shape[3]]
         return to_tensor(finished_image(pixels, item["grey"]))
 
     return method
@@ -1052,7 +1080,10 @@ def make_methods(args, pipeline, sampling, dataset):
         if args.prompt is not None:
             captions = [args.prompt] * len(dataset)
         pipeline.prompts.prepare([*captions, ""])
-        methods["ceiling"] = ceiling_method(pipeline, args.device)
+        if pipeline.seeing:
+            methods = decoder_methods(args, pipeline, sampling, captions)
+        else:
+            methods["ceiling"] = ceiling_method(pipeline.autoencoder, args.device)
         for steps in args.sweep or [args.steps]:
             name = f"steps_{steps}" if args.sweep else "restored"
             options = sampling | {"steps": steps}
@@ -1061,6 +1092,24 @@ def make_methods(args, pipeline, sampling, dataset):
         outputs = match_outputs(args.compare, dataset.source)
         methods["compared"] = lambda i, item: to_tensor(open_image(outputs[i], srgb=True))
     return methods
+
+
+def decoder_methods(args, pipeline, sampling, captions):
+    """Return what a decoder that sees the degraded image is compared with: {name: method}.
+
+    The autoencoder that it was made of, the best it can do, and the control, which has no
+    transformer: where that scores the same, the transformer adds nothing."""
+    plain = load_autoencoder(pipeline.config, decoder=False).to(args.device)
+    restore = Pipeline(pipeline.restorer, plain, pipeline.prompts)
+    sampling = {name: value for name, value in sampling.items() if name != "decoder_weight"}
+    seen = "condition", args.decoder_weight
+    autoencoder = pipeline.autoencoder
+    return {
+        "ceiling": ceiling_method(plain, args.device),
+        "seeing_ceiling": ceiling_method(autoencoder, args.device, "clean", *seen),
+        "control": ceiling_method(autoencoder, args.device, "condition", *seen),
+        "plain": restoring_method(restore, captions, args.device, **sampling),
+    }
 
 
 def write_json(report, path):
@@ -1086,7 +1135,7 @@ def measure(args, pipeline, sampling):
     weights = args.lpips_weights, args.fid_weights
     metrics = Metrics(args.metrics, args.y_channel, *weights, args.device, args.crop_border)
     methods = make_methods(args, pipeline, sampling, dataset)
-    restored = [name for name in methods if name not in ("ceiling", "compared")]
+    restored = [name for name in methods if name not in ("compared", *BESIDE)]
 
     def save(row, item, outputs):
         index = row["image"]
@@ -1237,6 +1286,8 @@ def parse_args():
     add("--average", type=steps, default=1, metavar="K", help="mean of K answers (default 1)")
     add("--guidance", type=factor, default=1.0, help="beyond what the prompt asks (default 1)")
     add("--condition_guidance", type=factor, default=1.0, help="see model.guided (default 1)")
+    text = "how much the decoder sees of the degraded picture, after --stage decoder (default 1)"
+    add("--decoder_weight", type=between(float, 0, 1), default=1.0, metavar="W", help=text)
     add("--seed", type=between(int, 0), default=0, help="of all noise (default 0)")
     add = parser.add_argument_group("with --input").add_argument
     add("--enlarge", type=between(int, 1, 16), help="enlarge first (default: as in training)")
@@ -1272,7 +1323,7 @@ def parse_args():
 
 
 RESTORING = ["--prompt", "--steps", "--sampler", "--average", "--guidance", "--condition_guidance"]
-RESTORING += ["--weights", "--model", "--vae", "--sweep", "--save_pictures"]
+RESTORING += ["--weights", "--model", "--vae", "--sweep", "--save_pictures", "--decoder_weight"]
 MEASURING = ["--degradations", "--skip_bad", "--metrics", "--y_channel", "--lpips_weights"]
 MEASURING += ["--fid_weights", "--compare", "--sweep", "--save_pictures", "--crop_border"]
 
@@ -1309,7 +1360,12 @@ def main():
     if args.checkpoint:
         about = args.model, args.weights, args.enlarge, args.vae
         pipeline = Pipeline.load(args.checkpoint, args.device, *about)
-        args.steps = args.steps or DEFAULT_STEPS[pipeline.restorer.prediction]
+        args.steps = args.steps or pipeline.steps
+        if args.model and pipeline.config["autoencoder"]:
+            raise UserError("--model: this checkpoint is of no pretrained model; leave it out")
+        if "--decoder_weight" in given_flags() and not pipeline.seeing:
+            reason = "this checkpoint has no decoder that sees the degraded image; leave it out"
+            raise UserError(f"--decoder_weight: {reason}")
     sampling = {
         "steps": args.steps,
         "sampler": args.sampler,
@@ -1317,6 +1373,7 @@ def main():
         "guidance": args.guidance,
         "condition_guidance": args.condition_guidance,
         "average": args.average,
+        "decoder_weight": args.decoder_weight,
     }
     if args.data:
         measure(args, pipeline, sampling)

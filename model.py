@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from degrade import Parser, UserError, explain_errors, run_script
-from vae import PixelAE, load_config, load_pretrained, load_weights, read_config, read_json
-from vae import resolve_model, save_weights, write_text
+from vae import PixelAE, file_digest, load_config, load_pretrained, load_weights, read_config
+from vae import read_json, resolve_model, save_weights, weight_files, write_text
 
 # --------------------------------------------------------------------------------------------------
 # The transformer. Module and parameter names are those of diffusers' checkpoints.
@@ -105,7 +105,7 @@ class Sana(nn.Module):
             raise ValueError(f"text_mask is {text_mask.dtype}: give bool, True = a real token")
         patch = self.config["patch_size"]
         grid = latents.shape[2] // patch, latents.shape[3] // patch
-        x = self.patch_embed(latents)                               # [B, N, D]
+        x = self.patch_embed(latents).to(self.proj_out.weight.dtype)  # [B, N, D]
         modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])
         if torch.is_tensor(text):
             text = [self.embed_caption(text)] * len(self.transformer_blocks)  # [B, L, D] each
@@ -246,16 +246,23 @@ class GLUMBConv(nn.Module):
     def __init__(self, dim, ratio):
         super().__init__()
         hidden = int(ratio * dim)
-        self.conv_inverted = nn.Conv2d(dim, 2 * hidden, 1)
+        self.conv_inverted = PointwiseConv(dim, 2 * hidden, 1)
         self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
-        self.conv_point = nn.Conv2d(hidden, dim, 1, bias=False)
+        self.conv_point = PointwiseConv(hidden, dim, 1, bias=False)
 
     def forward(self, x, grid):                                     # [B, N, D], (H, W)
-        x = F.linear(x, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias)
-        x = F.silu(x).unflatten(1, grid).permute(0, 3, 1, 2)        # [B, 2*hidden, H, W]
+        x = F.silu(self.conv_inverted(x))                           # [B, N, 2*hidden]
+        x = x.unflatten(1, grid).permute(0, 3, 1, 2)                # [B, 2*hidden, H, W]
         x = self.conv_depth(x).permute(0, 2, 3, 1).flatten(1, 2)    # [B, N, 2*hidden]
         x, gate = x.chunk(2, dim=2)                                 # [B, N, hidden] each
-        return F.linear(x * F.silu(gate), self.conv_point.weight.flatten(1))  # [B, N, D]
+        return self.conv_point(x * F.silu(gate))                    # [B, N, D]
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution of tokens: the weight is the checkpoint's, the work a matrix product."""
+
+    def forward(self, x):                                           # [B, N, D]
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -370,7 +377,7 @@ class Restorer(nn.Module):
             x = torch.cat([latents, condition], dim=1)              # [B, 2C, H, W]
         if self.conditioning == "projection":
             x = self.projection(x)                                  # [B, C, H, W]
-        x = x.to(self.sana.proj_out.weight.dtype)                   # fp32 or bf16
+        x = x.to(self.sana.patch_embed.proj.weight.dtype)           # fp32 or bf16
         out = self.sana(x, timestep, text, text_mask).to(latents.dtype)  # [B, C, H, W]
         if self.prediction == "velocity":
             return out
@@ -402,6 +409,68 @@ def widen(conv):
     wide.weight.zero_()[:, : conv.in_channels].copy_(conv.weight)
     wide.bias.copy_(conv.bias)
     return wide
+
+
+class LoRA(nn.Module):
+    """A frozen linear map W, and the change of low rank that is trained (arXiv 2106.09685).
+
+    W x + alpha / rank * B A x. B starts at zero: before training the output is W x, bit for bit.
+    A [rank, d_in] and B [d_out, rank] are fp32, W may be bf16."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        d_out, d_in = linear.weight.shape[:2]
+        self.linear = linear
+        self.scale = alpha / rank
+        self.A = nn.Parameter(torch.empty(rank, d_in))
+        self.B = nn.Parameter(torch.zeros(d_out, rank))
+
+    def forward(self, x):                                           # [B, N, d_in]
+        low = F.linear(x, self.A.to(x.dtype))                       # [B, N, rank]
+        return self.linear(x) + self.scale * F.linear(low, self.B.to(x.dtype))
+
+    def merge(self):
+        """Return the linear map with the change added to its weight."""
+        change = self.scale * (self.B.double() @ self.A.double())   # [d_out, d_in]
+        weight = self.linear.weight.detach()
+        merged = weight.double().flatten(1) + change.detach()
+        weight.copy_(merged.view_as(weight))
+        return self.linear
+
+
+def linear_maps(block, kind):
+    """Yield (module, name of its child) for all children of a kind that a block has."""
+    for module in list(block.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, kind):
+                yield module, name
+
+
+def add_lora(restorer, rank, alpha, generator=None):
+    """Freeze a restorer, and let low-rank changes of its blocks be trained, in place.
+
+    What takes the condition (the projection, or the widened patch embedding) is trained in full.
+    generator: of A; None leaves it unset."""
+    restorer.requires_grad_(False)
+    for block in restorer.sana.transformer_blocks:
+        for module, name in linear_maps(block, (nn.Linear, PointwiseConv)):
+            lora = LoRA(getattr(module, name), rank, alpha)
+            if generator:
+                nn.init.normal_(lora.A, std=lora.A.shape[1] ** -0.5, generator=generator)
+            setattr(module, name, lora)
+    if restorer.conditioning == "projection":
+        restorer.projection.requires_grad_(True)
+    if restorer.conditioning == "widen":
+        restorer.sana.patch_embed.proj.requires_grad_(True)
+    return restorer
+
+
+def merge_lora(restorer):
+    """Invert add_lora: the changes become part of the weights, in place."""
+    for block in restorer.sana.transformer_blocks:
+        for module, name in linear_maps(block, LoRA):
+            setattr(module, name, getattr(module, name).merge())
+    return restorer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -525,13 +594,35 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 # --------------------------------------------------------------------------------------------------
 # Presets and checkpoints. The "model" part of a checkpoint's config.json says what to build:
 #   name         --model, or for a pretrained one where its other parts lie
-#   autoencoder  PixelAE's arguments; None: the DC-AE of name
-#   vae          another DC-AE with the same encoder: a folder, short name or hub id; None: name's
+#   stage        what was trained: "autoencoder", "restorer", or its "decoder"
+#   autoencoder  PixelAE's argument, or the config of a preset's own DC-AE; None: the DC-AE of name
+#   vae          the weights of a DC-AE: a run as name_base has it, or another one with the same
+#                encoder, a folder, short name or hub id; None: name's
 #   enlarge      by which factor pictures are enlarged before they are restored
 #   sana         the transformer's config; conditioning, prediction, shift: Restorer's arguments
+#   base         where a checkpoint holds only the part that was trained: which one has the rest
+#   lora         {"rank", "alpha"}: what is trained are low-rank changes of base
+#   decoder      of the decoder that sees the degraded image: "dcae", its config; "gains", the
+#                factors of its skips; "parts" that were trained; "steps" of its restorer's sampler
 
+STAGES = ["autoencoder", "restorer", "decoder"]
+MODEL_DEFAULTS = {
+    "name": "",
+    "stage": "restorer",
+    "autoencoder": None,
+    "conditioning": "projection",
+    "prediction": "velocity",
+    "shift": SHIFT,
+    "sana": {},
+    "vae": None,
+    "enlarge": 1,
+    "base": None,
+    "lora": None,
+    "decoder": None,
+}
 PRESETS = {
-    "tiny": {  # small enough to train from scratch on a laptop, on pixels instead of latents
+    # small enough to train from scratch on a laptop, on pixels instead of latents
+    "tiny": MODEL_DEFAULTS | {
         "name": "tiny",
         "autoencoder": {"factor": 2},
         "conditioning": "widen",
@@ -550,17 +641,36 @@ PRESETS = {
             "mlp_ratio": 2.5,
             "qk_norm": "rms_norm_across_heads",
         },
-    }
-}
-MODEL_DEFAULTS = {
-    "name": "",
-    "autoencoder": None,
-    "conditioning": "projection",
-    "prediction": "velocity",
-    "shift": SHIFT,
-    "sana": {},
-    "vae": None,
-    "enlarge": 1,
+    },
+    # the whole latent method on a laptop: an autoencoder of its own, and SANA on its latents
+    "mini": MODEL_DEFAULTS | {
+        "name": "mini",
+        "autoencoder": {
+            "latent_channels": 16,
+            "encoder_block_out_channels": [32, 32, 64, 128],
+            "decoder_block_out_channels": [48, 48, 96, 128],
+            "encoder_layers_per_block": [0, 1, 1, 1],  # it begins at half the side
+            "decoder_layers_per_block": [0, 3, 2, 2],
+            "encoder_qkv_multiscales": [[], [], [], []],
+            "decoder_qkv_multiscales": [[], [], [], []],
+        },
+        "conditioning": "widen",
+        "prediction": "residual",
+        "shift": SHIFT,
+        "sana": {
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 6,
+            "num_attention_heads": 4,
+            "attention_head_dim": 32,
+            "num_cross_attention_heads": 4,
+            "cross_attention_head_dim": 32,
+            "cross_attention_dim": 128,
+            "caption_channels": 256,
+            "mlp_ratio": 2.5,
+            "qk_norm": "rms_norm_across_heads",
+        },
+    },
 }
 
 
@@ -571,28 +681,42 @@ def build_restorer(config):
     c = read_config("model", config, MODEL_DEFAULTS, supported={})
     sana = Sana(c["sana"])
     channels = sana.config["out_channels"]
-    if c["autoencoder"] and PixelAE(**c["autoencoder"]).channels != channels:
+    if works_on_pixels(c) and PixelAE(**c["autoencoder"]).channels != channels:
         raise ValueError(f"autoencoder {c['autoencoder']} does not give {channels} channels")
-    return Restorer(sana, c["conditioning"], c["prediction"], c["shift"])
+    restorer = Restorer(sana, c["conditioning"], c["prediction"], c["shift"])
+    return add_lora(restorer, **c["lora"]) if c["lora"] else restorer
 
 
-def describe_model(name, conditioning=None):
+def works_on_pixels(config):
+    """Say whether a model has PixelAE in place of a trained autoencoder."""
+    return "factor" in (config["autoencoder"] or {})
+
+
+def describe_model(name, conditioning=None, stage="restorer", lora=None):
     """Return the "model" part of config.json for --model name. Raises UserError.
 
-    name: a preset, a run of train.py, or a pretrained model. conditioning None: as it has it."""
+    name: a preset, a run of train.py, or a pretrained model. conditioning None: as it has it.
+    lora: {"rank", "alpha"}, or None: as it has it."""
     if name in PRESETS:
         config = dict(PRESETS[name])
+        enter_stage(config, name, None, stage)
     elif is_run(name):
-        config = read_run(name)["model"]
-        learnt = config["conditioning"]
+        config = MODEL_DEFAULTS | read_run(name)["model"]
+        enter_stage(config, name, config["stage"], stage)
+        learnt = config["conditioning"] if stage_of(name) == "restorer" else "none"
         if conditioning and learnt not in ("none", conditioning):
             raise UserError(f"--conditioning {conditioning}: {name} has learnt {learnt} already")
     else:
         config = describe_pretrained(name)
+        enter_stage(config, name, None, stage)
+    if stage != "restorer":
+        return config
     if config["conditioning"] == "none":  # not inherited: a restorer is what is wanted
         config["conditioning"] = "projection"
     if conditioning:
         config["conditioning"] = conditioning
+    if lora:
+        choose_lora(config, name, lora)
     if conditioning == "none":  # there is nothing that a residual could be added to
         config["prediction"] = "velocity"
     with torch.device("meta"):
@@ -603,6 +727,69 @@ def describe_model(name, conditioning=None):
     return config
 
 
+def enter_stage(config, name, before, stage):
+    """Make the config of --model name that of a stage, in place. Raises UserError.
+
+    before: the stage that the run of that name was; None: no run."""
+    own = config["autoencoder"]
+    if works_on_pixels(config) and stage != "restorer":
+        raise UserError(f"--stage {stage}: {name} works on pixels, which lose nothing")
+    if stage == "autoencoder" and (not own or before not in (None, "autoencoder")):
+        advice = "--stage autoencoder is for a preset that has its own, such as mini"
+        raise UserError(f"--model {name} has an autoencoder: {advice}")
+    if stage != "autoencoder" and own and not works_on_pixels(config) and not config["vae"]:
+        if before != "autoencoder":
+            first = f"python train.py --model {name} --stage autoencoder"
+            raise UserError(f"--model {name}: train its autoencoder first: {first}")
+        config["vae"] = name_base(name)
+    if stage == "restorer" and before == "decoder":
+        restorer = config["base"]["checkpoint"]
+        raise UserError(f"--model {name} is a decoder; give the restorer it belongs to, {restorer}")
+    if stage == "decoder" and before not in ("restorer", "decoder"):
+        raise UserError(f"--stage decoder: {name} is no restorer; give the run of one as --model")
+    if stage == "decoder" and before == "restorer":
+        config["base"] = name_base(name)
+    config["stage"] = stage
+
+
+def choose_lora(config, name, lora):
+    """Put --lora into the "model" of a config.json. Raises UserError."""
+    if name in PRESETS or stage_of(name) == "autoencoder":
+        raise UserError(f"--lora: {name} is not trained yet, and LoRA is a change of what is")
+    if config["lora"] not in (None, lora):
+        raise UserError(f"--lora: {name} has rank and alpha {[*config['lora'].values()]} already")
+    if not config["lora"]:
+        config["lora"] = lora
+        config["base"] = name_base(name)
+
+
+def name_base(name):
+    """Name what another run stands on: a checkpoint, or a pretrained model, and a digest of it."""
+    if is_run(name):
+        name = str(find_checkpoint(name).resolve())
+    elif Path(name).is_dir():
+        name = str(Path(name).resolve())
+    return {"checkpoint": name, "digest": file_digest(base_weights(name))}
+
+
+def base_weights(name):
+    if is_run(name):
+        return find_checkpoint(name) / "ema.safetensors"
+    return weight_files(resolve_model(name, ["transformer"]) / "transformer")[0]
+
+
+def open_base(base, what, name=None):
+    """Return the path or name of name_base. Raises UserError if it is gone or not what it was.
+
+    name: where it is now, if not where it was."""
+    name = name or base["checkpoint"]
+    if Path(name).name.startswith("step_") and not is_run(name):
+        raise UserError(f"{what} stands on {name}, which is not there; put it back")
+    if file_digest(base_weights(name)) != base["digest"]:
+        raise UserError(f"{what} stands on {name}, which holds other weights now")
+    return name
+
+
 def describe_pretrained(name):
     folder = resolve_model(name)
     sana = load_config(Sana, folder / "transformer").config
@@ -611,9 +798,8 @@ def describe_pretrained(name):
     if (folder / "scheduler/scheduler_config.json").is_file():
         shift = read_json(folder / "scheduler/scheduler_config.json").get("flow_shift", SHIFT)
     plain = sana["in_channels"] == sana["out_channels"]
-    return {
+    return MODEL_DEFAULTS | {
         "name": str(folder.resolve()) if Path(name).is_dir() else name,
-        "autoencoder": None,
         "conditioning": "projection" if plain else "widen",
         "prediction": notes.get("_prediction", "velocity"),  # export writes it
         "shift": shift,
@@ -625,24 +811,36 @@ def initial_restorer(name, config, generator):
     """Make the Restorer that training begins with. config: describe_model(name, ...).
 
     A run: its averaged weights. A preset: random ones. Pretrained: SANA's, and what is added to it.
-    A run without a condition counts as a pretrained model."""
-    if is_run(name):
-        restorer, _ = load_restorer(name)
-        if restorer.conditioning == config["conditioning"]:
+    A run without a condition counts as a pretrained model. generator: of all random weights."""
+    if stage_of(name) == "restorer":
+        restorer, before = load_restorer(name)
+        if restorer.conditioning != config["conditioning"]:
+            about = config["conditioning"], config["prediction"], config["shift"]
+            restorer = Restorer(restorer.sana, *about)
+        if before["lora"]:
             return restorer
-        sana = restorer.sana
     elif config["autoencoder"]:
         restorer = build_restorer(config)
         restorer.sana.initialize(generator)
         return restorer
     else:
         sana = Sana.from_pretrained(resolve_model(config["name"]) / "transformer", torch.float32)
-    return Restorer(sana, config["conditioning"], config["prediction"], config["shift"])
+        restorer = Restorer(sana, config["conditioning"], config["prediction"], config["shift"])
+    if config["lora"]:
+        add_lora(restorer, generator=generator, **config["lora"])
+    return restorer
 
 
 def is_run(name):
     """Say whether name is a folder that train.py wrote: a run, or one of its checkpoints."""
+    if name in PRESETS:  # ./mini is a folder of that name
+        return False
     return (Path(name) / "latest").is_file() or (Path(name) / "ema.safetensors").is_file()
+
+
+def stage_of(name):
+    """Return which stage a run of train.py was; None for a name that is no run."""
+    return read_run(name)["model"].get("stage", "restorer") if is_run(name) else None
 
 
 def find_checkpoint(path):
@@ -667,14 +865,26 @@ def read_run(path):
     return config
 
 
-def load_restorer(path, weights="ema"):
+def load_restorer(path, weights="ema", name=None):
     """Load a Restorer and the "model" part of its config.json. Raises UserError.
 
-    weights: "ema", the averaged ones, or "model", the last ones."""
+    weights: "ema", the averaged ones, or "model", the last ones. name: where the pretrained model
+    is now, if not where it was in training."""
     folder = find_checkpoint(path)
-    config = read_run(folder)["model"]
+    config = MODEL_DEFAULTS | read_run(folder)["model"]
+    if config["stage"] == "autoencoder":
+        raise UserError(f"{path} is an autoencoder; train a restorer on it: --model {path}")
+    if config["stage"] == "decoder":
+        restorer, _ = load_restorer(open_base(config["base"], path), name=name)
+        config["decoder"]["weights"] = str(folder / f"{weights}.safetensors")
+        return restorer, config
+    config["name"] = name or config["name"]
+    if config["lora"]:
+        moved = None if is_run(config["base"]["checkpoint"]) else name
+        base = open_base(config["base"], path, moved)
+        restorer = add_lora(initial_restorer(base, config | {"lora": None}, None), **config["lora"])
+        return load_weights(restorer, folder / f"{weights}.safetensors", trained=True), config
     with explain_errors(folder / "config.json", "this restorer"), torch.device("meta"):
-        config = MODEL_DEFAULTS | config
         restorer = build_restorer(config)
     return load_weights(restorer, folder / f"{weights}.safetensors").eval(), config
 
@@ -684,7 +894,8 @@ def export(path, out, weights="ema"):
 
     Its in_channels are 2C: the latent, then the condition. The projection P in front of the patch
     embedding W is one linear map with it: W(Px) = (WP)x."""
-    restorer, _ = load_restorer(path, weights)
+    restorer, about = load_restorer(path, weights)
+    merge_lora(restorer)
     out = Path(out)
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a model already; choose another folder")
@@ -702,6 +913,8 @@ def export(path, out, weights="ema"):
     write_text(out / "config.json", json.dumps(config, indent=1))
     count = sum(t.numel() for t in tensors.values())
     print(f"{out}: {count / 1e6:.2f} M parameters, in_channels {channels}")
+    if about["stage"] == "decoder":
+        print("the decoder is not in it: it is no part of diffusers' AutoencoderDC")
 
 
 # --------------------------------------------------------------------------------------------------

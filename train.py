@@ -4,6 +4,8 @@
     python train.py --data pairs/pairs.csv            your own pairs (see data.py)
     python train.py --data photos.csv --degradations gaussian_noise:sigma=25
     python train.py --data pairs/pairs.csv --model sana1.5-1.6b       from pretrained SANA
+    python train.py --data pairs/pairs.csv --model out/pairs --stage decoder --out out/decoder
+                                                      its decoder, shown the degraded picture
     python train.py --resume out/demo                 go on after Ctrl-C, as if never stopped
     torchrun --nproc_per_node=8 train.py --data pairs/pairs.csv --batch_size 32 --out out/x --resume
                                                       the same steps, shared by eight GPUs
@@ -20,6 +22,7 @@ import signal
 import sys
 import time
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,13 +35,20 @@ from tqdm import tqdm
 import data
 import evaluate
 import model
+import vae
 from data import check_device, seed_for
 from degrade import Parser, UserError, between, explain_errors, given_flags, run_script
-from vae import load_weights, pad_to_multiple, read_json, save_weights, write_text
 
-# Flags whose default depends on the model: pixels from scratch, or latents from pretrained weights.
-SCRATCH = {"lr": 5e-3, "steps": 8000, "resolution": 48, "share_at_one": 0.3, "clip": 0.2}
-PRETRAINED = {"lr": 1e-5, "steps": 10000, "resolution": 512, "share_at_one": 0.0, "clip": 0.1}
+# Flags whose default depends on the model and on the stage that is trained. tiny works on pixels,
+# mini on the latents of an autoencoder of its own, all others are pretrained.
+DEFAULTS = {
+    ("tiny", "restorer"): {"lr": 5e-3, "steps": 8000, "batch_size": 4, "clip": 0.2},
+    ("mini", "autoencoder"): {"lr": 2e-3, "steps": 6000, "batch_size": 8, "clip": 1.0},
+    ("mini", "restorer"): {"lr": 2e-3, "steps": 6000, "batch_size": 8, "clip": 0.2},
+    ("mini", "decoder"): {"lr": 2e-3, "steps": 6000, "batch_size": 8, "clip": 1.0},
+    ("pretrained", "restorer"): {"lr": 1e-5, "steps": 10000, "batch_size": 4, "clip": 0.1},
+    ("pretrained", "decoder"): {"lr": 1e-4, "steps": 10000, "batch_size": 4, "clip": 1.0},
+}
 DEMO_STEPS = 2500
 OPTIMIZERS = ["adamw", "adamw_bf16", "adamw_sr"]  # fp32; bf16 exact; bf16 stochastic
 STEP_FOLDERS = "step_[0-9]*"
@@ -56,26 +66,35 @@ def make_parser():
     add = parser.add_argument_group("model and optimizer").add_argument
     ways = ["projection", "widen", "none"]
     add("--conditioning", choices=ways, help="how the condition enters, see model.Restorer")
-    add("--steps", type=count, help="default 8000 for tiny, 2500 for the demo, else 10000")
-    add("--batch_size", type=count, default=4, help="of all processes together (default 4)")
-    add("--lr", type=share, help="peak learning rate (default 5e-3 for tiny, else 1e-5)")
-    add("--proj_lr", type=share, help="the projection's (default 100 * lr, at most 0.05)")
+    add("--lora", type=count, metavar="RANK", help="train low-rank changes alone, see model.LoRA")
+    least = between(float, 1e-3)
+    add("--lora_alpha", type=least, help="their factor is lora_alpha / RANK (default RANK)")
+    text = "default 2500 for the demo, 8000 for tiny, 6000 for mini, else 10000"
+    add("--steps", type=count, help=text)
+    add("--batch_size", type=count, help="of all processes together (default 4; mini 8)")
+    add("--lr", type=share, help="peak rate (default 1e-5 for SANA, with LoRA 1e-4; see DEFAULTS)")
+    add("--proj_lr", type=share, help="of the projection or the skips (see projection_lr)")
     add("--optimizer", choices=OPTIMIZERS, help="see BF16AdamW (default adamw; bf16 on a GPU)")
     add("--weight_decay", type=positive, default=0.0, help="AdamW's (default 0)")
-    add("--clip", type=positive, help="largest gradient norm (default 0.2 for tiny, else 0.1)")
+    add("--clip", type=positive, help="largest gradient norm (default 0.1 for SANA; see DEFAULTS)")
     add("--ema_decay", type=share, default=0.9999, help="of the average (default 0.9999)")
-    add("--ema_every", type=count, default=1, help="average every so many steps (default 1)")
+    add("--ema_every", type=count, help="average every so many steps (default 1; 10 if on the CPU)")
     add("--ema_device", type=check_device, help="cpu spares a GPU 4 bytes a weight")
     shift = between(float, -10, 10)
     add("--sigma_mean", type=shift, default=0.0, help="of training sigmas, see model.draw_sigma")
-    add("--share_at_one", type=share, help="share at sigma = 1 (default 0.3 for tiny, else 0)")
+    add("--share_at_one", type=share, help="share at sigma = 1 (default 0 for SANA, else 0.3)")
     add("--condition_dropout", type=share, default=0.0, help="for --condition_guidance (default 0)")
+    add = parser.add_argument_group("--stage autoencoder and decoder").add_argument
+    add("--lpips_weights", nargs=2, metavar=("TRUNK", "HEADS"), help="local files: adds 0.1 LPIPS")
+    parts = ["both", "skips", "decoder"]
+    add("--decoder_parts", choices=parts, help="what is trained (default both)")
     add = parser.add_argument_group("time and memory").add_argument
     add("--curriculum", type=parse_curriculum, metavar="SIDE:STEPS,...", help="512:8000,1024:2000")
     add("--cache", metavar="FOLDER", help="of python data.py cache, with the same data flags")
-    add("--accumulate", type=count, default=1, help="compute a batch in so many parts (default 1)")
+    text = "compute a batch in so many parts (default 1; one by one in SANA's --stage decoder)"
+    add("--accumulate", type=count, help=text)
     add("--checkpointing", action="store_true", help="compute activations twice to save memory")
-    add("--compile", action=BooleanOptionalAction, help="torch.compile (default: on a GPU)")
+    add("--compile", action=BooleanOptionalAction, help="torch.compile (default: off)")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run folder (default out/demo, or out/NAME for NAME.csv)")
     add("--resume", nargs="?", const=True, metavar="RUN", help="go on with it (none yet: begin)")
@@ -119,17 +138,20 @@ def saved_flags(out, given):
     given: those of this command. What follows from one that is given anew is left open (None)."""
     config = model.read_run(out)
     saved = config["args"]
+    saved.setdefault("stage", "restorer")
+    saved.setdefault("lora", None)
     begun = saved | {"conditioning": config["model"]["conditioning"]}
     if "validated_on" not in config or saved.keys() - vars(given).keys():
         older = "made by another version; evaluate.py still restores with it"
         raise UserError(f"--resume {out}: {older}")
-    for name in ("model", "vae", "conditioning", "optimizer"):
-        if getattr(given, name) not in (None, begun[name]):
-            raise UserError(f"--{name}: {out} was begun with {begun[name]} and keeps it")
-    if given.lr and saved["proj_lr"] == projection_lr(saved["lr"]):
+    kept = ["model", "vae", "stage", "conditioning", "lora", "lora_alpha", "optimizer"]
+    for name in [*kept, "decoder_parts"]:
+        if getattr(given, name) not in (None, begun.get(name)):
+            raise UserError(f"--{name}: {out} was begun with {begun.get(name)} and keeps it")
+    if given.lr and saved["proj_lr"] == projection_lr(Namespace(**saved)):
         saved["proj_lr"] = None  # it follows from --lr
-    if "--device" in given_flags():
-        saved |= {"ema_device": None, "compile": None}  # they follow from it
+    if "--device" in given_flags() and saved["ema_device"] == saved["device"]:
+        saved["ema_device"] = None  # it follows from it
     return saved
 
 
@@ -141,45 +163,84 @@ def check_saved_device(args):
         raise UserError(f"--device {error}; give --device") from None
 
 
-def is_scratch(name):
-    """Say whether a model works on pixels, as the presets that are trained from scratch do."""
+def family_of(name):
+    """Say whether --model name is "tiny", "mini" (or a run of them), or "pretrained"."""
     if model.is_run(name):
-        return bool(model.read_run(name)["model"]["autoencoder"])
-    return name in model.PRESETS
+        config = model.read_run(name)["model"]
+        return config["name"] if config["autoencoder"] else "pretrained"
+    return name if name in model.PRESETS else "pretrained"
+
+
+def defaults_of_model(args):
+    """Return {flag: default} by model and stage."""
+    family = family_of(args.model)
+    scratch = family != "pretrained"
+    # what has no defaults is refused by describe_model
+    defaults = dict(DEFAULTS.get((family, args.stage), DEFAULTS[family, "restorer"]))
+    defaults["resolution"] = data.RESOLUTIONS.get(family, data.RESOLUTION)
+    defaults["share_at_one"] = 0.3 if scratch else 0.0
+    if args.lora and not scratch:
+        defaults["lr"] *= 10  # of few weights, which start at zero
+    if scratch and model.stage_of(args.model) == args.stage and not args.lora:
+        defaults["lr"] /= 10  # at the peak it would forget what it has learnt
+        if args.lr is None and RANK == 0:
+            print(f"--model {args.model} is trained already: --lr {defaults['lr']:g}, a tenth")
+    if family == "tiny" and not args.data:
+        defaults["steps"] = DEMO_STEPS
+    defaults["accumulate"] = 1
+    if (family, args.stage) == ("pretrained", "decoder"):  # 4.6 GB an image of 512 pixels
+        defaults["accumulate"] = max(1, (args.batch_size or defaults["batch_size"]) // WORLD)
+    half = args.device.startswith("cuda") and not scratch and args.stage == "restorer"
+    defaults["optimizer"] = "adamw_bf16" if half and not args.lora else "adamw"
+    return defaults
 
 
 def fill_defaults(args):
     """Set the defaults that depend on other flags."""
+    args.stage = args.stage or "restorer"
     args.model = args.model or data.default_model(args)
-    trained = model.is_run(args.model)
-    scratch = is_scratch(args.model)
-    defaults = dict(SCRATCH if scratch else PRETRAINED)
-    if trained and scratch:  # at the peak it would forget what it has learnt
-        defaults["lr"] /= 10
-        if args.lr is None and RANK == 0:
-            print(f"--model {args.model} is trained already: --lr {defaults['lr']:g}, a tenth")
-    if scratch and not args.data:
-        defaults["steps"] = DEMO_STEPS
-    on_gpu = args.device.startswith("cuda")
-    defaults["optimizer"] = "adamw_bf16" if on_gpu and not scratch else "adamw"
+    args.decoder_parts = args.decoder_parts or "both"
+    inherit_lora(args)
+    defaults = defaults_of_model(args)
     defaults["ema_device"] = args.device
-    defaults["compile"] = on_gpu
+    # bf16 gradients of compiled linear attention were NaN on CPUs; no GPU has shown otherwise yet
+    defaults["compile"] = False
     if args.curriculum:
         args.steps = sum(steps for _, steps in args.curriculum)
         args.resolution = args.curriculum[0][0]
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.proj_lr is None:  # it starts at 0 and has to travel to order 1
-        args.proj_lr = projection_lr(args.lr)
+    if args.ema_every is None:  # every weight has to travel to the CPU
+        args.ema_every = 10 if args.ema_device == "cpu" and args.device != "cpu" else 1
+    if args.proj_lr is None:
+        args.proj_lr = projection_lr(args)
+    if args.lora and args.lora_alpha is None:
+        args.lora_alpha = float(args.lora)
 
 
-def projection_lr(lr):
-    return min(100 * lr, 0.05)
+def inherit_lora(args):
+    """Let a LoRA run that is trained further go on as what it is."""
+    if not args.lora and args.stage == "restorer" and model.stage_of(args.model) == "restorer":
+        lora = model.read_run(args.model)["model"].get("lora")
+        if lora:
+            args.lora, args.lora_alpha = lora["rank"], lora["alpha"]
+
+
+def projection_lr(args):
+    """Return the learning rate of what starts at 0.
+
+    The projection's weights have to come to the size of 1, those of the skips to 0.1."""
+    if args.stage == "decoder":
+        return min(10 * args.lr, 5e-3)
+    if args.lora:  # whose own rate is ten times the whole network's
+        return min(10 * args.lr, 0.05)
+    return min(100 * args.lr, 0.05)
 
 
 def check_flags(args):
     """Raise UserError for flags that do not go together."""
+    refuse_idle_flags(args)
     if args.batch_size % (args.accumulate * WORLD):
         parts = f"--accumulate {args.accumulate} times {WORLD} processes"
         raise UserError(f"{parts}: has to be a divisor of --batch_size {args.batch_size}")
@@ -191,6 +252,28 @@ def check_flags(args):
     only_data = {"--val_data", "--skip_bad"} & given
     if only_data and not args.data:
         raise UserError(f"{sorted(only_data)[0]}: the demo draws its own pictures; give --data")
+
+
+FLOW = ["--conditioning", "--sigma_mean", "--share_at_one", "--condition_dropout"]
+FLOW += ["--checkpointing", "--compile", "--no-compile", "--lora", "--lora_alpha"]
+IDLE = {  # stage: flags that have no effect there
+    "autoencoder": [*FLOW, "--proj_lr", "--latent_steps", "--decoder_parts", "--cache", "--vae"],
+    "restorer": ["--lpips_weights", "--latent_steps", "--decoder_parts"],
+    "decoder": FLOW,
+}
+IDLE["autoencoder"] += ["--caption_dropout", "--degradations", "--max_degradations"]
+
+
+def refuse_idle_flags(args):
+    """Raise UserError for a flag that has no effect in this stage."""
+    idle = given_flags().intersection(IDLE[args.stage])
+    if idle:
+        raise UserError(f"{sorted(idle)[0]}: it has no effect with --stage {args.stage}")
+    if args.optimizer != "adamw" and (args.stage != "restorer" or args.lora):
+        what = "--lora" if args.lora else f"--stage {args.stage}"
+        raise UserError(f"--optimizer {args.optimizer}: {what} trains fp32 weights")
+    if args.lora_alpha and not args.lora:
+        raise UserError("--lora_alpha: give --lora RANK too")
 
 
 def parse_curriculum(text):
@@ -227,18 +310,21 @@ def start_processes(args):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open to the end
 
 
-def shard_restorer(restorer, device):
+def shard_module(module, device):
     """Spread the weights over the processes, in place."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(torch.device(device).type, (WORLD,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    units = [*restorer.sana.transformer_blocks]
-    if restorer.conditioning == "projection":
-        units.append(restorer.projection)  # fp32, where the rest may be bf16
-    for module in [*units, restorer]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    units = []
+    if isinstance(module, model.Restorer):
+        units += module.sana.transformer_blocks
+        if module.conditioning == "projection":
+            units.append(module.projection)  # fp32, where the rest may be bf16
+    frozen = {p for p in module.parameters() if not p.requires_grad}  # each process has them whole
+    for unit in [*units, module]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=frozen)
 
 
 def shard(whole):
@@ -414,14 +500,15 @@ class BF16AdamW:
 class State:
     """The weights, their moving average, AdamW's moments, and the number of steps done.
 
-    config: "model" of config.json, which restorer was built of. By name of a weight:
-    weights  the restorer's parameters; with several processes DTensors, which FSDP gathers.
+    config: "model" of config.json, which module was built of: a Restorer, or in the other stages
+    the autoencoder. What takes no gradient stays as it is. By name of a weight that is trained:
+    weights  the module's parameters; with several processes DTensors, which FSDP gathers.
     parts    this process's part of each, a plain tensor that the optimizer updates in place. With
              one process it is the weight itself.
     ema      the average of this part, fp32.
     The optimizer's state, by part: the moments, and "low", the bits that a bf16 weight lacks."""
 
-    def __init__(self, config, restorer, args):
+    def __init__(self, config, module, args):
         self.config = config
         self.args = args
         self.step = 0
@@ -432,18 +519,25 @@ class State:
         self.consistent = True  # False while an update is under way
         self.validation = None  # the last line of validate()
         self.best = [-math.inf, None]  # validation PSNR, name of the checkpoint that had it
-        self.restorer = restorer.train()
-        restorer.sana.checkpointing = args.checkpointing
-        fp32 = {name: shard(p.detach()).float().clone() for name, p in restorer.named_parameters()}
-        if args.optimizer != "adamw":
-            restorer.sana.to(torch.bfloat16)
-        restorer.to(args.device)
-        if args.compile:
-            for block in restorer.sana.transformer_blocks:
-                block.compile(dynamic=False)
+        self.score = "roundtrip_psnr" if config["stage"] == "autoencoder" else "restored_psnr"
+        self.module = module
+        weights = vae.trained_weights(module)
+        fp32 = {name: shard(p.detach()).float().clone() for name, p in weights.items()}
+        if isinstance(module, model.Restorer):
+            module.sana.checkpointing = args.checkpointing
+            if args.optimizer != "adamw":
+                module.sana.to(torch.bfloat16)
+            if config["lora"] and args.device.startswith("cuda"):
+                for p in module.parameters():
+                    if not p.requires_grad:
+                        p.data = p.data.bfloat16()
+            if args.compile:
+                for block in module.sana.transformer_blocks:
+                    block.compile(dynamic=False)
+        module.to(args.device)
         if WORLD > 1:
-            shard_restorer(restorer, args.device)
-        self.weights = dict(restorer.named_parameters())
+            shard_module(module, args.device)
+        self.weights = vae.trained_weights(module)
         self.parts = dict(self.weights)
         if WORLD > 1:
             self.parts = {name: p.detach().to_local() for name, p in self.weights.items()}
@@ -461,7 +555,8 @@ class State:
             {"params": [], "lr": args.proj_lr, "peak": args.proj_lr},
         ]
         for name, p in self.parts.items():
-            group = groups[1] if name.startswith("projection") else groups[0]
+            new = name.startswith(("projection", "skips"))
+            group = groups[1] if new else groups[0]
             group["params"].append(p)
         if args.optimizer != "adamw":
             exact = args.optimizer == "adamw_bf16"
@@ -480,27 +575,32 @@ class State:
 
     def condition_norm(self):
         """Return the norm of the weights through which the condition enters, 0 at first."""
-        if self.restorer.conditioning == "none":
-            return 0.0
-        name = "sana.patch_embed.proj.weight"
-        if self.restorer.conditioning == "projection":
-            name = "projection.weight"
-        channels = self.restorer.sana.config["out_channels"]
-        square = self.parts[name].detach()[:, channels:].float().square().sum().item()
+        parts = {name: p.detach() for name, p in self.parts.items()}
+        chosen = [p for name, p in parts.items() if name.startswith("skips")]
+        if self.config["stage"] == "restorer":
+            channels = self.module.sana.config["out_channels"]
+            if self.module.conditioning == "projection":
+                chosen = [parts["projection.weight"][:, channels:]]
+            if self.module.conditioning == "widen":
+                chosen = [parts["sana.patch_embed.proj.weight"][:, channels:]]
+        square = sum(p.float().square().sum().item() for p in chosen)
         return math.sqrt(sum_over_processes([square], self.args.device)[0])
 
-    def averaged_restorer(self):
-        """Make a Restorer with the averaged weights, in the first process; None in the others."""
-        ema = {name: gather(self.ema[name], p) for name, p in self.weights.items()}
+    def averaged_module(self):
+        """Make a module with the averaged weights, in the first process; None in the others."""
+        tensors = dict(self.module.named_buffers())
+        for name, p in self.module.named_parameters():
+            tensors[name] = gather(self.ema[name], p) if name in self.weights else p
         if RANK > 0:
             return None
         with torch.device("meta"):
-            restorer = model.build_restorer(self.config).eval()
-        for name, p in self.weights.items():
+            module = build_module(self.config)
+        for name, p in self.module.named_parameters():
             half = p.dtype == torch.bfloat16 and self.args.device.startswith("cuda")
-            ema[name] = ema[name].to(self.args.device, torch.bfloat16 if half else torch.float32)
-        restorer.load_state_dict(ema, assign=True)  # on one device: the averages, not a copy
-        return restorer
+            dtype = torch.bfloat16 if half else torch.float32
+            tensors[name] = tensors[name].to(self.args.device, dtype)
+        module.load_state_dict(tensors, assign=True)  # on one device: the averages, not a copy
+        return module.eval().requires_grad_(False)
 
     def update(self, scale):
         """Do one optimizer step with the gradients times scale, and average the weights."""
@@ -558,8 +658,8 @@ class State:
     def save(self, run):
         """Write run/step_N, then point run/best and run/latest at what they should name.
 
-        The folder is written beside and renamed. Only the newest checkpoint and the best are kept.
-        Raises UserError; what was there before stays."""
+        The folder is written beside and renamed. Only the newest checkpoint and the best are kept,
+        and those that another run stands on. Raises UserError; what was there before stays."""
         tensors = {"model": {}, "ema": {}, "optimizer": {}}
         for name, p in self.weights.items():
             tensors["model"][name] = gather(self.parts[name].detach(), p)
@@ -571,7 +671,7 @@ class State:
         saved = folder.is_dir() and latest.is_file() and latest.read_text() == folder.name
         if RANK > 0 or saved:  # saved: the last step was one of --save_every as well
             return
-        psnr = self.validation["restored_psnr"]
+        psnr = self.validation[self.score]
         if self.validation["step"] == self.step and psnr >= self.best[0]:  # of these very weights
             self.best = [psnr, folder.name]
         config = {
@@ -589,16 +689,16 @@ class State:
             for old in [folder, *run.glob(".step_*.partial")]:  # of a run that was killed
                 shutil.rmtree(old, ignore_errors=True)
             for name, weights in tensors.items():
-                save_weights(weights, partial / f"{name}.safetensors")
-            write_text(partial / "config.json", json.dumps(config, indent=1))
+                vae.save_weights(weights, partial / f"{name}.safetensors")
+            vae.write_text(partial / "config.json", json.dumps(config, indent=1))
             partial.rename(folder)
         except (OSError, UserError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"cannot write checkpoint {folder}: {error}") from None
-        write_text(run / "best", self.best[1] or folder.name)
-        write_text(latest, folder.name)
+        vae.write_text(run / "best", self.best[1] or folder.name)
+        vae.write_text(latest, folder.name)
         for old in run.glob(STEP_FOLDERS):
-            if old.name not in (folder.name, self.best[1]):
+            if old.name not in (folder.name, self.best[1]) and not (old / "base").exists():
                 with contextlib.suppress(OSError):  # Windows, while another program reads it
                     half = old.rename(run / f".{old.name}.partial")  # never half a step_N
                     shutil.rmtree(half, ignore_errors=True)
@@ -649,28 +749,41 @@ def draw_step(shape, step, args, shift):
     return noise[mine], sigma[mine], kept[mine]
 
 
-def compute_gradients(state, batch, autoencoder, prompts):
-    """Add the gradients of a batch -> losses by bin of sigma and how many they are, [2, BINS].
+@dataclass
+class Frozen:
+    """What stands around the module that is trained.
 
-    autoencoder: None for a batch from the cache, which holds latents already."""
+    autoencoder  None for batches from a cache, which holds latents already
+    prompts      captions -> embeddings
+    restorer     of the decoder that is trained
+    perceptual   LPIPS, where its weights were given"""
+
+    autoencoder: object
+    prompts: object
+    restorer: object = None
+    perceptual: object = None
+
+
+def restorer_objective(state, batch, frozen):
+    """Prepare a batch -> (function: part of the batch -> losses, sigmas)."""
     args = state.args
     x0, condition = batch["clean"].to(args.device), batch["condition"].to(args.device)
-    if autoencoder:
-        x0 = torch.cat([autoencoder.encode(x) for x in x0.chunk(args.accumulate)])
-        condition = torch.cat([autoencoder.encode(x) for x in condition.chunk(args.accumulate)])
-    noise, sigma, kept = draw_step(x0.shape[1:], state.step, args, state.restorer.shift)
+    if frozen.autoencoder:
+        encode = frozen.autoencoder.encode
+        x0 = torch.cat([encode(x) for x in x0.chunk(args.accumulate)])
+        condition = torch.cat([encode(x) for x in condition.chunk(args.accumulate)])
+    noise, sigma, kept = draw_step(x0.shape[1:], state.step, args, state.module.shift)
     noise = noise.to(args.device)
     condition = condition * kept.to(args.device)[:, None, None, None]
-    text, text_mask = prompts(batch["caption"])
+    text, text_mask = frozen.prompts(batch["caption"])
     if args.compile:  # few lengths, because each is compiled by itself, and torch stops at eight
         more = -text.shape[1] % 100
         text, text_mask = F.pad(text, (0, 0, 0, more)), F.pad(text_mask, (0, more))
     text, text_mask = text.to(args.device), text_mask.to(args.device)
-    sums = torch.zeros(2, BINS)
-    for i in range(args.accumulate):  # every so many-th picture: together they are the batch
-        part = slice(i, None, args.accumulate)
-        loss = model.flow_loss(
-            state.restorer,
+
+    def objective(part):
+        return model.flow_loss(
+            state.module,
             x0[part],
             condition[part],
             text[part],
@@ -679,6 +792,66 @@ def compute_gradients(state, batch, autoencoder, prompts):
             noise[part],
             mean_weight=state.mean_weight,
         )
+
+    return objective, sigma
+
+
+def autoencoder_objective(state, batch, frozen):
+    """Prepare a batch of the clean pictures; see restorer_objective."""
+    clean = batch["clean"].to(state.args.device)
+
+    def objective(part):
+        return vae.reconstruction_loss(state.module, clean[part], frozen.perceptual)
+
+    return objective, torch.zeros(len(clean))
+
+
+SKIPS_DROPPED = 0.1  # of the images: so --decoder_weight of evaluate.py can be chosen freely
+
+
+def decoder_objective(state, batch, frozen):
+    """Prepare a batch, whose latents the frozen restorer makes or a cache has.
+
+    See restorer_objective."""
+    args = state.args
+    clean, degraded = batch["clean"].to(args.device), batch["condition"].to(args.device)
+    weight = torch.ones(len(clean), 1, 1, 1)
+    for i, n in enumerate(batch["draw"]):
+        generator = torch.Generator().manual_seed(seed_for(args.seed, n, "skips"))
+        if torch.rand((), generator=generator) < SKIPS_DROPPED:
+            weight[i] = 0
+    weight = weight.to(args.device)
+
+    def objective(part):
+        some = {key: batch[key][part] for key in ("condition", "caption", "draw")}
+        if frozen.restorer:
+            around = frozen.restorer, frozen.autoencoder, frozen.prompts
+            latents = data.restore_latents(*around, some, args)
+        else:
+            latents = batch["latents"][part].to(args.device)
+        inputs = latents, degraded[part], clean[part], weight[part]
+        return vae.decoder_loss(state.module, *inputs, frozen.perceptual)
+
+    return objective, torch.zeros(len(clean))
+
+
+# Three stages have one loop. What is trained is a module: the restorer, the decoder of its
+# autoencoder, or the autoencoder of the preset mini. What it is trained with is a loss.
+OBJECTIVES = {
+    "autoencoder": autoencoder_objective,
+    "restorer": restorer_objective,
+    "decoder": decoder_objective,
+}
+
+
+def compute_gradients(state, batch, frozen):
+    """Add the gradients of a batch -> losses by bin of sigma and how many they are, [2, BINS]."""
+    args = state.args
+    objective, sigma = OBJECTIVES[state.config["stage"]](state, batch, frozen)
+    sums = torch.zeros(2, BINS)
+    for i in range(args.accumulate):  # every so many-th picture: together they are the batch
+        part = slice(i, None, args.accumulate)
+        loss = objective(part)
         # the mean over the batch: its parts add up, and FSDP averages over the processes
         (loss.sum() * WORLD / args.batch_size).backward()
         bins = (sigma[part] * BINS).long().clamp(max=BINS - 1)
@@ -700,29 +873,45 @@ def catch_signals():
     return caught
 
 
-def validate(state, dataset, run, autoencoder, prompts):
+def validate(state, dataset, run, frozen):
     """Restore the held-out pictures with the averaged weights, and draw them.
 
-    -> {"step", "val_loss", and the mean PSNR and SSIM of input and restored}. Fixed pairs, fixed
-    noise. The first process does it and tells the others."""
-    restorer = state.averaged_restorer()
+    -> {"step", the mean PSNR and SSIM of input and restored, and for a restorer "val_loss"}. Of an
+    autoencoder it is the round trip of the clean pictures. Fixed pairs, fixed noise. The first
+    process does it and tells the others."""
+    module = state.averaged_module()
     result = [None]
     if RANK == 0:
         args = state.args
-        if not autoencoder:  # beside a cache it is only needed here
-            autoencoder, _ = data.load_frozen(state.config, args.device)
-        pipeline = evaluate.Pipeline(restorer, autoencoder, prompts)
-        captions = [dataset.plan(i)[2] for i in range(len(dataset))]
-        restored = evaluate.restoring_method(pipeline, captions, args.device, seed=args.seed)
-        methods, metrics = {"restored": restored}, evaluate.Metrics(["psnr", "ssim"])
+        pipeline = make_pipeline(state.config, module, frozen, args.device)
+        if state.config["stage"] == "autoencoder":
+            methods = {"roundtrip": evaluate.ceiling_method(module, args.device)}
+        else:
+            captions = [dataset.plan(i)[2] for i in range(len(dataset))]
+            options = {"seed": args.seed, "steps": pipeline.steps}
+            restored = evaluate.restoring_method(pipeline, captions, args.device, **options)
+            methods = {"restored": restored}
+        metrics = evaluate.Metrics(["psnr", "ssim"])
         rows, pictures = evaluate.evaluate_pairs(dataset, methods, metrics, quiet=True)
         path = run / f"samples/step_{state.step:06d}.png"
         data.save_image(evaluate.draw_grid(pictures), path)
-        loss = validation_loss(pipeline, dataset, rows, args)
-        result = [{"step": state.step, "val_loss": loss} | evaluate.validation_means(rows)]
+        result = [{"step": state.step} | evaluate.validation_means(rows)]
+        if state.config["stage"] == "restorer":
+            result[0]["val_loss"] = validation_loss(pipeline, dataset, rows, args)
     if WORLD > 1:
         dist.broadcast_object_list(result)
     return result[0]
+
+
+def make_pipeline(config, module, frozen, device):
+    """Make the Pipeline of a module that is trained; what a cache spared is loaded for it."""
+    if config["stage"] == "autoencoder":
+        return evaluate.Pipeline(None, module, frozen.prompts)
+    if config["stage"] == "decoder":
+        restorer = frozen.restorer or data.load_frozen_restorer(config, device)
+        return evaluate.Pipeline(restorer, module, frozen.prompts, steps=config["decoder"]["steps"])
+    autoencoder = frozen.autoencoder or data.load_frozen(config, device)[0]
+    return evaluate.Pipeline(module, autoencoder, frozen.prompts)
 
 
 @torch.no_grad()
@@ -737,7 +926,7 @@ def validation_loss(pipeline, dataset, rows, args):
         item = dataset.draw(row["image"])
         pair = torch.stack([item["clean"], item["condition"]]).to(args.device)
         unit = autoencoder.factor * restorer.sana.config["patch_size"]
-        x0, condition = autoencoder.encode(pad_to_multiple(pair, unit)).split(1)
+        x0, condition = autoencoder.encode(vae.pad_to_multiple(pair, unit)).split(1)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         sigma = model.draw_sigma(1, generator, shift=restorer.shift).to(x0)
         text, text_mask = pipeline.prompts([item["caption"]])
@@ -749,6 +938,7 @@ def validation_loss(pipeline, dataset, rows, args):
 CURVES = {
     "loss": "training loss",
     "restored_psnr": "validation PSNR, dB",
+    "roundtrip_psnr": "validation PSNR of the round trip, dB",
     "condition_norm": "norm of the condition's weights",
 }
 
@@ -778,7 +968,7 @@ class Log:
             self.skipped = self.newest("skipped") or 0
             self.bad = self.newest("bad_images") or 0
         if RANK == 0:
-            write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            vae.write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def begin_line(self):
         self.since = time.monotonic()
@@ -806,13 +996,15 @@ class Log:
             "step": state.step,
             "loss": sum(losses) / max(1, sum(counts)),
             "norm": norm,
-            "condition_norm": state.condition_norm(),
-            "loss_by_sigma": by_sigma,
             "images_per_second": self.steps * self.args.batch_size / seconds,
             "data_wait": self.waited / seconds,
             "skipped": self.skipped,
             "bad_images": self.bad,
         }
+        if self.args.stage == "restorer":
+            line["loss_by_sigma"] = by_sigma
+        if self.args.stage != "autoencoder":
+            line["condition_norm"] = state.condition_norm()
         if self.args.device.startswith("cuda"):
             line["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self.add(line)
@@ -833,13 +1025,14 @@ class Log:
         charts = []
         for key, title in CURVES.items():
             points = [(line["step"], line[key]) for line in self.lines if key in line]
-            charts.append((title, points, key == "loss", None))
+            if points:
+                charts.append((title, points, key == "loss", None))
         if RANK == 0:
             with contextlib.suppress(UserError):  # Windows, while a viewer shows it
                 evaluate.draw_charts(charts, self.run / "loss.png")
 
 
-def train_step(state, batch, autoencoder, prompts, stop=()):
+def train_step(state, batch, frozen, stop=()):
     """Do one step with a batch -> what happened in all processes together.
 
     {"sums": losses by bin of sigma and how many, [2, BINS], "norm": of the gradient, "finite": else
@@ -847,7 +1040,7 @@ def train_step(state, batch, autoencoder, prompts, stop=()):
     args = state.args
     for group in state.optimizer.param_groups:
         group["lr"] = get_lr(state.step, args.steps, group["peak"])
-    sums = compute_gradients(state, batch, autoencoder, prompts)
+    sums = compute_gradients(state, batch, frozen)
     numbers = [*sums.flatten().tolist(), state.collect_gradients(), batch["bad"], bool(stop)]
     *losses, square, bad, stopped = sum_over_processes(numbers, args.device)
     norm = math.sqrt(square)
@@ -862,7 +1055,7 @@ def train_step(state, batch, autoencoder, prompts, stop=()):
     return result | {"bad": int(bad), "stop": bool(stopped)}
 
 
-def train(state, batches, val_set, run, log, autoencoder, prompts):
+def train(state, batches, val_set, run, log, frozen):
     """Do the steps that are left, with log, validation and checkpoints.
 
     -> the signal that ended it before the last step, or None. Raises UserError."""
@@ -874,7 +1067,7 @@ def train(state, batches, val_set, run, log, autoencoder, prompts):
             before = time.monotonic()
             batch = next(batches)
             log.waited += time.monotonic() - before
-            result = train_step(state, batch, autoencoder, prompts, stop)
+            result = train_step(state, batch, frozen, stop)
             log.count(result)
             bar.update()
             if not result["finite"]:
@@ -888,13 +1081,13 @@ def train(state, batches, val_set, run, log, autoencoder, prompts):
                 log.end_line(state, result["norm"])
             pause = time.monotonic()
             if done or state.step % args.val_every == 0:
-                state.validation = validate(state, val_set, run, autoencoder, prompts)
+                state.validation = validate(state, val_set, run, frozen)
                 log.add(state.validation)
             if last or state.step % args.save_every == 0:
                 state.save(run)
                 log.draw()
             log.since += time.monotonic() - pause
-            figures = {"loss": log.newest("loss"), "val_dB": state.validation["restored_psnr"]}
+            figures = {"loss": log.newest("loss"), "val_dB": state.validation[state.score]}
             bar.set_postfix(figures, refresh=False)
             if last:
                 break
@@ -913,7 +1106,7 @@ def check_pictures(run, digests):
     path = run / "pictures.json"
     if path.is_file() and "--data" not in given_flags():
         what = f"{run} began with other pictures; --data, given again, goes on with these"
-        data.check_same(read_json(path), digests, what)
+        data.check_same(vae.read_json(path), digests, what)
 
 
 def crop_stages(args, start=0, draws=0):
@@ -928,16 +1121,25 @@ def crop_stages(args, start=0, draws=0):
     return stages
 
 
+def bases_of(config):
+    """Return the checkpoint folders that a model stands on: its restorer's, its autoencoder's."""
+    bases = [base for base in (config["base"], config["vae"]) if isinstance(base, dict)]
+    return [Path(base["checkpoint"]) for base in bases if Path(base["checkpoint"]).is_dir()]
+
+
 def begin_run(run, args, state, digests):
     """Make the run folder, empty of an older run, with config.json and pictures.json."""
+    for base in bases_of(state.config):
+        if (base / "ema.safetensors").is_file():
+            vae.write_text(base / "base", f"{run.resolve()} stands on it\n")  # see State.save
     if (run / "latest").is_file() and not args.resume:
         for name in ["latest", "best", "log.jsonl", "loss.png", "pictures.json"]:
             (run / name).unlink(missing_ok=True)
         for folder in [run / "samples", *run.glob(STEP_FOLDERS)]:
             shutil.rmtree(folder, ignore_errors=True)
     config = {"model": state.config, "args": vars(args), "held_out": state.held_out}
-    write_text(run / "config.json", json.dumps(config, indent=1))
-    write_text(run / "pictures.json", json.dumps(digests, indent=1))
+    vae.write_text(run / "config.json", json.dumps(config, indent=1))
+    vae.write_text(run / "pictures.json", json.dumps(digests, indent=1))
 
 
 def find_start(run, args):
@@ -953,24 +1155,89 @@ def find_start(run, args):
     return model.find_checkpoint(run)
 
 
-def load_state(config, checkpoint, args):
+def build_module(config):
+    """Build what a stage trains, with unset weights. config: "model" of a config.json."""
+    if config["stage"] == "restorer":
+        return model.build_restorer(config)
+    if config["stage"] == "autoencoder":
+        return vae.DCAE(config["autoencoder"])
+    decoder = config["decoder"]
+    autoencoder = vae.DCAE(decoder["dcae"]).add_skips(decoder["gains"])
+    return autoencoder.freeze_around_decoder(decoder["parts"])
+
+
+def load_module(config, checkpoint, args, train_set, frozen):
+    """Make what is trained: that of a checkpoint, or what the stage begins with."""
+    generator = torch.Generator().manual_seed(seed_for(args.seed, 0, "weights"))
+    begun_from = None  # the weights of a run of the same stage
+    if model.stage_of(args.model) == config["stage"]:
+        begun_from = model.find_checkpoint(args.model) / "ema.safetensors"
+    if checkpoint:
+        begun_from = checkpoint / "model.safetensors"
+    if config["stage"] == "restorer":
+        if not checkpoint:
+            return model.initial_restorer(args.model, config, generator)
+        if config["lora"]:
+            return model.load_restorer(checkpoint, "model")[0]
+        with torch.device("meta"):
+            restorer = model.build_restorer(config)
+        return vae.load_weights(restorer.to_empty(device="cpu"), begun_from)
+    if config["stage"] == "autoencoder":
+        module = vae.DCAE(config["autoencoder"])
+        return vae.load_weights(module, begun_from) if begun_from else module.initialize(generator)
+    module = data.load_autoencoder(config, decoder=False)
+    if not config["decoder"]:
+        config["decoder"] = describe_decoder(module.to(args.device), args, train_set, frozen)
+    if args.decoder_parts != config["decoder"]["parts"]:
+        parts = config["decoder"]["parts"]
+        raise UserError(f"--decoder_parts: {args.model} has trained {parts} and goes on with that")
+    config["decoder"]["steps"] = args.latent_steps[0]
+    module.add_skips(config["decoder"]["gains"])
+    module.freeze_around_decoder(config["decoder"]["parts"])
+    if begun_from:
+        vae.load_weights(module, begun_from, trained=True)
+    return module
+
+
+def describe_decoder(autoencoder, args, train_set, frozen):
+    """Return the "decoder" of a config.json, with the factors of its skips, measured."""
+    batch = data.collate([train_set[n] for n in range(min(4, args.batch_size))])
+    batch["caption"] = [""] * len(batch["caption"])  # which every process has encoded
+    if "latents" in batch:
+        latents = batch["latents"].to(args.device)
+    else:
+        latents = data.restore_latents(frozen.restorer, autoencoder, frozen.prompts, batch, args)
+    try:
+        autoencoder.add_skips()
+    except ValueError as error:
+        raise UserError(f"--stage decoder: {error}") from None
+    gains = [autoencoder.measure_gains(latents, batch["condition"].to(args.device))]
+    if WORLD > 1:  # each GPU rounds in its own way
+        dist.broadcast_object_list(gains)
+    steps = args.latent_steps[0]
+    about = {"dcae": autoencoder.config, "gains": gains[0], "parts": args.decoder_parts}
+    return about | {"steps": steps}
+
+
+def load_state(config, checkpoint, args, train_set, frozen):
     """Make the State of a checkpoint, or of a run that begins."""
-    if not checkpoint:
-        generator = torch.Generator().manual_seed(seed_for(args.seed, 0, "weights"))
-        return State(config, model.initial_restorer(args.model, config, generator), args)
-    with torch.device("meta"):
-        restorer = model.build_restorer(config)
-    load_weights(restorer.to_empty(device="cpu"), checkpoint / "model.safetensors")
-    state = State(config, restorer, args)
-    state.load(checkpoint)
+    state = State(config, load_module(config, checkpoint, args, train_set, frozen), args)
+    if checkpoint:
+        state.load(checkpoint)
     return state
 
 
 def read_start(checkpoint, args):
     """Return what a run begins with: {"model", "step", "draws", "held_out"} of its checkpoint."""
     if checkpoint:
-        return model.read_run(checkpoint)
-    config = model.describe_model(args.model, args.conditioning)
+        saved = model.read_run(checkpoint)
+        saved["model"] = model.MODEL_DEFAULTS | saved["model"]
+        return saved
+    lora = {"rank": args.lora, "alpha": args.lora_alpha} if args.lora else None
+    config = model.describe_model(args.model, args.conditioning, args.stage, lora)
+    for base in bases_of(config):
+        if Path(args.out).resolve() in base.parents:
+            raise UserError(f"--out {args.out}: what this run stands on; give another folder")
     data.choose_vae(config, args.vae)
     return {"model": config, "step": 0, "draws": 0, "held_out": None}
 
@@ -987,8 +1254,11 @@ def load_data(args, run, saved):
     config = saved["model"]
     if args.data:
         config["enlarge"] = train_set.source.enlarge
-    if "--proj_lr" in given_flags() and config["conditioning"] != "projection":
-        raise UserError("--proj_lr: this model has no projection; leave it out")
+    new = config["conditioning"] == "projection"
+    if config["stage"] == "decoder":
+        new = args.decoder_parts != "decoder"
+    if "--proj_lr" in given_flags() and not new:
+        raise UserError("--proj_lr: no projection and no skips are trained here; leave it out")
     return train_set, val_set, digests
 
 
@@ -998,30 +1268,45 @@ def describe_validation(args, val_set):
     return data.short_hash([data.row_digests(val_set), val_set.crop, flags])
 
 
-def prepare_batches(args, saved, train_set, val_set):
-    """Load what stands around the transformer -> batches, autoencoder, prompts. Raises UserError.
+def open_cache(args, saved, train_set):
+    """Return the CachedDataset of --cache in place of the training set. Raises UserError."""
+    about = data.fingerprint(args, saved["model"]), data.row_digests(train_set)
+    return data.CachedDataset(args.cache, *about, len(train_set))
 
-    With --cache the batches are latents, and the autoencoder is None."""
-    autoencoder, prompts = data.load_frozen(saved["model"], args.device)
-    sides = [args.resolution] + [side for side, _ in args.curriculum or []]
-    data.check_resolution(sides, autoencoder, saved["model"])
-    # every draw of the run has a number; this process takes every WORLD-th
-    first = saved["draws"]
-    last = first + (args.steps - saved["step"]) * args.batch_size
-    draws = range(first + RANK, last, WORLD)
+
+def load_frozen(args, saved, train_set, val_set, draws):
+    """Load what stands around the module that is trained -> Frozen. Raises UserError.
+
+    draws: the numbers of all pictures that this process will draw."""
+    config = saved["model"]
+    stage = config["stage"]
+    if stage == "autoencoder":
+        frozen = Frozen(None, data.Prompts())
+    else:
+        frozen = Frozen(*data.load_frozen(config | {"decoder": None}, args.device))
+        sides = [args.resolution] + [side for side, _ in args.curriculum or []]
+        data.check_resolution(sides, frozen.autoencoder, config)
+    if stage != "autoencoder" and not model.works_on_pixels(config):
+        print_memory(config, args, frozen.autoencoder)
     if args.cache:
-        about = data.fingerprint(args, saved["model"]), data.row_digests(train_set)
-        train_set = data.CachedDataset(args.cache, *about, len(train_set))
-        prompts.known = train_set.prompts()
-        autoencoder = None
-    elif prompts.folder:  # all captions of the run, before the transformer takes the memory
-        prompts.prepare(data.captions_of(train_set, draws, val_set))
-    on_gpu = args.device.startswith("cuda")
-    batches = data.load_batches(train_set, args.batch_size // WORLD, draws, args.workers, on_gpu)
-    return batches, autoencoder, prompts
+        frozen.autoencoder = None
+        frozen.prompts.known = train_set.prompts()
+    elif frozen.prompts.folder:
+        # all captions of the run, before what is trained takes the memory
+        frozen.prompts.prepare(data.captions_of(train_set, draws, val_set))
+    if stage == "decoder" and not args.cache:
+        frozen.restorer = data.load_frozen_restorer(config, args.device)
+    if args.lpips_weights:
+        if min([args.resolution] + [side for side, _ in args.curriculum or []]) < 64:
+            raise UserError("--lpips_weights: LPIPS needs crops of 64 pixels; see --resolution")
+        heads = evaluate.read_published(evaluate.LPIPS_HEADS, args.lpips_weights[1])
+        trunk = evaluate.read_published(evaluate.LPIPS_TRUNK, args.lpips_weights[0])
+        frozen.perceptual = evaluate.LPIPS(trunk, heads).to(args.device)
+    return frozen
 
 
 def main():
+    torch.set_flush_denormal(True)  # silu's gradient has such tails; a CPU takes 100 times as long
     if WORLD > 1 and torch.cuda.device_count() > LOCAL_RANK:
         torch.cuda.set_device(LOCAL_RANK)  # before anything is put on a GPU: "cuda" is this one
     args = parse_args()
@@ -1030,9 +1315,18 @@ def main():
     checkpoint = find_start(run, args)
     saved = read_start(checkpoint, args)
     train_set, val_set, digests = load_data(args, run, saved)
-    batches, autoencoder, prompts = prepare_batches(args, saved, train_set, val_set)
-    state = load_state(saved["model"], checkpoint, args)
-    if "color_jitter" in train_set.degradation_names():
+    jitter = "color_jitter" in train_set.degradation_names()
+    if args.cache:
+        train_set = open_cache(args, saved, train_set)
+    # every draw of the run has a number; this process takes every WORLD-th
+    first = saved["draws"]
+    last = first + (args.steps - saved["step"]) * args.batch_size
+    draws = range(first + RANK, last, WORLD)
+    frozen = load_frozen(args, saved, train_set, val_set, draws)
+    state = load_state(saved["model"], checkpoint, args, train_set, frozen)
+    on_gpu = args.device.startswith("cuda")
+    batches = data.load_batches(train_set, args.batch_size // WORLD, draws, args.workers, on_gpu)
+    if jitter:
         state.mean_weight = 0.1
     state.held_out = data.row_names(val_set)
     state.validated_on = describe_validation(args, val_set)
@@ -1046,9 +1340,9 @@ def main():
     introduce(args, state, len(train_set), run)
     try:
         if not state.validation:
-            state.validation = validate(state, val_set, run, autoencoder, prompts)
+            state.validation = validate(state, val_set, run, frozen)
             log.add(state.validation)
-        caught = train(state, batches, val_set, run, log, autoencoder, prompts)
+        caught = train(state, batches, val_set, run, log, frozen)
     except Exception:  # a bad picture, a dead worker, no memory: keep what there is
         if state.consistent and state.step > saved["step"] and WORLD == 1:
             state.save(run)
@@ -1061,23 +1355,151 @@ def main():
         sys.exit(128 + caught)
 
 
+# --------------------------------------------------------------------------------------------------
+# How much memory a run takes, derived from the shapes alone: nothing is allocated.
+
+
+def estimate_memory(config, args, autoencoder):
+    """Return {what: bytes} that the training of a restorer or a decoder keeps on each device.
+
+    config: "model" of config.json. Left out: what the text encoder takes before training, and what
+    libraries take for themselves."""
+    if config["stage"] == "decoder":
+        about = {"dcae": autoencoder.config, "gains": None, "parts": args.decoder_parts}
+        config = config | {"decoder": about}
+    with torch.device("meta"):
+        module = build_module(config)
+        restorer = model.build_restorer(config)
+    trained = sum(p.numel() for p in vae.trained_weights(module).values()) / WORLD
+    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+    half = args.device.startswith("cuda") and not config["autoencoder"]  # what is frozen, in bf16
+    # bytes of a weight with what it lacks of fp32, of its gradient, of its two moments
+    weight, gradient, moments = {
+        "adamw": (4, 4, 8),
+        "adamw_bf16": (4, 2, 4),
+        "adamw_sr": (2, 2, 4),
+    }[args.optimizer]
+    bf16_base = half and config["lora"]
+    sizes = {
+        "weights": weight * trained + (2 if bf16_base else 4) * frozen,
+        "gradients": gradient * trained,
+        "moments": moments * trained,
+        "average": 4 * trained if args.ema_device == args.device else 0,
+        "autoencoder": 0 if args.cache else sum(p.nbytes for p in autoencoder.parameters()),
+    }
+    side = max([args.resolution] + [side for side, _ in args.curriculum or []])
+    batch = args.batch_size // WORLD // args.accumulate
+    grid = side // autoencoder.factor
+    latents = torch.empty(batch, autoencoder.channels, grid, grid, device="meta")
+    if config["stage"] == "decoder":
+        count = sum(p.numel() for p in restorer.parameters())
+        sizes["restorer"] = 0 if args.cache else (2 if half else 4) * count
+        pixels = torch.empty(batch, 3, side, side, device="meta")
+        sizes["activations"] = saved_bytes(module, pixels, latents)
+    else:
+        half = args.optimizer != "adamw" or bf16_base
+        sizes["activations"] = activation_bytes(config, latents, half, args.checkpointing)
+    return sizes
+
+
+def activation_bytes(config, latents, half, checkpointing, tokens=64):
+    """Return the bytes that autograd keeps of a restorer between forward and backward.
+
+    tokens: of a caption. All blocks are alike: one and two of them tell what each adds."""
+    kept = []
+    for blocks in (1, 2):
+        with torch.device("meta"):
+            short = config | {"sana": config["sana"] | {"num_layers": blocks}}
+            restorer = model.build_restorer(short)
+            if half:
+                restorer.sana.to(torch.bfloat16)
+            timestep = torch.empty(len(latents))
+            text = torch.empty(len(latents), tokens, restorer.sana.config["caption_channels"])
+        kept.append(saved_bytes(restorer, latents, latents, timestep, text))
+    block = kept[1] - kept[0]
+    ends = kept[0] - block
+    blocks = config["sana"]["num_layers"]
+    if not checkpointing:
+        return ends + blocks * block
+    sana = restorer.sana.config
+    positions = len(latents) * latents.shape[2:].numel() / sana["patch_size"] ** 2
+    dim = sana["num_attention_heads"] * sana["attention_head_dim"]
+    inputs = (2 if half else 4) * positions * dim  # of a block
+    return ends + blocks * inputs + block
+
+
+def saved_bytes(module, *inputs):
+    """Count what autograd saves of a forward pass on the meta device; each storage once."""
+    kept = {}
+    own = {p.untyped_storage()._cdata for p in module.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = tensor  # the tensor, so that the number stays taken
+        return tensor
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        module(*inputs)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+SPARING = {  # flag: what it takes away
+    "--checkpointing": "most activations",
+    "--ema_device cpu": "the average",
+    "--cache": "what is frozen",
+    "--lora 16": "gradients, moments and average of all but the changes",
+    "--accumulate": "activations, divided by its number",
+}
+
+
+def print_memory(config, args, autoencoder):
+    """Say how much memory the run will take, and what helps where a GPU has less."""
+    bytes_of = estimate_memory(config, args, autoencoder)
+    total = sum(bytes_of.values())
+    parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in bytes_of.items())
+    print(f"memory: about {total / 1e9:.1f} GB ({parts})")
+    if not args.device.startswith("cuda"):
+        return
+    there = torch.cuda.get_device_properties(args.device).total_memory
+    if total > 0.95 * there:
+        given = {
+            "--checkpointing": args.checkpointing,
+            "--ema_device cpu": args.ema_device == "cpu",
+            "--cache": args.cache,
+            "--lora 16": args.lora,
+        }
+        if args.stage == "decoder":
+            given |= {"--checkpointing": True, "--lora 16": True}  # they do not exist there
+        left = [f"{flag} ({what})" for flag, what in SPARING.items() if not given.get(flag)]
+        print(f"this GPU has {there / 1e9:.1f} GB; what spares memory: {'; '.join(left)}")
+
+
 def introduce(args, state, images, run):
     """Print what is about to be done."""
     count = sum(p.numel() for p in state.weights.values()) / 1e6
     where = f"{WORLD} x {args.device}" if WORLD > 1 else args.device
     steps = args.steps - state.step
     work = f"{steps} steps of {args.batch_size} crops of {args.resolution} pixels"
-    print(f"model {args.model}, {count:.2f} M parameters, on {where}")
+    trained = "" if args.stage == "restorer" else f", --stage {args.stage}"
+    print(f"model {args.model}{trained}, {count:.2f} M parameters, on {where}")
     print(f"{work} from {images} images -> {run}")
+
+
+def describe_scores(v):
+    """Format a validation: from input to restored, or an autoencoder's round trip."""
+    if "roundtrip_psnr" in v:
+        return f"round trip PSNR {v['roundtrip_psnr']:.2f} dB, SSIM {v['roundtrip_ssim']:.3f}"
+    psnr = f"PSNR {v['input_psnr']:.2f} -> {v['restored_psnr']:.2f} dB"
+    return f"{psnr}, SSIM {v['input_ssim']:.3f} -> {v['restored_ssim']:.3f}"
 
 
 def report(state, run, count):
     """Print the last lines: what was reached, and where it lies."""
     v = state.validation
-    psnr = f"PSNR {v['input_psnr']:.2f} -> {v['restored_psnr']:.2f} dB"
-    ssim = f"SSIM {v['input_ssim']:.3f} -> {v['restored_ssim']:.3f}"
-    print(f"step {v['step']}, {count} held-out images: {psnr}, {ssim}")
-    print(f"degraded | restored | clean: {run}/samples/step_{v['step']:06d}.png")
+    print(f"step {v['step']}, {count} held-out images: {describe_scores(v)}")
+    columns = [name for name in ("restored", "roundtrip") if f"{name}_psnr" in v]
+    print(f"degraded | {columns[0]} | clean: {run}/samples/step_{v['step']:06d}.png")
     print(f"{run}/loss.png, log.jsonl, checkpoint step_{state.step:06d}")
 
 

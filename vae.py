@@ -1,18 +1,21 @@
-"""Autoencoders: pixels [B, 3, H, W] in [-1, 1] <-> latents [B, C, H/f, W/f] of about unit variance.
+"""Autoencoders: pixels [B, 3, H, W] in [-1, 1] <-> latents [B, C, H/f, W/f] of variance near 1.
 
 A latent is the small grid that the transformer works on instead of pixels: at f = 32 a picture of
 1024x1024 pixels is 32x32 positions of C numbers, so 1,024 tokens and not a million.
 PixelAE is the lossless one of the tiny preset, DCAE is SANA's (DC-AE, arXiv 2410.10733). Both have
 encode, decode, the factor f and the number of latent channels C. encode accepts any H, W: it
-mirrors the picture to the next multiple of f. Crop what decode returns.
+mirrors the picture to the next multiple of f. Crop what decode returns. DCAE.add_skips lets the
+decoder see the degraded picture.
 
 Last in this file: weight files, which all networks of this project are read from.
 Letters of the shape comments: B batch, C latent channels, D width of a stage, H, W its grid,
 N = H*W tokens, h heads, d = width of a head.
 """
 import contextlib
+import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -113,7 +116,7 @@ class ResBlock(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x):                                           # [B, D, H, W]
-        y = self.activation(self.conv1(x), inplace=True)            # in place: it is never trained
+        y = self.activation(self.conv1(x), inplace=True)            # autograd copies what it needs
         return self.norm(self.conv2(y)).add_(x)
 
 
@@ -211,7 +214,8 @@ class EfficientViTBlock(nn.Module):
         self.conv_out = GLUMBConv(dim)
 
     def forward(self, x):                                           # [B, D, H, W]
-        return in_tiles(self.conv_out, self.attn(x), ATTENTION_TILE, halo=1)
+        x = self.attn(x)
+        return in_tiles(lambda index: self.conv_out(x[index]), x.shape[2:], ATTENTION_TILE, halo=1)
 
 
 class Down(nn.Module):
@@ -331,13 +335,24 @@ class Encoder(nn.Module):
         self.shortcut = c["encoder_out_shortcut"]
 
     def conv_stages(self, x):
+        """Compute the stages that see only what is near, of pixels [B, 3, H, W].
+
+        -> {stage: what its Down is given; their number: what comes out of the last}. In SANA's
+        these are [B, 128, H, W], [B, 256, H/2, W/2], [B, 512, H/4, W/4] and [B, 512, H/8, W/8]."""
         x = self.conv_in(x)
-        for stage in self.down_blocks[: self.count]:
-            x = stage(x)
-        return x
+        features = {}
+        for i, stage in enumerate(self.down_blocks[: self.count]):
+            if len(stage):
+                features[i] = stage[:-1](x)
+                x = stage[-1](features[i])
+        features[self.count] = x
+        return features
 
     def forward(self, x):                                           # [B, 3, H, W]
-        x = in_tiles(self.conv_stages, x, TILE, self.halo, 1 / self.factor)  # [B, D, H/8, W/8]
+        def local(index):
+            return self.conv_stages(x[index])[self.count]
+
+        x = in_tiles(local, x.shape[2:], TILE, self.halo, 1 / self.factor)  # [B, D, H/8, W/8]
         for stage in self.down_blocks[self.count :]:
             x = stage(x)
         z = self.conv_out(x)                                        # [B, C, H/f, W/f]
@@ -372,23 +387,30 @@ class Decoder(nn.Module):
         else:
             self.conv_out = Up(last, c["in_channels"], kind, shortcut=False)
 
-    def conv_stages(self, x):
-        for stage in reversed(self.up_blocks[: self.count]):
-            x = stage(x)
-        return self.conv_out(self.activation(self.norm_out(x)))
-
-    def forward(self, z):                                           # [B, C, H, W]
+    def attention_stages(self, z):                                  # [B, C, H, W]
         x = self.conv_in(z)
         if self.shortcut:
             x = x + z.repeat_interleave(self.repeats, dim=1)
         for stage in reversed(self.up_blocks[self.count :]):
-            x = stage(x)                                            # [B, D, 4H, 4W]
-        tile = TILE // self.factor
-        return in_tiles(self.conv_stages, x, tile, self.halo // self.factor, self.factor)
+            x = stage(x)
+        return x                                                    # [B, D, 4H, 4W] in SANA's
+
+    def conv_stages(self, x, skip=None):
+        """Compute the stages that see only what is near -> pixels.
+
+        skip: skip(i, x) -> x may add to x before the blocks of stage i. skip(count, x) comes first,
+        before all of these stages."""
+        skip = skip or (lambda i, x: x)
+        x = skip(self.count, x)
+        for i in reversed(range(self.count)):
+            stage = self.up_blocks[i]
+            if len(stage):
+                x = stage[1:](skip(i, stage[0](x)))
+        return self.conv_out(self.activation(self.norm_out(x)))
 
 
 class DCAE(nn.Module):
-    """The 32x autoencoder (64x and 128x by config).
+    """The 32x autoencoder (64x and 128x by config), and its decoder that sees the degraded image.
 
     config: the keys of the checkpoint's vae/config.json. Raises ValueError for one that this file
     does not build.
@@ -406,29 +428,173 @@ class DCAE(nn.Module):
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
         self.scaling = c["scaling_factor"]
+        self.config = c
         self.channels = c["latent_channels"]
         self.factor = 2 ** (len(c["encoder_block_out_channels"]) - 1)
+        self.gains = {}  # of the skips, by stage; see add_skips
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None):
-        """Load a checkpoint folder. dtype None: as stored. Raises UserError."""
-        return load_pretrained(cls, folder, dtype)
+        """Load a checkpoint folder, frozen. dtype None: as stored. Raises UserError."""
+        return load_pretrained(cls, folder, dtype).requires_grad_(False)
 
-    @torch.no_grad()
+    def forward(self, pixels, latents=None, weight=1.0):
+        """Without latents make the round trip of pixels; else decode the latents, shown pixels.
+
+        -> pixels, latents. Training calls it: FSDP gathers weights for it alone."""
+        if latents is None:
+            latents = self.encode(pixels)
+            return self.decode(latents), latents
+        return self.decode(latents, pixels, weight), latents
+
     def encode(self, pixels):
         """[B, 3, H, W] in [-1, 1] -> [B, C, H/f, W/f], fp32. There is no latent distribution."""
-        x = pad_to_multiple(pixels, self.factor)
-        dtype = self.encoder.conv_out.weight.dtype
-        # channels last, as the tokens of the attention lie: a fifth less memory
-        z = self.encoder(x.to(dtype, memory_format=torch.channels_last))
+        z = self.encoder(self.prepare_pixels(pixels))
         return z.float() * self.scaling
 
+    def prepare_pixels(self, pixels):
+        """Pad, and lay channels last, as the tokens of the attention lie: a fifth less memory."""
+        dtype = self.encoder.conv_out.weight.dtype
+        x = pad_to_multiple(pixels, self.factor)
+        return x.to(dtype, memory_format=torch.channels_last)
+
+    def decode(self, latents, degraded=None, weight=1.0):
+        """[B, C, H, W] -> pixels [B, 3, fH, fW], fp32.
+
+        degraded: the pixels that the skips show to the decoder, of any size that encode pads to
+        that. weight: of the skips, a number in [0, 1], or one an image [B, 1, 1, 1]. Raises
+        ValueError for degraded pixels of another size, or without skips."""
+        z = (latents / self.scaling).to(self.decoder.conv_in.weight.dtype)
+        x = self.decoder.attention_stages(z.contiguous(memory_format=torch.channels_last))
+        factor, halo = self.decoder.factor, self.decoder.halo
+        if self.gains:  # the same tiles with and without degraded pixels: the same rounding
+            halo += self.encoder.halo
+        if degraded is not None:
+            pixels = self.prepare_pixels(degraded)
+            size = self.factor * latents.shape[2], self.factor * latents.shape[3]
+            if not self.gains or pixels.shape[2:] != size:
+                raise ValueError("degraded pixels need a decoder with skips, and the latents' size")
+
+        def local(index):
+            if degraded is None:
+                return self.decoder.conv_stages(x[index])
+            features = self.encoder.conv_stages(pixels[scale_index(index, factor)])
+
+            def skip(i, x):
+                part = weight.to(x.dtype) if torch.is_tensor(weight) else weight
+                return x + part * self.gains[str(i)] * self.skips[str(i)](features[i])
+
+            return self.decoder.conv_stages(x[index], skip)
+
+        return in_tiles(local, x.shape[2:], TILE // factor, halo // factor, factor).float()
+
+    def add_skips(self, gains=None):
+        """Show the decoder what the encoder saw of the degraded pixels, in place.
+
+        The latents have lost the fine detail; the degraded picture still holds it. At each of the
+        stages near the pixels, the encoder's features pass a 1x1 convolution that starts at zero,
+        and are added: decode begins as the published decoder, bit for bit.
+        gains: {stage: factor of its skip}, what measure_gains returns; None: 1. Raises ValueError
+        where encoder and decoder have other stages."""
+        encoder, decoder = self.encoder, self.decoder
+        places = []
+        for side, blocks in ((encoder, encoder.down_blocks), (decoder, decoder.up_blocks)):
+            stages = [i for i, stage in enumerate(blocks) if len(stage)]
+            places.append((stages, side.count, side.factor))
+        if places[0] != places[1]:
+            raise ValueError("the decoder's stages are not the encoder's: no place for skips")
+        self.skips = nn.ModuleDict()
+        for i in places[0][0]:
+            if i <= encoder.count:
+                seen = self.config["encoder_block_out_channels"][i]
+                width = self.config["decoder_block_out_channels"][i]
+                skip = nn.Conv2d(seen, width, 1, bias=False)
+                nn.init.zeros_(skip.weight)
+                self.skips[str(i)] = skip
+        self.skips.to(decoder.conv_in.weight)
+        self.gains = gains or dict.fromkeys(self.skips, 1.0)
+        return self
+
     @torch.no_grad()
-    def decode(self, latents):
-        """[B, C, H, W] -> pixels [B, 3, fH, fW], fp32."""
-        z = latents / self.scaling
-        dtype = self.decoder.conv_in.weight.dtype
-        return self.decoder(z.to(dtype, memory_format=torch.channels_last)).float()
+    def measure_gains(self, latents, degraded):
+        """Return {stage: RMS of what a skip adds to / RMS of the features that it is given}.
+
+        With these factors all skips learn at one rate, however large the decoder's numbers are (in
+        a small autoencoder 17,516 against 1: without a factor nothing was learnt). Constants, so
+        that tiles stay exact."""
+        pixels = self.prepare_pixels(degraded)
+        features = self.encoder.conv_stages(pixels)
+        gains = {}
+
+        def note(i, x):
+            if str(i) in self.skips:
+                gains[str(i)] = (rms(x) / rms(features[i])).item()
+            return x
+
+        z = (latents / self.scaling).to(pixels)
+        self.decoder.conv_stages(self.decoder.attention_stages(z), note)
+        return gains
+
+    def freeze_around_decoder(self, parts="both"):
+        """Let only the skips and the decoder's stages near the pixels be trained, in place.
+
+        parts: "both", or one of "skips" and "decoder"."""
+        self.requires_grad_(False)
+        if parts != "decoder":
+            self.skips.requires_grad_(True)
+        if parts != "skips":
+            decoder = self.decoder
+            for module in (decoder.up_blocks[: decoder.count], decoder.norm_out, decoder.conv_out):
+                module.requires_grad_(True)
+        return self
+
+    def initialize(self, generator):
+        """Fill every weight for training from scratch. (The norms are ones and zeros already.)
+
+        Each block starts as the identity: the norm at the end of its branch multiplies by 0."""
+        for name, p in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.zeros_(p)
+            elif p.dim() > 1:
+                nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=generator)
+            elif "norm" not in name:
+                nn.init.zeros_(p)
+        return self
+
+
+def rms(x):
+    return x.float().square().mean().sqrt()
+
+
+PERCEPTUAL = 0.1  # weight of LPIPS beside L1, where its weights are at hand
+
+
+def reconstruction_loss(autoencoder, clean, perceptual=None):
+    """Return the objective of each image's round trip, [B]: mean |decode(encode(x)) - x|.
+
+    clean [B, 3, H, W]. perceptual: a function of two batches -> [B], such as LPIPS. A small
+    penalty keeps the latents from growing, which nothing else in the objective does: without it
+    their standard deviation was 36 after a minute, with it 0.5 at the end."""
+    restored, latents = autoencoder(clean)
+    return picture_loss(restored, clean, perceptual) + 1e-3 * latents.square().flatten(1).mean(1)
+
+
+def decoder_loss(autoencoder, latents, degraded, clean, weight, perceptual=None):
+    """Return the objective of the decoder that sees the degraded image, [B].
+
+    latents: what the restorer made of the degraded pixels, not those of the clean ones: so the
+    decoder learns to mend what the restorer does (StableSR, arXiv 2305.07015). weight
+    [B, 1, 1, 1]: of the skips, 0 for some images, so that it can be chosen later."""
+    restored, _ = autoencoder(degraded, latents, weight)
+    return picture_loss(restored, clean, perceptual)
+
+
+def picture_loss(restored, clean, perceptual=None):
+    restored = restored[..., : clean.shape[2], : clean.shape[3]]
+    loss = (restored - clean).abs().flatten(1).mean(1)
+    if perceptual:
+        loss = loss + PERCEPTUAL * perceptual(restored, clean)
+    return loss
 
 
 # --------------------------------------------------------------------------------------------------
@@ -473,32 +639,33 @@ def tiles(size, tile, halo):
     return parts
 
 
-def in_tiles(function, x, tile, halo, scale=1):
-    """Compute function(x) in tiles: the same numbers, if it sees no further than halo.
+def in_tiles(function, size, tile, halo, scale=1):
+    """Compute a picture in tiles: the numbers of one piece, if function sees no further than halo.
 
-    x [B, C, H, W]; tile and halo count positions of x. scale: output positions per input position,
-    1/8 for an encoder. tile and halo are multiples of 1 / scale."""
-
-    def scaled(index):
-        rows, columns = index[1:]
-        return (
-            ...,
-            slice(round(rows.start * scale), round(rows.stop * scale)),
-            slice(round(columns.start * scale), round(columns.stop * scale)),
-        )
-
-    parts = tiles(x.shape[2:], tile, halo)
+    function: index (..., rows, columns) of a part of its input of size (H, W) -> [B, C, h, w].
+    tile and halo count positions of the input. scale: output positions per input position, 1/8 for
+    an encoder. tile and halo are multiples of 1 / scale."""
+    parts = tiles(size, tile, halo)
     if len(parts) == 1:
-        return function(x)
+        return function(parts[0][0])
     out = None
     for outer, inner, target in parts:
-        part = function(x[outer])
+        part = function(outer)
         if out is None:
-            height, width = x.shape[2:]
-            size = part.shape[:2] + (round(height * scale), round(width * scale))
-            out = part.new_empty(size)
-        out[scaled(target)] = part[scaled(inner)]
+            whole = scale_index((..., slice(0, size[0]), slice(0, size[1])), scale)
+            out = part.new_empty(part.shape[:2] + (whole[1].stop, whole[2].stop))
+        out[scale_index(target, scale)] = part[scale_index(inner, scale)]
     return out
+
+
+def scale_index(index, scale):
+    """Return the index (..., rows, columns) of the same part on a grid of other resolution."""
+    rows, columns = index[1:]
+    return (
+        ...,
+        slice(round(rows.start * scale), round(rows.stop * scale)),
+        slice(round(columns.start * scale), round(columns.stop * scale)),
+    )
 
 
 def blend_tiles(function, size, tile, overlap):
@@ -558,6 +725,21 @@ def atomic_write(path):
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def file_digest(path):
+    """Hash a file: all of it up to 256 KB, else sixteen blocks from its beginning to its end."""
+    length = os.path.getsize(path)
+    digest = hashlib.sha256()
+    block = 2**14
+    with open(path, "rb") as file:
+        if length <= 16 * block:
+            digest.update(file.read())
+        else:
+            for i in range(16):
+                file.seek((length - block) * i // 15)
+                digest.update(file.read(block))
+    return f"{length}-{digest.hexdigest()[:16]}"
 
 
 def write_text(path, text):
@@ -628,12 +810,12 @@ def weight_files(folder):
     raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors or model.safetensors here")
 
 
-def load_weights(module, *paths, dtype=None):
-    """Fill a module from safetensors files.
+def load_weights(module, *paths, dtype=None, trained=False):
+    """Fill a module from safetensors files; trained: only the parameters that take a gradient.
 
     Raises UserError that names the file and the first tensor which is left over, missing, of
     another shape or kind, or not finite. Nothing is filled then."""
-    expected = module.state_dict()
+    expected = trained_weights(module) if trained else module.state_dict()
     found = {}
     for path in paths:
         with explain_errors(path, "these weights"):
@@ -651,8 +833,14 @@ def load_weights(module, *paths, dtype=None):
         raise UserError(f"{paths[0]}: missing tensor {missing[0]}")
     # A module of load_config (on the meta device: shapes without memory) takes the mapped tensors
     # themselves; any other one copies them.
-    module.load_state_dict(found, assign=next(module.parameters()).is_meta)
+    meta = next(module.parameters()).is_meta
+    module.load_state_dict(found, assign=meta, strict=not trained)
     return module
+
+
+def trained_weights(module):
+    """Return {name: parameter} of those that take a gradient; the others are frozen."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def check_tensor(tensor, like, where):
@@ -675,7 +863,7 @@ def save_weights(tensors, path, **about):
         partial.chmod(mode)
 
 
-HUB = {  # short names of --model
+HUB = {  # short names of --model (SANA-Sprint itself has a guidance embedding: it is refused)
     "sana1.5-1.6b": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
     "sana1.5-4.8b": "Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers",
     "sana-0.6b-512": "Efficient-Large-Model/Sana_600M_512px_diffusers",
@@ -684,6 +872,8 @@ HUB = {  # short names of --model
     "sana-1.6b-512-multiling": "Efficient-Large-Model/Sana_1600M_512px_MultiLing_diffusers",
     "sana-1.6b": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
     "sana-1.6b-multiling": "Efficient-Large-Model/Sana_1600M_1024px_MultiLing_diffusers",
+    "sana-sprint-0.6b-teacher": "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers",
+    "sana-sprint-1.6b-teacher": "Efficient-Large-Model/SANA_Sprint_1.6B_1024px_teacher_diffusers",
     "sana-1.6b-2k": "Efficient-Large-Model/Sana_1600M_2Kpx_BF16_diffusers",
     "sana-1.6b-4k": "Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers",
 }

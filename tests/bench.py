@@ -6,6 +6,7 @@
 transformer   SANA's forward and backward, and a sampling step, at the 1.6B model's width
 tokens        what a token costs at growing sizes (linear attention: the same)
 autoencoder   DC-AE f32c32, time and memory
+decoder       the one that sees the degraded image, beside the plain one; a step of its training
 optimizer     a step of AdamW in bf16: time, and bytes a parameter that stay between steps (weight, gradient, state)
 degradations  the six, and random recipes
 loader        training crops from photos
@@ -14,7 +15,8 @@ busy          training beside another process, by settings of the threads
 metrics       PSNR, SSIM, LPIPS, FID
 tiny          the preset: training, and restoring a photo, beside plain convolutions
 startup       -h, and the import of torch
-memory        what training takes on a GPU, derived from the shapes alone (nothing is allocated)
+gradients     bf16, eager and compiled, against fp32's
+memory        the table by card: what training takes on a GPU, derived from the shapes (nothing is allocated); with --gpu measured too
 
 On Linux set MALLOC_MMAP_THRESHOLD_=1073741824 and MALLOC_TRIM_THRESHOLD_=1073741824: without them both sides wait for the system's memory.
 """
@@ -42,12 +44,14 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import model
+import train
 from data import Prompts, dead_leaves, to_tensor
 from degrade import DEGRADATIONS, random_degradation
 from evaluate import LPIPS, Inception, Pipeline, frechet_distance, psnr, ssim
-from model import PRESETS, Restorer, Sana, build_restorer, flow_loss, sample_euler
+from model import PRESETS, Sana, build_restorer, flow_loss, sample_euler
 from train import BF16AdamW, join_fp32
-from vae import DCAE, PixelAE
+from vae import DCAE, PixelAE, decoder_loss, trained_weights
 
 # where the first three run; --gpu makes it a card, bf16, all 20 layers, 20 steps, and compiled code beside eager
 WHERE = argparse.Namespace(
@@ -80,6 +84,23 @@ PEAK = {
 SANA_1_6B = dict(
     qk_norm="rms_norm_across_heads", sample_size=32
 )  # over SANA_DEFAULTS, which are its own
+
+
+DC_AE_F32C32 = dict(  # SANA's
+    latent_channels=32,
+    attention_head_dim=32,
+    encoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    decoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    encoder_block_out_channels=[128, 256, 512, 512, 1024, 1024],
+    decoder_block_out_channels=[128, 256, 512, 512, 1024, 1024],
+    encoder_layers_per_block=[2, 2, 2, 3, 3, 3],
+    decoder_layers_per_block=[3] * 6,
+    encoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
+    decoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
+    downsample_block_type="Conv",
+    upsample_block_type="interpolate",
+    scaling_factor=0.41407,
+)
 
 
 def interleaved(runs, rounds):
@@ -242,21 +263,7 @@ def bench_autoencoder(quick):
 
     side = 128 if quick else WHERE.side
     torch.manual_seed(0)
-    theirs = AutoencoderDC(
-        latent_channels=32,
-        attention_head_dim=32,
-        encoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
-        decoder_block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
-        encoder_block_out_channels=[128, 256, 512, 512, 1024, 1024],
-        decoder_block_out_channels=[128, 256, 512, 512, 1024, 1024],
-        encoder_layers_per_block=[2, 2, 2, 3, 3, 3],
-        decoder_layers_per_block=[3] * 6,
-        encoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
-        decoder_qkv_multiscales=[[], [], [], [5], [5], [5]],
-        downsample_block_type="Conv",
-        upsample_block_type="interpolate",
-        scaling_factor=0.41407,
-    ).eval()
+    theirs = AutoencoderDC(**DC_AE_F32C32).eval()
     ours = DCAE({k: v for k, v in theirs.config.items() if not k.startswith("_")}).eval()
     ours.load_state_dict(theirs.state_dict())
     ours, theirs = ours.to(WHERE.device, WHERE.dtype), theirs.to(WHERE.device, WHERE.dtype)
@@ -290,6 +297,46 @@ def bench_autoencoder(quick):
                 "diffusers",
                 memory,
             )
+
+
+def bench_decoder(quick):
+    """The decoder that sees the degraded image, f32c32 with random weights: 2 megapixels, and a step of training."""
+    torch.manual_seed(0)
+    ours = DCAE(DC_AE_F32C32).eval()
+    plain = sum(p.numel() for p in ours.parameters())
+    ours.add_skips().freeze_around_decoder().to(WHERE.device)
+    trained = trained_weights(ours)
+    skips = sum(p.numel() for p in ours.skips.parameters())
+    rest = sum(p.numel() for p in trained.values()) - skips
+    print(f"decoder: {plain:,} weights, {skips:,} in skips, {rest:,} others trained")
+    height, width = (256, 384) if quick else (1152, 1792)
+    degraded = (torch.rand(1, 3, height, width) * 2 - 1).to(WHERE.device)
+    memory = []
+    with torch.no_grad():
+        latents = ours.encode(degraded)
+        mine = lambda: ours.decode(latents, degraded)
+        yours = lambda: ours.decode(latents)
+        same(mine(), yours(), 1e-5)  # skips of zeros
+        for function in (mine, yours):
+            with peak() as grown:
+                function()
+            memory += grown
+        seconds = interleaved({"ours": mine, "peer": yours}, 1 if quick else 2)
+    row(f"decode {width}x{height} beside the degraded", *seconds.values(), "plain decoder", memory)
+    side = 128 if quick else 256
+    clean = (torch.rand(1, 3, side, side) * 2 - 1).to(WHERE.device)
+    latents = ours.encode(clean)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        decoder_loss(ours, latents, clean, clean, 1.0).mean().backward()
+        optimizer.step()
+
+    with peak() as grown:
+        step()
+    seconds = interleaved({"ours": step}, 2)["ours"]
+    print(f"a step of training, one crop of {side}: {seconds:.2f} s, {grown[0]:.2f} GB more")
 
 
 def bench_degradations(quick):
@@ -676,60 +723,135 @@ def bench_optimizer(quick):
         )
 
 
-def saved_bytes(config, grid, batch, tokens=64):
-    """Bytes that autograd keeps between the forward and the backward pass of a bf16 transformer; on the meta device."""
+def bench_gradients(quick):
+    """Gradients in bf16, eager and compiled, against fp32's: on CPUs the compiler made NaN of them."""
+    config = SANA_1_6B | {"num_layers": 1 if quick else 2}
+    if WHERE.device == "cpu":
+        config |= {"num_attention_heads": 4, "num_cross_attention_heads": 2, "cross_attention_dim": 128}
+        config |= {"caption_channels": 64, "cross_attention_head_dim": 64}
+    torch.manual_seed(0)
+    reference = Sana(config)
+    for p in reference.parameters():
+        torch.nn.init.normal_(p, std=0.02 if p.dim() > 1 else 0.5)
+    reference.to(WHERE.device)
+    x = torch.randn(2, 32, 16, 16, device=WHERE.device)
+    text = torch.randn(2, 20, reference.config["caption_channels"], device=WHERE.device)
+    time = torch.tensor([300.0, 900.0], device=WHERE.device)
+
+    def gradients(network, dtype):
+        network.zero_grad()
+        network(x.to(dtype), time, text.to(dtype)).float().square().mean().backward()
+        return torch.cat([p.grad.float().flatten() for p in network.parameters()])
+
+    exact = gradients(reference, torch.float32)
+    half = Sana(config).to(WHERE.device)
+    half.load_state_dict(reference.state_dict())
+    half.bfloat16()
+    for compiled in (False, True):
+        if compiled:
+            for block in half.transformer_blocks:
+                block.compile(dynamic=False)
+        found = gradients(half, torch.bfloat16)
+        bad = (~found.isfinite()).sum().item()
+        error = ((found - exact).norm() / exact.norm()).item()
+        how = "compiled" if compiled else "eager"
+        print(f"bf16 gradients, {how}: {bad} of {found.numel()} not finite, {error:.1%} from fp32's")
+
+
+CARDS = {  # GB of a card: rows of (model, flags)
+    8: [
+        ("sana-0.6b-512", "--cache cache --checkpointing --ema_device cpu"),
+        ("sana1.5-1.6b", "--lora 16 --checkpointing"),
+    ],
+    12: [
+        ("sana-0.6b-512", "--checkpointing"),
+        ("sana1.5-1.6b", "--lora 64 --checkpointing --resolution 1024"),
+    ],
+    16: [("sana1.5-4.8b", "--lora 16 --checkpointing")],
+    24: [("sana1.5-1.6b", "--checkpointing --ema_device cpu")],
+    80: [
+        ("sana1.5-1.6b", "--resolution 1024"),
+        ("sana1.5-4.8b", "--checkpointing --resolution 1024"),
+    ],
+}
+SANAS = {  # over SANA_DEFAULTS, which are the 1.6B model's
+    "sana-0.6b-512": {
+        "num_layers": 28,
+        "num_attention_heads": 36,
+        "num_cross_attention_heads": 16,
+        "cross_attention_head_dim": 72,
+        "cross_attention_dim": 1152,
+    },
+    "sana1.5-1.6b": SANA_1_6B,
+    "sana1.5-4.8b": SANA_1_6B | {"num_layers": 60},
+}
+PARTS = "weights", "gradients", "moments", "average", "autoencoder", "activations"
+
+
+def training_args(flags):
+    """The flags of a row as train.py reads them on a GPU, which need not be there."""
+    args = train.make_parser().parse_args(["--data", "pairs.csv", *flags.split()])
+    args.device = "cuda"
+    args.stage = "restorer"
+    args.batch_size = args.batch_size or 4
+    args.resolution = args.resolution or 512
+    args.accumulate = args.accumulate or 1
+    args.optimizer = args.optimizer or ("adamw" if args.lora else "adamw_bf16")
+    args.ema_device = args.ema_device or args.device
+    return args
+
+
+def card_config(name, args):
+    lora = {"rank": args.lora, "alpha": float(args.lora)} if args.lora else None
     with torch.device("meta"):
-        restorer = Restorer(Sana(config))
-        restorer.sana.to(torch.bfloat16)
-        c, kept = restorer.sana.config, {}
-        own = {p.untyped_storage()._cdata for p in restorer.parameters()}
-
-        def pack(t):
-            if t.untyped_storage()._cdata not in own:
-                kept[t.untyped_storage()._cdata] = t
-            return t
-
-        latents = torch.empty(batch, c["out_channels"], *grid)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            restorer(
-                latents,
-                latents,
-                torch.empty(batch),
-                torch.empty(batch, tokens, c["caption_channels"]),
-                None,
-            )
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
+        sana = Sana(SANAS[name]).config
+    return model.MODEL_DEFAULTS | {"sana": sana, "lora": lora}
 
 
 def bench_memory(quick):
-    gb = 1e9
-    for name, layers, processes in (
-        ("SANA1.5 1.6B, one GPU", 20, 1),
-        ("SANA1.5 4.8B, 8 GPUs", 60, 8),
-    ):
-        config = SANA_1_6B | {"num_layers": layers}
-        with torch.device("meta"):
-            count = sum(p.numel() for p in Sana(config).parameters())
-        print(f"{name}: {count:,} parameters; GB a GPU")
-        print(
-            f"  weights, bf16 {2 * count / processes / gb:.1f} · gradients, bf16 {2 * count / processes / gb:.1f} · low bits {2 * count / processes / gb:.1f} · moments, bf16 "
-            f"{4 * count / processes / gb:.1f} · average, fp32 {4 * count / processes / gb:.1f} (or 0, with --ema_device cpu) · DC-AE, fp32 1.2 (or 0, with --cache)"
-        )
-        gathered = (
-            0 if processes == 1 else 2 * 2 * count / layers
-        )  # a block's weights and gradients
-        fixed = (10 * count / processes + gathered) / gb
-        for side, batch in ((512, 4), (1024, 4)):
-            grid = side // 32, side // 32
-            one, two = (saved_bytes(config | {"num_layers": n}, grid, batch) for n in (1, 2))
-            block, ends = two - one, 2 * one - two
-            inputs = 2240 * 2 * batch * grid[0] * grid[1]  # of each block: image tokens
-            plain, again = (ends + layers * block) / gb, (ends + layers * inputs + block) / gb
-            print(
-                f"  {side} px, {batch} images a GPU: activations {plain:.1f}, with --checkpointing {again:.1f}; in all, average on the CPU and "
-                f"cached: {fixed + plain:.1f}, {fixed + again:.1f}; with both on the GPU {fixed + 4 * count / processes / gb + 1.2 + plain:.1f}, "
-                f"{fixed + 4 * count / processes / gb + 1.2 + again:.1f}"
-            )
+    """The table by card: what each row takes by train.estimate_memory."""
+    with torch.device("meta"):
+        autoencoder = DCAE(DC_AE_F32C32)
+        for name, config in SANAS.items():
+            print(f"{name}: {sum(p.numel() for p in Sana(config).parameters()):,} parameters")
+    print("card  " + "".join(f"{part:>12}" for part in PARTS) + "     total GB  flags")
+    for card, rows in CARDS.items():
+        for name, flags in rows:
+            args = training_args(flags)
+            sizes = train.estimate_memory(card_config(name, args), args, autoencoder)
+            total = sum(sizes.values()) / 1e9
+            cells = "".join(f"{sizes[part] / 1e9:12.1f}" for part in PARTS)
+            print(f"{card:4d}  {cells} {total:12.1f}  --model {name} {flags}", flush=True)
+            assert total < card, "this row does not fit its card"
+            if WHERE.device == "cuda":
+                measured_memory(name, args)
+
+
+def measured_memory(name, args):
+    """A training step of a row on the card, with random weights: its peak beside the estimate."""
+    config = card_config(name, args)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    restorer = build_restorer(config)
+    for p in restorer.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    state = train.State(config, restorer, args)
+    shape = args.batch_size, 32, args.resolution // 32, args.resolution // 32
+    batch = {
+        "clean": torch.randn(shape),
+        "condition": torch.randn(shape),
+        "caption": [""] * args.batch_size,
+        "bad": 0,
+    }
+    prompts = Prompts()
+    prompts.folder = "random"
+    prompts.known = {"": torch.randn(64, 2304)}
+    args.steps, args.seed, args.lr, args.proj_lr = 1000, 0, 1e-5, 1e-3
+    args.share_at_one, args.clip, args.ema_every = 0.0, 0.1, 1
+    for _ in range(2):
+        train.train_step(state, batch, train.Frozen(None, prompts))
+    grown = (torch.cuda.max_memory_allocated() - before) / 1e9
+    print(f"      measured, without the autoencoder: {grown:.1f} GB")
 
 
 if __name__ == "__main__":
@@ -754,7 +876,7 @@ if __name__ == "__main__":
         parser.error("--gpu: torch sees no CUDA card here")
     if args.gpu:
         vars(WHERE).update(GPU)
-        args.what = args.what or ["transformer", "autoencoder", "optimizer"]
+        args.what = args.what or ["transformer", "autoencoder", "decoder", "optimizer", "memory", "gradients"]
         print(torch.cuda.get_device_name(), "torch", torch.__version__)
     torch.set_num_threads(args.threads)
     print(f"{'':52} {'ours':>9} {'peer':>9}     ratio")

@@ -11,6 +11,7 @@ import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 import torch._dynamo  # noqa: F401, which an optimizer imports: not in each fork anew
 from PIL import Image
 from safetensors import safe_open
+from tqdm import tqdm
 
 import data
 import degrade
@@ -31,6 +33,8 @@ from vae import load_weights
 SCRIPTS = {"train.py": train, "data.py": data, "model.py": model, "evaluate.py": evaluate}
 TRAIN = ["--batch_size", "2", "--resolution", "32", "--workers", "0"]
 EVALUATE = Path(evaluate.__file__)
+# tqdm's own lock is shared by all processes: one that is killed may hold it for ever
+tqdm.set_lock(threading.RLock())
 
 
 def start(command, folder):
@@ -41,6 +45,7 @@ def start(command, folder):
     torch.set_num_threads(1)  # before the fork: threads do not survive one
     pid = os.fork()
     if pid == 0:
+        tqdm.set_lock(threading.RLock())
         try:
             os.chdir(folder)
             sys.stdout = sys.stderr = open("output", "a", buffering=1)  # noqa: SIM115

@@ -236,7 +236,7 @@ def test_degrade_commands(photos, tmp_path):
 def test_help_of_every_script(script, tmp_path):
     output = run(script, "-h", cwd=tmp_path)
     assert "python " + script in output
-    assert len(output.splitlines()) <= 66
+    assert len(output.splitlines()) <= 78
 
 
 # --------------------------------------------------------------------------------------------------

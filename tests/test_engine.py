@@ -604,9 +604,9 @@ def test_a_restorer_starts_from_a_text_to_image_run_unchanged(conditioning, phot
     inputs.append(torch.tensor([70.0, 1000.0]))
     inputs += data.hash_prompts(["Remove the noise."] * 2)
     with torch.no_grad():
-        assert torch.equal(prior(*inputs), state.restorer(*inputs))
+        assert torch.equal(prior(*inputs), state.module(*inputs))
     assert state.condition_norm() == 0
-    assert prior.prediction == state.restorer.prediction == "velocity"
+    assert prior.prediction == state.module.prediction == "velocity"
 
     log = read_log(tmp_path / "tuned")
     assert log[0]["step"] == 0

@@ -1,0 +1,165 @@
+"""What has to hold on a GPU: parity, optimizer, resume, memory. Without one: the same on the CPU.
+
+    python -m pytest tests -k cuda
+"""
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, SanaTransformer2DModel
+from transformers import Gemma2Config, Gemma2Model
+
+import model
+import train
+from model import Gemma2, Sana
+from pipeline import DC_AE, GEMMA, randomize
+from test_commands import run
+from test_model import QK_NORM, SMALL, inputs, randomized, seeded
+from test_train import load_newest, train_until
+from train import BF16AdamW
+from vae import DCAE
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# of the largest number: fp32 to rounding (a GPU sums in another order), bf16 no worse than the peer
+FP32 = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """No TF32 in convolutions (nor in matrix products, as torch has it by itself)."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def error(got, exact):
+    return ((got.float().cpu() - exact).norm() / exact.norm()).item()
+
+
+def compare(ours, theirs, exact):
+    """Both networks' answers against fp32 on the CPU. ours, theirs: functions of a dtype."""
+    assert error(ours(torch.float32), exact) < FP32
+    half, peer = error(ours(torch.bfloat16), exact), error(theirs(torch.bfloat16), exact)
+    assert half < 1.2 * peer + 1e-3
+
+
+def test_cuda_sana():
+    theirs = randomized(SanaTransformer2DModel(**SMALL, **QK_NORM).float().eval())
+    ours = Sana(SMALL | QK_NORM)
+    ours.load_state_dict(theirs.state_dict())
+    latents, timestep, text, text_mask = inputs()
+
+    def run_theirs(dtype, device=DEVICE):
+        net = theirs.to(device, dtype)
+        given = [t.to(device) for t in (latents.to(dtype), text.to(dtype), timestep, text_mask)]
+        with torch.no_grad():
+            return net(*given[:3], encoder_attention_mask=given[3], return_dict=False)[0]
+
+    def run_ours(dtype):
+        net = ours.to(DEVICE, dtype)
+        given = [latents.to(dtype), timestep, text.to(dtype), text_mask]
+        with torch.no_grad():
+            return net(*[t.to(DEVICE) for t in given])
+
+    exact = run_theirs(torch.float32, "cpu")
+    compare(run_ours, run_theirs, exact)
+
+
+def test_cuda_autoencoder():
+    theirs = randomize(AutoencoderDC(**DC_AE), scale=0.15)
+    ours = DCAE(DC_AE).eval().requires_grad_(False)
+    ours.load_state_dict(theirs.state_dict())
+    pixels = torch.randn(1, 3, 64, 96, generator=seeded())
+
+    def run_theirs(dtype, device=DEVICE):
+        net = theirs.to(device, dtype)
+        with torch.no_grad():
+            return net.decode(net.encode(pixels.to(device, dtype)).latent).sample
+
+    def run_ours(dtype):
+        net = ours.to(DEVICE, dtype)
+        return net.decode(net.encode(pixels.to(DEVICE)))
+
+    compare(run_ours, run_theirs, run_theirs(torch.float32, "cpu"))
+
+
+def test_cuda_gemma():
+    theirs = randomize(Gemma2Model(Gemma2Config(vocab_size=300, **GEMMA)), 1, 0.1)
+    ours = Gemma2(theirs.config.to_dict())
+    ours.load_state_dict(theirs.state_dict())
+    ids = torch.randint(300, (2, 12), generator=seeded())
+    mask = torch.arange(12) < torch.tensor([[12], [7]])
+
+    def run_theirs(dtype, device=DEVICE):
+        net = theirs.to(device, dtype)
+        with torch.no_grad():
+            states = net(ids.to(device), attention_mask=mask.to(device)).last_hidden_state
+        return states[mask.to(device)]
+
+    def run_ours(dtype):
+        net = ours.to(DEVICE, dtype)
+        with torch.no_grad():
+            return net(ids.to(DEVICE), mask.to(DEVICE))[mask.to(DEVICE)]
+
+    compare(run_ours, run_theirs, run_theirs(torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cuda_optimizer_takes_fp32_steps(compiled):
+    """With fp32 moments, bf16 weights and their low bits go where torch's AdamW goes."""
+    start = torch.randn(5000, generator=seeded()).bfloat16().float()
+    exact = torch.nn.Parameter(start.to(DEVICE))
+    torch_adamw = torch.optim.AdamW([exact], 1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    half = torch.nn.Parameter(start.to(DEVICE, torch.bfloat16))
+    groups = [{"params": [half], "lr": 1e-3}]
+    ours = BF16AdamW(groups, 0.01, moments=torch.float32, compile=compiled)
+    for step in range(1, 31):
+        gradient = torch.randn(5000, generator=seeded(step)).bfloat16().to(DEVICE)
+        exact.grad, half.grad = gradient.float(), gradient
+        torch_adamw.step()
+        ours.step(step, {half: step})
+    joined = train.join_fp32(half.detach(), ours.state[half]["low"])
+    assert (joined - exact).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora", 2]])
+def test_cuda_resume(flags, photos_csv, pipeline_folder, tmp_path):
+    """Six steps, and three and three: to rounding, since a GPU's sums have no fixed order."""
+    flags = ["--data", photos_csv, "--model", pipeline_folder, "--device", DEVICE, *flags]
+    flags += ["--resolution", 32, "--batch_size", 2, "--workers", 0, "--steps", 6, "--lr", 1e-3]
+    flags += ["--val_every", 6, "--save_every", 3]
+    run("train.py", *flags, "--out", "whole", cwd=tmp_path)
+    train_until(3, *flags, "--out", "half", cwd=tmp_path)
+    run("train.py", "--resume", "half", cwd=tmp_path)
+    ends = [model.read_run(tmp_path / name)["validation"] for name in ("half", "whole")]
+    assert ends[0]["restored_psnr"] == pytest.approx(ends[1]["restored_psnr"], abs=0.05)
+    a, b = load_newest(tmp_path / "half", "ema"), load_newest(tmp_path / "whole", "ema")
+    assert all(error(a[key], b[key]) < 1e-2 for key in a if b[key].norm() > 1e-3)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2.0}])
+def test_cuda_memory_is_what_the_estimate_says(lora, pipeline_folder):
+    """Weights, gradients, moments and averages, by what a state really holds."""
+    args = train.parse_args(["--model", str(pipeline_folder), "--device", DEVICE])
+    args.lora = lora["rank"] if lora else None
+    if lora:
+        args.optimizer = "adamw"
+    config = model.describe_model(str(pipeline_folder), lora=lora)
+    state = train.State(
+        config, model.initial_restorer(str(pipeline_folder), config, seeded()), args
+    )
+    autoencoder = DCAE(DC_AE)
+    sizes = train.estimate_memory(config, args, autoencoder)
+    weights = sum(p.nbytes for p in state.module.parameters())
+    moments = 0
+    for values in state.optimizer.state.values():
+        weights += values["low"].nbytes if "low" in values else 0
+        moments += values["exp_avg"].nbytes + values["exp_avg_sq"].nbytes
+    assert sizes["weights"] == pytest.approx(weights, rel=0.02)
+    assert sizes["moments"] == pytest.approx(moments, rel=0.02)
+    assert sizes["average"] == sum(t.nbytes for t in state.ema.values())
+    assert sizes["autoencoder"] == sum(p.nbytes for p in autoencoder.parameters())
+    assert sizes["activations"] > 0
+    args.checkpointing = True
+    spared = train.estimate_memory(config, args, autoencoder)
+    assert spared["activations"] < sizes["activations"]

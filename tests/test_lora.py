@@ -1,0 +1,259 @@
+"""Low-rank changes of a frozen restorer, against peft on diffusers' module."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from diffusers import SanaTransformer2DModel
+
+import evaluate
+import model
+import train
+from data import load_frozen
+from model import LoRA, Restorer, Sana, add_lora, merge_lora
+from test_commands import read_log, run
+from test_engine import assert_close_checkpoint, losses, share
+from test_model import QK_NORM, SMALL, inputs, randomized, seeded, twins
+from test_train import assert_same_checkpoint, load_newest, train_until
+from vae import trained_weights
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"]
+FAST = ["--batch_size", 2, "--resolution", 32, "--val_every", 6, "--save_every", 3]
+FAST += ["--workers", 0, "--steps", 6]
+
+
+def with_lora(sana, rank=3, alpha=6.0, conditioning="projection"):
+    """A Restorer whose low-rank changes are random."""
+    restorer = add_lora(Restorer(sana, conditioning), rank, alpha, seeded(3))
+    for i, module in enumerate(m for m in restorer.modules() if isinstance(m, LoRA)):
+        torch.nn.init.normal_(module.B, std=0.3, generator=seeded(i))
+    return restorer.eval()
+
+
+def answer(restorer, dtype=torch.float32):
+    latents, timestep, text, text_mask = inputs()
+    condition = torch.randn(latents.shape, generator=seeded(9))
+    with torch.no_grad():
+        return restorer(latents.to(dtype), condition.to(dtype), timestep, text.to(dtype), text_mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("conditioning", ["projection", "widen"])
+def test_before_training_it_is_the_base_bit_for_bit(conditioning, dtype):
+    sana = randomized(Sana(SMALL | QK_NORM)).to(dtype)
+    expected = answer(Restorer(sana, conditioning), dtype)
+    sana = randomized(Sana(SMALL | QK_NORM)).to(dtype)
+    restorer = add_lora(Restorer(sana, conditioning), 4, 4.0, seeded())
+    assert torch.equal(answer(restorer, dtype), expected)
+
+
+def test_a_merged_model_is_the_unmerged_one():
+    restorer = with_lora(randomized(Sana(SMALL | QK_NORM)))
+    before = answer(restorer)
+    base = answer(Restorer(randomized(Sana(SMALL | QK_NORM)), "projection"))
+    assert (before - base).abs().max() > 0.1 * before.abs().max()
+    merge_lora(restorer)
+    assert not any(isinstance(module, LoRA) for module in restorer.modules())
+    assert (answer(restorer) - before).abs().max() <= 1e-5 * before.abs().max()
+
+
+def test_the_same_changes_give_what_peft_gives():
+    """Output and gradients of A and B, on diffusers' module."""
+    theirs, sana = twins(SMALL | QK_NORM)
+    ours = add_lora(Restorer(sana, "none"), 3, 6.0, seeded())
+    # only the blocks: other layers of SANA have linear maps of these names nowhere
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, bias="none")
+    theirs = peft.get_peft_model(theirs, config)
+    pairs = {}
+    for name, p in theirs.named_parameters():
+        if p.requires_grad:
+            short = name.removeprefix("base_model.model.")
+            pairs["sana." + short.replace(".lora_A.default.weight", ".A").replace(
+                ".lora_B.default.weight", ".B")] = p
+    trained = trained_weights(ours)
+    assert trained.keys() == pairs.keys()
+    assert len(trained) == 2 * 2 * (4 + 4 + 2)
+    with torch.no_grad():
+        for i, (name, p) in enumerate(trained.items()):
+            p.copy_(torch.randn(p.shape, generator=seeded(i)) * 0.3)
+            pairs[name].copy_(p.view_as(pairs[name]))
+    latents, timestep, text, text_mask = inputs()
+    got = ours(latents, None, timestep, text, text_mask)
+    expected = theirs(
+        hidden_states=latents,
+        timestep=timestep,
+        encoder_hidden_states=text,
+        encoder_attention_mask=text_mask,
+        return_dict=False,
+    )[0]
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    got.square().mean().backward()
+    expected.square().mean().backward()
+    for name, p in trained.items():
+        gradient = pairs[name].grad.view_as(p)
+        assert (p.grad - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
+    assert all(p.grad is None for p in ours.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("conditioning", ["projection", "widen"])
+def test_what_takes_the_condition_is_trained_in_full(conditioning):
+    restorer = with_lora(Sana(SMALL), conditioning=conditioning)
+    names = [name for name in trained_weights(restorer) if not name.endswith((".A", ".B"))]
+    expected = {
+        "projection": ["projection.weight"],
+        "widen": ["sana.patch_embed.proj.weight", "sana.patch_embed.proj.bias"],
+    }
+    assert names == expected[conditioning]
+
+
+# --------------------------------------------------------------------------------------------------
+# From the commands.
+
+
+@pytest.fixture(scope="module")
+def runs(photos_csv, pipeline_folder, tmp_path_factory):
+    """A run of LoRA on a pretrained model, one on a restorer, and that restorer."""
+    folder = tmp_path_factory.mktemp("lora")
+    flags = ["--data", photos_csv, *FAST]
+    lora = ["--lora", 2, "--lora_alpha", 4]
+    run("train.py", *flags, "--model", pipeline_folder, *lora, "--out", "sana", cwd=folder)
+    run("train.py", *flags, "--out", "tiny", cwd=folder)
+    run("train.py", *flags, "--model", folder / "tiny", "--lora", 2, "--out", "more", cwd=folder)
+    return folder
+
+
+def test_a_checkpoint_holds_only_what_was_trained(runs):
+    for name in ("model", "ema"):
+        for run_folder in ("sana", "more"):
+            tensors = load_newest(runs / run_folder, name)
+            rest = [key for key in tensors if not key.endswith((".A", ".B"))]
+            widened = ["sana.patch_embed.proj.bias", "sana.patch_embed.proj.weight"]
+            assert sorted(rest) == (["projection.weight"] if run_folder == "sana" else widened)
+            assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    moved = [key for key, t in load_newest(runs / "sana", "ema").items() if t.abs().max() > 0]
+    assert any(key.endswith(".B") for key in moved)
+
+
+def test_resuming_is_exact(runs, photos_csv, pipeline_folder, tmp_path):
+    """Also in two parts of a batch, with activations computed twice."""
+    flags = ["--data", photos_csv, *FAST, "--model", pipeline_folder]
+    flags += ["--lora", 2, "--lora_alpha", 4]
+    train_until(3, *flags, "--out", "half", cwd=tmp_path)
+    run("train.py", "--resume", "half", cwd=tmp_path)
+    assert_same_checkpoint(tmp_path / "half", runs / "sana")
+    parts = ["--accumulate", 2, "--checkpointing", "--out", "parts"]
+    run("train.py", *flags, *parts, cwd=tmp_path)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(runs / "sana"), rel=1e-4)
+    share(2, "train.py", *flags, "--out", "two", cwd=tmp_path)
+    assert losses(tmp_path / "two") == pytest.approx(losses(runs / "sana"), rel=1e-4)
+    assert_close_checkpoint(tmp_path / "two", runs / "sana")
+    other = ["--resume", "half", "--lora", 3, "--steps", 9]
+    assert "begun with 2" in run("train.py", *other, cwd=tmp_path, status=2)
+
+
+def test_from_a_cache_it_is_the_same(runs, photos_csv, pipeline_folder, tmp_path):
+    flags = ["--data", photos_csv, "--resolution", 32, "--model", pipeline_folder]
+    run("data.py", "cache", *flags, "--epochs", 2, "--out", "cache", cwd=tmp_path)
+    lora = ["--lora", 2, "--lora_alpha", 4, "--cache", "cache", "--out", "cached"]
+    run("train.py", *flags, *FAST, *lora, cwd=tmp_path)
+    assert losses(tmp_path / "cached") == pytest.approx(losses(runs / "sana"), rel=1e-3)
+
+
+def test_it_restores_as_any_other_and_as_its_export(runs, pipeline_folder, photo, tmp_path):
+    pipeline = evaluate.Pipeline.load(runs / "sana")
+    small = photo.resize((96, 64))
+    restored = pipeline(small, steps=2)
+    plain, config = model.load_restorer(runs / "sana")
+    plain = merge_lora(plain)
+    merged = evaluate.Pipeline(plain, *load_frozen(config, "cpu"))
+    difference = abs(
+        torch.tensor(bytearray(merged(small, steps=2).tobytes())).int()
+        - torch.tensor(bytearray(restored.tobytes())).int()
+    )
+    assert difference.max() <= 1
+    output = run("model.py", "export", runs / "sana", tmp_path / "exported", cwd=tmp_path)
+    assert "in_channels 16" in output
+    theirs = SanaTransformer2DModel.from_pretrained(tmp_path / "exported")
+    latents, timestep, _, _ = inputs()
+    condition = torch.randn(latents.shape, generator=seeded(9))
+    text = torch.randn(2, 5, 32, generator=seeded(4))
+    with torch.no_grad():
+        loaded, _ = model.load_restorer(runs / "sana")
+        got = loaded(latents, condition, timestep, text)
+        both = torch.cat([latents, condition], 1)
+        mask = torch.ones(2, 5)
+        expected = theirs(both, text, timestep, encoder_attention_mask=mask, return_dict=False)[0]
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_base_has_to_be_there_and_the_same(runs, photos_csv, pipeline_folder, tmp_path):
+    shutil.copytree(runs / "tiny", tmp_path / "tiny")
+    lora = ["--data", photos_csv, *FAST, "--model", "tiny/step_000006", "--lora", 1]
+    run("train.py", *lora, "--out", "more", cwd=tmp_path)
+    base = model.read_run(tmp_path / "more")["model"]["base"]
+    assert base["checkpoint"] == str(tmp_path / "tiny/step_000006")
+    restore = ["evaluate.py", "--checkpoint", "more", "--data", photos_csv, "--metrics", "psnr"]
+    run(*restore, cwd=tmp_path)
+    weights = tmp_path / "tiny/step_000006"
+    (weights / "ema.safetensors").replace(tmp_path / "kept")
+    shutil.copy(weights / "model.safetensors", weights / "ema.safetensors")
+    assert "holds other weights now" in run(*restore, cwd=tmp_path, status=2)
+    shutil.rmtree(tmp_path / "tiny")
+    assert "which is not there" in run(*restore, cwd=tmp_path, status=2)
+    # a pretrained model may have moved
+    shutil.copytree(pipeline_folder, tmp_path / "moved")
+    restore = ["evaluate.py", "--checkpoint", runs / "sana", "--data", photos_csv]
+    restore += ["--metrics", "psnr", "--steps", 1]
+    run(*restore, "--model", "moved", cwd=tmp_path)
+
+
+def test_going_on_from_it_keeps_its_base(runs, photos_csv, tmp_path):
+    flags = ["--data", photos_csv, *FAST, "--model", runs / "more"]
+    run("train.py", *flags, "--out", "again", cwd=tmp_path)
+    before = model.read_run(runs / "more")["model"]
+    now = model.read_run(tmp_path / "again")["model"]
+    assert now["base"] == before["base"]
+    assert now["lora"] == before["lora"] == {"rank": 2, "alpha": 2.0}
+    first = [line for line in read_log(tmp_path / "again") if line["step"] == 0][0]
+    last = model.read_run(runs / "more")["validation"]
+    assert first["restored_psnr"] == last["restored_psnr"]
+    assert model.read_run(tmp_path / "again")["args"]["lora"] == 2
+    wrong = run("train.py", *flags, "--lora", 8, "--out", "x", cwd=tmp_path, status=2)
+    assert "already" in wrong
+    wrong = ["--optimizer", "adamw_bf16", "--out", "x"]
+    assert "trains fp32 weights" in run("train.py", *flags, *wrong, cwd=tmp_path, status=2)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--lora", 4], "not trained yet"),
+        (["--lora", 4, "--model", "SANA", "--optimizer", "adamw_bf16"], "trains fp32 weights"),
+        (["--lora_alpha", 4], "give --lora RANK too"),
+        (["--lora", 4, "--stage", "decoder"], "no effect with --stage decoder"),
+    ],
+)
+def test_what_can_not_be_is_refused(flags, said, photos_csv, pipeline_folder, tmp_path):
+    flags = [pipeline_folder if word == "SANA" else word for word in flags]
+    assert said in run("train.py", "--data", photos_csv, *flags, cwd=tmp_path, status=2)
+
+
+def test_a_decoder_stands_on_it(runs, photos_csv, pipeline_folder, tmp_path):
+    flags = ["--data", photos_csv, *FAST, "--model", runs / "sana", "--stage", "decoder"]
+    run("train.py", *flags, "--out", "seeing", cwd=tmp_path)
+    evaluate.Pipeline.load(tmp_path / "seeing")
+    assert json.loads((tmp_path / "seeing/config.json").read_text())["model"]["stage"] == "decoder"
+
+
+def test_memory_is_kept_for_what_is_trained_alone(pipeline_folder):
+    """No gradient, no moments, no average of the base; on a GPU it would be bf16."""
+    args = train.parse_args(["--model", str(pipeline_folder), "--lora", "2", "--device", "cpu"])
+    lora = {"rank": 2, "alpha": 2.0}
+    config = model.describe_model(str(pipeline_folder), lora=lora)
+    restorer = model.initial_restorer(str(pipeline_folder), config, seeded())
+    state = train.State(config, restorer, args)
+    assert state.weights.keys() == state.ema.keys() == state.parts.keys()
+    assert len(state.optimizer.state) == len(state.weights)
+    assert all(name.endswith((".A", ".B")) or "projection" in name for name in state.weights)

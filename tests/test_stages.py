@@ -1,0 +1,573 @@
+"""The three stages: an autoencoder, a restorer, and a decoder that sees the degraded image."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderDC
+from safetensors.torch import load_file
+
+import data
+import evaluate
+import model
+import train
+import vae
+from data import to_tensor
+from pipeline import DC_AE, randomize
+from test_commands import read_csv, read_log, run
+from test_engine import losses, share
+from test_train import assert_same_checkpoint, load_newest, train_until
+from test_vae import CONFIGS, IMAGENET, assert_close, seeded
+from vae import DCAE
+
+F32C32 = {  # SANA's, published
+    "attention_head_dim": 32,
+    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "downsample_block_type": "Conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
+}
+
+
+def pixels_of(photo, height, width):
+    return to_tensor(photo.resize((width, height)))[None]
+
+
+def seeing(config, scale=None):
+    """A random DC-AE with skips: of zeros, or random ones."""
+    autoencoder = randomize(DCAE(config), scale=0.15).add_skips()
+    for skip in autoencoder.skips.values():
+        if scale:
+            torch.nn.init.normal_(skip.weight, std=scale, generator=seeded(7))
+        else:
+            torch.nn.init.zeros_(skip.weight)
+    return autoencoder.requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------------------
+# The decoder.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sana", "in-f32"])
+def test_before_training_it_is_the_plain_decoder_bit_for_bit(name, dtype, photo, monkeypatch):
+    config = CONFIGS[name]
+    plain = randomize(DCAE(config), scale=0.15).to(dtype)
+    ours = DCAE(config).add_skips().to(dtype)
+    published = {key for key in ours.state_dict() if not key.startswith("skips.")}
+    assert published == plain.state_dict().keys()
+    ours.load_state_dict(plain.state_dict(), strict=False)
+    ours.eval()
+    side = 4 * plain.factor
+    degraded = pixels_of(photo, side, 2 * side)
+    latents = plain.encode(degraded)
+    assert latents.shape[2:] == (4, 8)
+    expected = plain.decode(latents)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        shown = degraded.contiguous(memory_format=layout)
+        assert torch.equal(ours.decode(latents, shown), expected)
+    monkeypatch.setattr(vae, "TILE", side // 4)
+    monkeypatch.setattr(vae, "ATTENTION_TILE", 4)
+    assert torch.equal(ours.decode(latents, degraded), ours.decode(latents))
+    # whose tiles are smaller
+    assert_close(ours.decode(latents, degraded), plain.decode(latents))
+
+
+@pytest.mark.parametrize("name", ["sana", "in-f32"])
+def test_in_tiles_it_gives_the_same_numbers(name, photo, monkeypatch):
+    ours = seeing(CONFIGS[name], scale=0.3)
+    degraded = pixels_of(photo, 512, 384)
+    latents = ours.encode(degraded)
+    whole = ours.decode(latents, degraded)
+    assert (whole - ours.decode(latents)).abs().max() > 0.01 * whole.abs().max()
+    monkeypatch.setattr(vae, "TILE", 128)
+    monkeypatch.setattr(vae, "ATTENTION_TILE", 16)
+    assert_close(ours.decode(latents, degraded), whole)
+    monkeypatch.setattr(ours.encoder, "halo", 0)
+    monkeypatch.setattr(ours.decoder, "halo", 0)
+    assert (ours.decode(latents, degraded) - whole).abs().max() > 1e-4 * whole.abs().max()
+
+
+def test_the_skips_see_the_padded_picture_that_encode_sees(photo):
+    ours = seeing(DC_AE, scale=0.3)
+    odd = pixels_of(photo, 37, 50)
+    latents = ours.encode(odd)
+    padded = vae.pad_to_multiple(odd, ours.factor)
+    assert padded.shape[2:] == (40, 52)
+    assert torch.equal(ours.decode(latents, odd), ours.decode(latents, padded))
+    with pytest.raises(ValueError, match="the latents' size"):
+        ours.decode(latents, odd[..., :32])
+    with pytest.raises(ValueError, match="needs? a decoder with skips"):
+        randomize(DCAE(DC_AE)).decode(latents, odd)
+
+
+def test_the_weight_scales_what_is_added(photo):
+    ours = seeing(DC_AE, scale=0.3)
+    degraded = pixels_of(photo, 32, 32).repeat(2, 1, 1, 1)
+    latents = ours.encode(degraded)
+    assert torch.equal(ours.decode(latents, degraded, 0.0), ours.decode(latents))
+    each = torch.tensor([0.0, 1.0])[:, None, None, None]
+    mixed = ours.decode(latents, degraded, each)
+    assert_close(mixed[:1], ours.decode(latents)[:1])
+    assert_close(mixed[1:], ours.decode(latents, degraded)[1:])
+    for key in ours.gains:
+        ours.gains[key] /= 2
+    halved = ours.decode(latents, degraded)
+    for key in ours.gains:
+        ours.gains[key] *= 2
+    assert_close(halved, ours.decode(latents, degraded, 0.5))
+
+
+def test_gains_bring_the_features_to_the_size_of_what_they_are_added_to(photo):
+    """Computed here by hooks on the peer-named modules, without the code that uses them."""
+    ours = seeing(DC_AE)
+    degraded = pixels_of(photo, 64, 64)
+    latents = ours.encode(degraded) + 1
+    seen = {}
+
+    def keep(name):
+        return lambda module, inputs, output: seen.__setitem__(name, output)
+
+    hooks = []
+    for i in (0, 1):
+        hooks.append(ours.encoder.down_blocks[i][-2].register_forward_hook(keep(f"e{i}")))
+        hooks.append(ours.decoder.up_blocks[i][0].register_forward_hook(keep(f"d{i}")))
+    hooks.append(ours.encoder.down_blocks[1][-1].register_forward_hook(keep("e2")))
+    hooks.append(ours.decoder.up_blocks[2].register_forward_hook(keep("d2")))
+    gains = ours.measure_gains(latents, degraded)
+    for hook in hooks:
+        hook.remove()
+    assert gains.keys() == {"0", "1", "2"}
+    for i in (0, 1, 2):
+        expected = seen[f"d{i}"].square().mean().sqrt() / seen[f"e{i}"].square().mean().sqrt()
+        assert gains[str(i)] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_published_size(photo):
+    with torch.device("meta"):
+        ours = DCAE(F32C32).add_skips().freeze_around_decoder()
+    assert sum(p.numel() for p in ours.parameters()) == 312_250_275 + 606_208
+    trained = vae.trained_weights(ours)
+    skips = sum(p.numel() for name, p in trained.items() if name.startswith("skips"))
+    assert skips == 128**2 + 256**2 + 512**2 + 512**2 == 606_208
+    assert sum(p.numel() for p in trained.values()) - skips == pytest.approx(22.4e6, rel=2e-3)
+    only = vae.trained_weights(ours.freeze_around_decoder("skips"))
+    assert all(name.startswith("skips") for name in only)
+    others = vae.trained_weights(ours.freeze_around_decoder("decoder"))
+    assert trained.keys() == only.keys() | others.keys()
+    assert not only.keys() & others.keys()
+
+
+def test_other_stages_in_the_decoder_leave_no_place_for_skips():
+    lite = IMAGENET | {"decoder_block_types": "ResBlock"}
+    with pytest.raises(ValueError, match="no place for skips"):
+        DCAE(lite).add_skips()
+
+
+def test_in_bf16_each_image_has_its_weight(photo):
+    ours = seeing(DC_AE, scale=0.3).bfloat16()
+    degraded = pixels_of(photo, 32, 32).repeat(2, 1, 1, 1)
+    latents = ours.encode(degraded)
+    mixed = ours.decode(latents, degraded, torch.tensor([0.0, 1.0])[:, None, None, None])
+    assert torch.equal(mixed[1], ours.decode(latents, degraded)[1])
+    assert torch.equal(mixed[0], ours.decode(latents)[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Gradients: the autoencoder's in-place operations are right under autograd.
+
+
+@pytest.mark.parametrize("name", ["sana", "plain"])
+def test_gradients_of_the_round_trip_are_those_of_diffusers(name):
+    """AutoencoderDC does nothing in place. Batch norm would be in training mode there."""
+    theirs = randomize(AutoencoderDC(**CONFIGS[name]), scale=0.15)
+    ours = DCAE(CONFIGS[name]).eval()
+    ours.load_state_dict(theirs.state_dict())
+    pixels = torch.randn(2, 3, 8 * ours.factor, 8 * ours.factor, generator=seeded())
+    target = torch.randn(pixels.shape, generator=seeded(1))
+    restored, _ = ours(pixels)
+    (restored - target).square().mean().backward()
+    latents = theirs.encode(pixels).latent
+    (theirs.decode(latents).sample - target).square().mean().backward()
+    for (key, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        assert (a.grad - b.grad).abs().max() <= 1e-4 * b.grad.abs().max() + 1e-9, key
+
+
+def plain_block(self, x):
+    y = torch.nn.functional.silu(self.conv1(x))
+    return x + self.norm(self.conv2(y))
+
+
+def plain_norm(self, x):
+    y = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5)
+    return y * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def test_gradients_of_the_decoder_are_those_without_operations_in_place(photo, monkeypatch):
+    ours = seeing(DC_AE, scale=0.3).freeze_around_decoder()
+    degraded = pixels_of(photo, 16, 16).repeat(2, 1, 1, 1)
+    latents = torch.randn(2, 8, 4, 4, generator=seeded())
+    weight = torch.tensor([1.0, 0.0])[:, None, None, None]
+
+    def gradients():
+        ours.zero_grad()
+        vae.decoder_loss(ours, latents, degraded, degraded * 0.5, weight).sum().backward()
+        return {name: p.grad.clone() for name, p in vae.trained_weights(ours).items()}
+
+    got = gradients()
+    assert all(p.grad is None for p in ours.parameters() if not p.requires_grad)
+    monkeypatch.setattr(vae.ResBlock, "forward", plain_block)
+    monkeypatch.setattr(vae.RMSNorm2d, "forward", plain_norm)
+    for name, expected in gradients().items():
+        assert (got[name] - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-9, name
+    assert all(gradient.abs().max() > 0 for gradient in got.values())
+
+
+def test_losses_are_what_they_say(photo):
+    ours = seeing(DC_AE, scale=0.3)
+    clean = pixels_of(photo, 37, 50)
+    latents = ours.encode(clean)
+    perceptual = lambda a, b: (a - b).square().flatten(1).sum(1)  # noqa: E731
+    whole = ours.decode(latents)[..., :37, :50]
+    expected = (whole - clean).abs().mean() + 1e-3 * latents.square().mean()
+    assert vae.reconstruction_loss(ours, clean).item() == pytest.approx(expected.item(), rel=1e-5)
+    more = vae.reconstruction_loss(ours, clean, perceptual) - vae.reconstruction_loss(ours, clean)
+    assert more.item() == pytest.approx(0.1 * (whole - clean).square().sum().item(), rel=1e-4)
+    degraded = pixels_of(photo.rotate(90), 37, 50)
+    restored = ours.decode(latents, degraded, 0.5)[..., :37, :50]
+    loss = vae.decoder_loss(ours, latents, degraded, clean, 0.5)
+    assert loss.item() == pytest.approx((restored - clean).abs().mean().item(), rel=1e-5)
+
+
+def test_lpips_has_a_gradient_where_nothing_is_to_see(published):
+    trunk = evaluate.read_published(evaluate.LPIPS_TRUNK, published["alex"])
+    heads = evaluate.read_published(evaluate.LPIPS_HEADS, published["alex heads"])
+    for tensor in trunk.values():
+        tensor.zero_()
+    lpips = evaluate.LPIPS(trunk, heads)
+    picture = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    lpips(picture, torch.ones(1, 3, 64, 64)).sum().backward()
+    assert picture.grad.isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop, from the commands.
+
+FAST = ["--steps", 4, "--batch_size", 2, "--resolution", 32, "--val_every", 4, "--save_every", 2]
+FAST += ["--workers", 0]
+NOISE = ["--degradations", "gaussian_noise:sigma=25"]
+
+
+@pytest.fixture(scope="module")
+def stages(photos_csv, tmp_path_factory):
+    """The three commands of the README, four steps each."""
+    folder = tmp_path_factory.mktemp("stages")
+    flags = ["--data", photos_csv, *FAST]
+    run("train.py", *flags, "--model", "mini", "--stage", "autoencoder", "--out", "ae", cwd=folder)
+    run("train.py", *flags, "--model", "ae", *NOISE, "--out", "pairs", cwd=folder)
+    decoder = [*flags, "--model", "pairs", "--stage", "decoder", *NOISE]
+    run("train.py", *decoder, "--out", "decoder", cwd=folder)
+    return folder
+
+
+def test_each_stage_logs_and_saves_what_it_trains(stages):
+    config = model.read_run(stages / "ae")
+    assert config["model"]["stage"] == "autoencoder"
+    assert "roundtrip_psnr" in config["validation"]
+    assert "restored_psnr" not in config["validation"]
+    whole = DCAE(model.PRESETS["mini"]["autoencoder"])
+    assert load_newest(stages / "ae", "ema").keys() == whole.state_dict().keys()
+    assert any(key.startswith("sana.") for key in load_newest(stages / "pairs", "ema"))
+    whole.add_skips().freeze_around_decoder()
+    assert load_newest(stages / "decoder", "ema").keys() == vae.trained_weights(whole).keys()
+    log = read_log(stages / "decoder")
+    first = [line for line in log if line["step"] == 0][0]
+    last = [line for line in log if "condition_norm" in line][-1]
+    assert first["restored_psnr"] > 0
+    assert last["condition_norm"] > 0
+    assert "loss_by_sigma" not in last
+
+
+def test_a_decoder_begins_as_its_restorer_with_the_plain_decoder(stages, photos_csv):
+    """The validation before the first step has the restorer's last scores, which were of the same
+    weights, pictures and noise."""
+    last = model.read_run(stages / "pairs")["validation"]
+    first = [line for line in read_log(stages / "decoder") if line["step"] == 0][0]
+    assert last["step"] == 4
+    assert first["restored_psnr"] == last["restored_psnr"]
+    assert first["restored_ssim"] == last["restored_ssim"]
+
+
+def test_going_on_is_as_if_it_had_never_stopped(stages, photos_csv, tmp_path):
+    """Ended by a signal in the third of four steps, each stage."""
+    models = {
+        "ae": ["--model", "mini", "--stage", "autoencoder"],
+        "pairs": ["--model", stages / "ae", *NOISE],
+        "decoder": ["--model", stages / "pairs", "--stage", "decoder", *NOISE],
+    }
+    for name, flags in models.items():
+        train_until(3, "--data", photos_csv, *FAST, *flags, "--out", name, cwd=tmp_path)
+        assert (tmp_path / name / "latest").read_text() == "step_000003"
+        run("train.py", "--resume", name, cwd=tmp_path)
+        assert_same_checkpoint(tmp_path / name, stages / name)
+    config = model.read_run(tmp_path / "decoder")["model"]
+    assert config["decoder"]["gains"].keys() == {"1", "2", "3"}
+    given = ["--resume", "decoder", "--steps", 6]
+    said = run("train.py", *given, "--decoder_parts", "skips", cwd=tmp_path, status=2)
+    assert "begun with both" in said
+    run("train.py", *given, "--latent_steps", 2, cwd=tmp_path)
+    assert model.read_run(tmp_path / "decoder")["model"]["decoder"]["steps"] == 2
+
+
+def test_a_run_keeps_the_checkpoint_that_another_stands_on(stages, photos_csv, tmp_path):
+    shutil.copytree(stages / "ae", tmp_path / "ae")
+    flags = ["--data", photos_csv, *FAST]
+    run("train.py", *flags, "--model", "ae", *NOISE, "--out", "rest", cwd=tmp_path)
+    run("train.py", "--resume", "ae", "--steps", 9, cwd=tmp_path)
+    kept = {path.name for path in (tmp_path / "ae").glob("step_*")}
+    assert kept >= {"step_000004", "step_000009"}
+    run("train.py", "--resume", "rest", "--steps", 6, cwd=tmp_path)
+    wrong = ["--model", "rest", "--stage", "decoder", "--out", "rest", "--overwrite"]
+    said = run("train.py", *flags, *wrong, cwd=tmp_path, status=2)
+    assert "what this run stands on" in said
+    model.load_restorer(tmp_path / "rest")
+
+
+def test_a_folder_of_a_preset_s_name_is_not_the_preset(stages, tmp_path, monkeypatch):
+    shutil.copytree(stages / "ae", tmp_path / "mini")
+    monkeypatch.chdir(tmp_path)
+    assert not model.is_run("mini")
+    assert model.stage_of("./mini") == "autoencoder"
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "decoder"])
+def test_two_processes_are_one(stage, stages, photos_csv, tmp_path):
+    flags = ["--data", photos_csv, *FAST, "--stage", stage, "--steps", 6]
+    if stage == "autoencoder":
+        flags += ["--model", "mini"]
+    else:
+        flags += ["--model", stages / "pairs", *NOISE]
+    run("train.py", *flags, "--out", "one", cwd=tmp_path)
+    share(2, "train.py", *flags, "--out", "two", cwd=tmp_path)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    # all weights together: AdamW makes whole steps of gradients at the level of rounding
+    one, two = [load_newest(tmp_path / name, "model") for name in ("one", "two")]
+    difference = sum((one[key] - two[key]).square().sum() for key in one)
+    moved = sum(tensor.square().sum() for tensor in one.values())
+    assert (difference / moved).sqrt() < 1e-3
+    run("train.py", "--resume", "two", "--steps", 8, cwd=tmp_path)
+
+
+def test_a_cache_holds_the_latents_of_the_run(stages, photos_csv, tmp_path):
+    """Of both numbers of steps, and also when it is drawn from by two."""
+    flags = ["--data", photos_csv, "--resolution", 32, *NOISE, "--stage", "decoder"]
+    flags += ["--model", stages / "pairs", "--latent_steps", 1, 2]
+    run("data.py", "cache", *flags, "--epochs", 1, "--out", "cache", cwd=tmp_path)
+    steps = ["--steps", 5, "--batch_size", 2, "--val_every", 5, "--workers", 0]
+    run("train.py", *flags, *steps, "--out", "fly", cwd=tmp_path)
+    run("train.py", *flags, *steps, "--cache", "cache", "--out", "cached", cwd=tmp_path)
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "fly"), rel=1e-3)
+    wrong = [*flags[:-1], 4, *steps, "--cache", "cache"]
+    assert "made with --latent_steps" in run("train.py", *wrong, cwd=tmp_path, status=2)
+    wrong = ["--data", photos_csv, "--stage", "autoencoder", "--out", "x"]
+    assert "nothing to encode" in run("data.py", "cache", *wrong, cwd=tmp_path, status=2)
+
+
+def test_latents_are_those_of_the_sampler_whatever_is_beside_them(stages):
+    restorer, config = model.load_restorer(stages / "pairs")
+    autoencoder, prompts = data.load_frozen(config, "cpu")
+    args = train.parse_args(["--latent_steps", "1", "3", "--stage", "decoder", "--model", "mini"])
+    condition = torch.rand(3, 3, 32, 32, generator=seeded()) * 2 - 1
+    captions = ["", "Remove the noise.", "Sharpen."]
+    batch = {"condition": condition, "caption": captions, "draw": [6, 7, 9]}
+    latents = data.restore_latents(restorer, autoencoder, prompts, batch, args)
+    for i, steps in ((0, 1), (1, 3), (2, 3)):
+        one = {key: values[i : i + 1] for key, values in batch.items()}
+        alone = data.restore_latents(restorer, autoencoder, prompts, one, args)
+        assert_close(latents[i : i + 1], alone)
+        pipeline = evaluate.Pipeline(restorer, autoencoder, prompts)
+        seed = data.seed_for(0, one["draw"][0], "latents")
+        noise = torch.randn(16, 4, 4, generator=torch.Generator().manual_seed(seed))[None]
+        with torch.no_grad():
+            encoded = autoencoder.encode(one["condition"])
+            velocity = model.guided(restorer, encoded, prompts(one["caption"]), None)
+            expected = model.sample_euler(velocity, noise, steps)
+        assert_close(alone, expected)
+        assert pipeline.steps == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# The table, and what loads such a checkpoint.
+
+
+@pytest.fixture(scope="module")
+def table(stages, photos_csv):
+    """evaluate.py --data with it -> what it prints, the folder of its scores."""
+    flags = ["--checkpoint", "decoder", "--data", photos_csv, *NOISE, "--metrics", "psnr", "ssim"]
+    return run("evaluate.py", *flags, "--output", "scores", cwd=stages), stages / "scores"
+
+
+def test_the_table_has_every_row(table, stages):
+    output, folder = table
+    for label in (
+        "degraded input",
+        "ceiling: autoencoder alone",
+        "ceiling: this decoder",
+        "control: input's own latents",
+        "restored, plain decoder",
+        "restored  ",
+    ):
+        assert label in output
+    methods = json.loads((folder / "scores.json").read_text())["methods"]
+    names = ["input", "ceiling", "seeing_ceiling", "control", "plain", "restored"]
+    assert list(methods) == names
+    assert len({round(methods[name]["psnr"]["mean"], 6) for name in names}) == 6
+
+
+def test_each_row_is_what_it_says(table, stages, photos_csv):
+    """The first picture again, from the parts."""
+    _, folder = table
+    scores = {key: float(value) for key, value in read_csv(folder / "scores.csv")[0].items()
+              if key.endswith("psnr")}
+    source = data.CsvPairs(photos_csv)
+    choices = data.degrade.parse_degradations(["gaussian_noise:sigma=25"])
+    item = data.PairedDataset(source, None, choices, training=False, seed=0)
+    caption = item.plan(0)[2]
+    item = item.draw(0)
+    clean, degraded = item["clean"][None], item["condition"][None]
+    restorer, config = model.load_restorer(stages / "decoder")
+    plain = data.load_autoencoder(config, decoder=False)
+    ours = data.load_autoencoder(config)
+    size = clean.shape[2:]
+
+    def score(pixels):
+        image = data.to_image(pixels[0, :, : size[0], : size[1]])
+        return evaluate.psnr(to_tensor(image)[None], clean).item()
+
+    pipeline = evaluate.Pipeline(restorer, plain, data.Prompts())
+    with torch.no_grad():
+        assert scores["ceiling_psnr"] == score(plain.decode(plain.encode(clean)))
+        expected = score(ours.decode(ours.encode(clean), degraded))
+        assert scores["seeing_ceiling_psnr"] == expected
+        assert scores["control_psnr"] == score(ours.decode(ours.encode(degraded), degraded))
+    assert scores["plain_psnr"] == score(pipeline.restore(degraded, [caption]))
+    pipeline.autoencoder, pipeline.seeing = ours, True
+    assert scores["restored_psnr"] == score(pipeline.restore(degraded, [caption]))
+
+
+def test_the_weight_of_the_decoder_is_a_flag(stages, photos_csv, table):
+    flags = ["--data", photos_csv, *NOISE, "--metrics", "psnr", "--decoder_weight", 0.5]
+    run("evaluate.py", "--checkpoint", "decoder", *flags, "--output", "half", cwd=stages)
+    half, whole = [
+        json.loads((folder / "scores.json").read_text())["methods"]
+        for folder in (stages / "half", stages / "scores")
+    ]
+    assert half["plain"]["psnr"] == whole["plain"]["psnr"]
+    for name in ("restored", "control", "seeing_ceiling"):
+        assert half[name]["psnr"]["mean"] != whole[name]["psnr"]["mean"]
+    wrong = ["--checkpoint", "pairs", *flags]
+    assert "no decoder" in run("evaluate.py", *wrong, cwd=stages, status=2)
+
+
+def test_pipeline_uses_the_decoder(stages, photo):
+    picture = photo.resize((50, 37))
+    pipeline = evaluate.Pipeline.load(stages / "decoder")
+    assert pipeline.seeing
+    restored = pipeline(picture)
+    assert restored.size == (50, 37)
+    without = pipeline(picture, decoder_weight=0.0)
+    assert restored.tobytes() != without.tobytes()
+
+
+def test_export_says_what_it_leaves_out(stages, tmp_path):
+    output = run("model.py", "export", stages / "decoder", tmp_path / "exported", cwd=tmp_path)
+    assert "the decoder is not in it" in output
+    other = run("model.py", "export", stages / "pairs", tmp_path / "other", cwd=tmp_path)
+    assert "decoder" not in other
+    name = "diffusion_pytorch_model.safetensors"
+    a, b = load_file(tmp_path / "exported" / name), load_file(tmp_path / "other" / name)
+    assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+def test_what_it_stands_on_has_to_be_there(stages, photos_csv, tmp_path):
+    for name in ("ae", "pairs", "decoder"):
+        shutil.copytree(stages / name, tmp_path / name)
+    moved = ["--data", photos_csv, *FAST, *NOISE, "--steps", 2]
+    run("train.py", *moved, "--model", "ae", "--out", "restorer", cwd=tmp_path)
+    flags = [*moved, "--model", "restorer", "--stage", "decoder", "--out", "seeing"]
+    run("train.py", *flags, cwd=tmp_path)
+    restore = ["evaluate.py", "--checkpoint", "seeing", "--data", photos_csv]
+    shutil.move(tmp_path / "restorer", tmp_path / "elsewhere")
+    assert "which is not there" in run(*restore, cwd=tmp_path, status=2)
+    shutil.move(tmp_path / "elsewhere", tmp_path / "restorer")
+    shutil.copy(
+        tmp_path / "pairs/step_000004/ema.safetensors",
+        tmp_path / "restorer/step_000002/ema.safetensors",
+    )
+    assert "holds other weights now" in run(*restore, cwd=tmp_path, status=2)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--model", "tiny", "--stage", "decoder"], "works on pixels"),
+        (["--model", "tiny", "--stage", "autoencoder"], "works on pixels"),
+        (["--model", "mini"], "train its autoencoder first"),
+        (["--model", "mini", "--stage", "decoder"], "train its autoencoder first"),
+        (["--model", "ae", "--stage", "decoder"], "no restorer"),
+        (["--model", "mini-run", "--stage", "autoencoder"], "has an autoencoder"),
+        (["--model", "decoder"], "is a decoder"),
+        (["--stage", "autoencoder", "--share_at_one", "0.1"], "no effect with --stage"),
+        (["--stage", "autoencoder", "--optimizer", "adamw_sr"], "trains fp32 weights"),
+        (["--latent_steps", "2"], "no effect with --stage restorer"),
+        (["--model", "mini-run", "--stage", "decoder", "--sigma_mean", "1"], "no effect"),
+        (["--model", "tiny", "--vae", "ae"], "works on pixels"),
+        (["--model", "ae", "--vae", "mini-run"], "no run of --stage autoencoder"),
+        (["--model", "mini-run", "--stage", "decoder", "--decoder_parts", "decoder"]
+         + ["--proj_lr", "0.1", "--resolution", "32"], "no skips are trained"),
+        (["--stage", "autoencoder", "--max_degradations", "1"], "no effect with --stage"),
+    ],
+)
+def test_stages_in_another_order_are_refused(flags, said, stages, photos_csv, tmp_path):
+    names = {"ae": "ae", "mini-run": "pairs", "decoder": "decoder"}
+    words = []
+    for word in flags:
+        is_run = word in names and words[-1] in ("--model", "--vae")
+        words.append(str(stages / names[word]) if is_run else word)
+    command = ["train.py", "--data", photos_csv, *words, "--out", "x"]
+    assert said in run(*command, cwd=tmp_path, status=2)
+
+
+def test_lpips_is_added_to_the_loss(stages, photos_csv, published, tmp_path):
+    weights = ["--lpips_weights", published["alex"], published["alex heads"]]
+    flags = ["--data", photos_csv, *FAST, "--resolution", 64, "--model", "mini"]
+    flags += ["--stage", "autoencoder", "--steps", 2]
+    run("train.py", *flags, "--out", "plain", cwd=tmp_path)
+    run("train.py", *flags, *weights, "--out", "lpips", cwd=tmp_path)
+    assert losses(tmp_path / "lpips")[0] > losses(tmp_path / "plain")[0]
+    wrong = ["--lpips_weights", published["alex heads"], published["alex heads"]]
+    said = run("train.py", *flags, *wrong, "--out", "x", cwd=tmp_path, status=2)
+    assert "not the weights of LPIPS" in said
+
+
+def test_an_autoencoder_restores_nothing(stages, photos_csv):
+    command = ["evaluate.py", "--checkpoint", "ae", "--data", photos_csv]
+    assert "train a restorer on it" in run(*command, cwd=stages, status=2)
+
+
+def test_sana_takes_the_same_third_command(pipeline_folder, photos_csv, tmp_path):
+    flags = ["--data", photos_csv, *FAST, *NOISE]
+    run("train.py", *flags, "--model", pipeline_folder, "--out", "pairs", cwd=tmp_path)
+    decoder = [*flags, "--model", "pairs", "--stage", "decoder", "--out", "seeing"]
+    run("train.py", *decoder, "--accumulate", 2, "--decoder_parts", "skips", cwd=tmp_path)
+    names = load_newest(tmp_path / "seeing", "ema")
+    assert all(name.startswith("skips.") for name in names)
+    config = model.read_run(tmp_path / "seeing")["model"]
+    assert config["decoder"]["gains"].keys() == {"0", "1", "2"}
+    assert all(math.isfinite(gain) and gain > 0 for gain in config["decoder"]["gains"].values())
+    test = ["--data", photos_csv, *NOISE, "--metrics", "psnr", "--steps", 1]
+    output = run("evaluate.py", "--checkpoint", "seeing", *test, cwd=tmp_path)
+    assert "control: input's own latents" in output
