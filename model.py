@@ -278,7 +278,7 @@ class PatchEmbed(nn.Module):
         self.scale = scale
 
     def forward(self, x):                                           # [B, C, H, W]
-        x = self.proj(x)                                            # [B, D, H, W]
+        x = self.proj(x.to(self.proj.weight.dtype))                 # [B, D, H, W]
         if self.scale is not None:
             height, width = x.shape[2:]
             rows = self.waves(height, x)[:, :, None].expand(-1, -1, width)      # [D/2, H, W]
@@ -377,7 +377,6 @@ class Restorer(nn.Module):
             x = torch.cat([latents, condition], dim=1)              # [B, 2C, H, W]
         if self.conditioning == "projection":
             x = self.projection(x)                                  # [B, C, H, W]
-        x = x.to(self.sana.patch_embed.proj.weight.dtype)           # fp32 or bf16
         out = self.sana(x, timestep, text, text_mask).to(latents.dtype)  # [B, C, H, W]
         if self.prediction == "velocity":
             return out
