@@ -916,9 +916,9 @@ def add_data_flags(parser):
     text = "what to train: autoencoder (of mini), restorer (default), or its decoder that sees the"
     stages = model.STAGES
     add("--stage", choices=stages, help=f"{text} degraded image")
-    text = "of the restorer that makes latents for --stage decoder; several: in turn (default 1)"
-    count = between(int, 1, 1000)
-    add("--latent_steps", type=count, nargs="+", default=[1], metavar="N", help=f"steps {text}")
+    text = "steps of the restorer that makes latents for the decoder (default 1); several: in turn"
+    count = between(int, 0, 1000)
+    add("--latent_steps", type=count, nargs="+", default=[1], metavar="N", help=f"{text}; 0: none")
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")
     workers = between(int, 0, 1000)
     add("--workers", type=workers, default=1, help="processes that prepare pictures (default 1)")
@@ -1365,7 +1365,7 @@ def restore_latents(restorer, autoencoder, prompts, batch, args):
     """Restore the conditions of a batch in the latents, as --stage decoder trains on them.
 
     -> [B, C, H/f, W/f]. Each draw has its own noise and, of args.latent_steps, its number of steps:
-    so a cache and a run on any number of processes see the same."""
+    so a cache and a run on any number of processes see the same. 0 steps: the condition's own."""
     device = args.device
     condition = autoencoder.encode(batch["condition"].to(device))
     noise = []
@@ -1375,10 +1375,10 @@ def restore_latents(restorer, autoencoder, prompts, batch, args):
     noise = torch.stack(noise).to(condition)
     text, text_mask = prompts(batch["caption"])
     prompt = text.to(device), text_mask.to(device)
-    latents = torch.empty_like(condition)
+    latents = condition.clone()
     for k, steps in enumerate(args.latent_steps):
         turn = [i for i, n in enumerate(batch["draw"]) if n % len(args.latent_steps) == k]
-        if turn:
+        if turn and steps > 0:
             texts = prompt[0][turn], prompt[1][turn]
             velocity = model.guided(restorer, condition[turn], texts, None)
             latents[turn] = model.sample_euler(velocity, noise[turn], steps, restorer.shift)

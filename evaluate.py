@@ -480,7 +480,8 @@ class Pipeline:
     """A loaded restorer: Pipeline.load("out/demo")("noisy.jpg").save("restored.png").
 
     autoencoder, prompts: what data.load_frozen returns. enlarge: see load. steps: of the sampler,
-    where restore is not told; None: 1 for a network that predicts the clean image, 20 for SANA."""
+    where restore is not told; None: 1 for a network that predicts the clean image, 20 for SANA; 0:
+    the degraded picture's own latents go to the decoder."""
 
     def __init__(self, restorer, autoencoder, prompts, enlarge=1, steps=None):
         self.restorer = restorer
@@ -489,7 +490,7 @@ class Pipeline:
         self.enlarge = enlarge
         self.config = None  # "model" of the checkpoint's config.json, if load made this
         self.steps = steps
-        if restorer and not steps:
+        if restorer and steps is None:
             self.steps = DEFAULT_STEPS[restorer.prediction]
         # whether the decoder sees the degraded image
         self.seeing = bool(getattr(autoencoder, "gains", None))
@@ -576,7 +577,7 @@ class Pipeline:
         self.prompts.prepare([*captions, ""])
         prompt = self.embed(captions, pixels.device)
         empty = self.embed([""] * len(captions), pixels.device)
-        steps = steps or self.steps
+        steps = self.steps if steps is None else steps
 
         def restore_part(index):
             condition = autoencoder.encode(pixels[index])           # [B, C, h, w]
@@ -586,7 +587,9 @@ class Pipeline:
             total = 0
             for noise in noises:
                 start = noise[:, rows, columns].expand_as(condition)
-                x0 = SAMPLERS[sampler](velocity, start, steps, restorer.shift)
+                x0 = condition
+                if steps > 0:
+                    x0 = SAMPLERS[sampler](velocity, start, steps, restorer.shift)
                 seen = [pixels[index], decoder_weight] if self.seeing else []
                 total = total + autoencoder.decode(x0, *seen)       # [B, 3, h*f, w*f]
             return total / average
@@ -1360,7 +1363,7 @@ def main():
     if args.checkpoint:
         about = args.model, args.weights, args.enlarge, args.vae
         pipeline = Pipeline.load(args.checkpoint, args.device, *about)
-        args.steps = args.steps or pipeline.steps
+        args.steps = args.steps or pipeline.steps  # --steps begins at 1
         if args.model and pipeline.config["autoencoder"]:
             raise UserError("--model: this checkpoint is of no pretrained model; leave it out")
         if "--decoder_weight" in given_flags() and not pipeline.seeing:

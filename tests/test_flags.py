@@ -142,7 +142,7 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "guidance": NO_FACTOR,
     "image": ["absent.png", "file", "photos"],
     "input": ["absent.png", "absent/*.png", "file"],
-    "latent_steps": [*NO_COUNT, "1001"],
+    "latent_steps": [*NO_INDEX, "1001"],
     "lora": NO_COUNT,
     "lora_alpha": [*NO_FACTOR, "0"],
     "lpips_weights": ["absent file"],

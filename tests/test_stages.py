@@ -458,6 +458,18 @@ def test_each_row_is_what_it_says(table, stages, photos_csv):
     assert scores["restored_psnr"] == score(pipeline.restore(degraded, [caption]))
 
 
+def test_a_control_without_the_transformer_can_be_trained(stages, photos_csv, tmp_path):
+    """Of no steps: its restored row is its control row, and its latents are the condition's."""
+    flags = ["--data", photos_csv, *FAST, *NOISE, "--model", stages / "pairs"]
+    flags += ["--stage", "decoder", "--latent_steps", 0]
+    run("train.py", *flags, "--out", "control", cwd=tmp_path)
+    test = ["--data", photos_csv, *NOISE, "--metrics", "psnr", "--output", "scores"]
+    run("evaluate.py", "--checkpoint", "control", *test, cwd=tmp_path)
+    methods = json.loads((tmp_path / "scores/scores.json").read_text())["methods"]
+    assert methods["restored"]["psnr"] == methods["control"]["psnr"]
+    assert methods["plain"]["psnr"] != methods["control"]["psnr"]
+
+
 def test_the_weight_of_the_decoder_is_a_flag(stages, photos_csv, table):
     flags = ["--data", photos_csv, *NOISE, "--metrics", "psnr", "--decoder_weight", 0.5]
     run("evaluate.py", "--checkpoint", "decoder", *flags, "--output", "half", cwd=stages)
