@@ -14,6 +14,7 @@ check         what is looked at before training starts
 busy          training beside another process, by settings of the threads
 metrics       PSNR, SSIM, LPIPS, FID
 tiny          the preset: training, and restoring a photo, beside plain convolutions
+preset        all steps of the tiny preset (with --gpu; on a CPU 20)
 startup       -h, and the import of torch
 gradients     bf16, eager and compiled, against fp32's
 memory        the table by card: what training takes on a GPU, derived from the shapes (nothing is allocated); with --gpu measured too
@@ -302,7 +303,11 @@ def bench_autoencoder(quick):
 def bench_decoder(quick):
     """The decoder that sees the degraded image, f32c32 with random weights: 2 megapixels, and a step of training."""
     torch.manual_seed(0)
-    ours = DCAE(DC_AE_F32C32).eval()
+    config = dict(DC_AE_F32C32)
+    if quick:  # a quarter of its widths
+        widths = [32, 64, 128, 128, 256, 256]
+        config |= {"encoder_block_out_channels": widths, "decoder_block_out_channels": widths}
+    ours = DCAE(config).eval()
     plain = sum(p.numel() for p in ours.parameters())
     ours.add_skips().freeze_around_decoder().to(WHERE.device)
     trained = trained_weights(ours)
@@ -603,6 +608,21 @@ def bench_tiny(quick):
     )
 
 
+def bench_preset(quick):
+    """The tiny preset's 8,000 steps on the demo's pictures (on a CPU 20: here it is a stand-in)."""
+    steps = 8000 if WHERE.device == "cuda" and not quick else 20
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--steps", steps, "--val_every", steps, "--device", WHERE.device, "--out", "run"]
+        command = [sys.executable, conftest.ROOT / "train.py", *flags]
+        before = time.perf_counter()
+        output = subprocess.run(
+            [str(word) for word in command], check=True, cwd=folder, capture_output=True, text=True
+        ).stdout
+        seconds = time.perf_counter() - before
+    result = [line for line in output.splitlines() if "held-out images" in line][0]
+    print(f"tiny, {steps} steps on {WHERE.device}: {seconds:.0f} s; {result}")
+
+
 def bench_startup(quick):
     def start(code):
         before = time.perf_counter()
@@ -876,7 +896,7 @@ if __name__ == "__main__":
         parser.error("--gpu: torch sees no CUDA card here")
     if args.gpu:
         vars(WHERE).update(GPU)
-        args.what = args.what or ["transformer", "autoencoder", "decoder", "optimizer", "memory", "gradients"]
+        args.what = args.what or ["transformer", "autoencoder", "decoder", "optimizer", "memory", "gradients", "preset"]
         print(torch.cuda.get_device_name(), "torch", torch.__version__)
     torch.set_num_threads(args.threads)
     print(f"{'':52} {'ours':>9} {'peer':>9}     ratio")

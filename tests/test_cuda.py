@@ -137,6 +137,15 @@ def test_cuda_resume(flags, photos_csv, pipeline_folder, tmp_path):
     assert all(error(a[key], b[key]) < 1e-2 for key in a if b[key].norm() > 1e-3)
 
 
+def test_cuda_bench_runs_in_its_stand_in_form(tmp_path):
+    """What `bench.py --gpu` does first on a card, small and on the CPU."""
+    # the README's test runs its memory and gradients
+    works = ["decoder", "preset", "--quick", "--threads", 1]
+    output = run("tests/bench.py", *works, cwd=tmp_path)
+    assert "37,888 in skips" in output
+    assert "tiny, 20 steps on cpu" in output
+
+
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 2.0}])
 def test_cuda_memory_is_what_the_estimate_says(lora, pipeline_folder):
     """Weights, gradients, moments and averages, by what a state really holds."""
