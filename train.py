@@ -1370,8 +1370,9 @@ def estimate_memory(config, args, autoencoder):
     with torch.device("meta"):
         module = build_module(config)
         restorer = model.build_restorer(config)
-    trained = sum(p.numel() for p in vae.trained_weights(module).values()) / WORLD
-    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in vae.trained_weights(module).values())
+    frozen = sum(p.numel() for p in module.parameters()) - trained
+    trained /= WORLD
     half = args.device.startswith("cuda") and not config["autoencoder"]  # what is frozen, in bf16
     # bytes of a weight with what it lacks of fp32, of its gradient, of its two moments
     weight, gradient, moments = {

@@ -49,6 +49,7 @@ KNOWN = {
     ),
     "python tests/bench.py optimizer": ("--quick --threads 1", r"adamw_sr: ours +\d"),
     "python tests/bench.py memory": ("", "1,604,6"),
+    "python tests/bench.py decoder": ("--quick --threads 1", "in skips"),
     "python tests/bench.py gradients": ("--quick --threads 1", "bf16 gradients, compiled: "),
     "python tests/bench.py degradations": (
         "--quick --threads 1",
