@@ -43,9 +43,9 @@ from degrade import Parser, UserError, between, explain_errors, given_flags, run
 # mini on the latents of an autoencoder of its own, all others are pretrained.
 DEFAULTS = {
     ("tiny", "restorer"): {"lr": 5e-3, "steps": 8000, "batch_size": 4, "clip": 0.2},
-    ("mini", "autoencoder"): {"lr": 2e-3, "steps": 6000, "batch_size": 8, "clip": 1.0},
-    ("mini", "restorer"): {"lr": 2e-3, "steps": 6000, "batch_size": 8, "clip": 0.2},
-    ("mini", "decoder"): {"lr": 2e-3, "steps": 6000, "batch_size": 8, "clip": 1.0},
+    ("mini", "autoencoder"): {"lr": 2e-3, "steps": 4500, "batch_size": 8, "clip": 1.0},
+    ("mini", "restorer"): {"lr": 2e-3, "steps": 4500, "batch_size": 8, "clip": 0.2},
+    ("mini", "decoder"): {"lr": 2e-3, "steps": 3200, "batch_size": 8, "clip": 1.0},
     ("pretrained", "restorer"): {"lr": 1e-5, "steps": 10000, "batch_size": 4, "clip": 0.1},
     ("pretrained", "decoder"): {"lr": 1e-4, "steps": 10000, "batch_size": 4, "clip": 1.0},
 }
@@ -69,7 +69,7 @@ def make_parser():
     add("--lora", type=count, metavar="RANK", help="train low-rank changes alone, see model.LoRA")
     least = between(float, 1e-3)
     add("--lora_alpha", type=least, help="their factor is lora_alpha / RANK (default RANK)")
-    text = "default 2500 for the demo, 8000 for tiny, 6000 for mini, else 10000"
+    text = "default 2500 for the demo, 8000 for tiny, 10000 for SANA; see DEFAULTS"
     add("--steps", type=count, help=text)
     add("--batch_size", type=count, help="of all processes together (default 4; mini 8)")
     add("--lr", type=share, help="peak rate (default 1e-5 for SANA, with LoRA 1e-4; see DEFAULTS)")
