@@ -1169,11 +1169,6 @@ def build_module(config):
 def load_module(config, checkpoint, args, train_set, frozen):
     """Make what is trained: that of a checkpoint, or what the stage begins with."""
     generator = torch.Generator().manual_seed(seed_for(args.seed, 0, "weights"))
-    begun_from = None  # the weights of a run of the same stage
-    if model.stage_of(args.model) == config["stage"]:
-        begun_from = model.find_checkpoint(args.model) / "ema.safetensors"
-    if checkpoint:
-        begun_from = checkpoint / "model.safetensors"
     if config["stage"] == "restorer":
         if not checkpoint:
             return model.initial_restorer(args.model, config, generator)
@@ -1181,7 +1176,13 @@ def load_module(config, checkpoint, args, train_set, frozen):
             return model.load_restorer(checkpoint, "model")[0]
         with torch.device("meta"):
             restorer = model.build_restorer(config)
-        return vae.load_weights(restorer.to_empty(device="cpu"), begun_from)
+        restorer.to_empty(device="cpu")
+        return vae.load_weights(restorer, checkpoint / "model.safetensors")
+    begun_from = None
+    if checkpoint:
+        begun_from = checkpoint / "model.safetensors"
+    elif model.stage_of(args.model) == config["stage"]:
+        begun_from = model.find_checkpoint(args.model) / "ema.safetensors"
     if config["stage"] == "autoencoder":
         module = vae.DCAE(config["autoencoder"])
         return vae.load_weights(module, begun_from) if begun_from else module.initialize(generator)
