@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -80,8 +81,9 @@ def make_parser():
     add("--ema_decay", type=share, default=0.9999, help="of the average (default 0.9999)")
     add("--ema_every", type=count, help="average every so many steps (default 1; 10 if on the CPU)")
     add("--ema_device", type=check_device, help="cpu spares a GPU 4 bytes a weight")
-    shift = between(float, -10, 10)
-    add("--sigma_mean", type=shift, default=0.0, help="of training sigmas, see model.draw_sigma")
+    text = "of sigmas, in training and sampling: where what is uncertain is decided (default SANA's)"
+    add("--shift", type=between(float, 0.01, 100), help=text)
+    add("--sigma_mean", type=between(float, -10, 10), default=0.0, help="of training sigmas, see model.draw_sigma")
     add("--share_at_one", type=share, help="share at sigma = 1 (default 0 for SANA, else 0.3)")
     add("--condition_dropout", type=share, default=0.0, help="for --condition_guidance (default 0)")
     add = parser.add_argument_group("--stage autoencoder and decoder").add_argument
@@ -140,12 +142,12 @@ def saved_flags(out, given):
     saved = config["args"]
     saved.setdefault("stage", "restorer")
     saved.setdefault("lora", None)
-    begun = saved | {"conditioning": config["model"]["conditioning"]}
+    begun = saved | {key: config["model"][key] for key in ("conditioning", "shift")}
     if "validated_on" not in config or saved.keys() - vars(given).keys():
         older = "made by another version; evaluate.py still restores with it"
         raise UserError(f"--resume {out}: {older}")
     kept = ["model", "vae", "stage", "conditioning", "lora", "lora_alpha", "optimizer"]
-    for name in [*kept, "decoder_parts"]:
+    for name in [*kept, "decoder_parts", "shift"]:
         if getattr(given, name) not in (None, begun.get(name)):
             raise UserError(f"--{name}: {out} was begun with {begun.get(name)} and keeps it")
     if given.lr and saved["proj_lr"] == projection_lr(Namespace(**saved)):
@@ -254,7 +256,7 @@ def check_flags(args):
         raise UserError(f"{sorted(only_data)[0]}: the demo draws its own pictures; give --data")
 
 
-FLOW = ["--conditioning", "--sigma_mean", "--share_at_one", "--condition_dropout"]
+FLOW = ["--conditioning", "--shift", "--sigma_mean", "--share_at_one", "--condition_dropout"]
 FLOW += ["--checkpointing", "--compile", "--no-compile", "--lora", "--lora_alpha"]
 IDLE = {  # stage: flags that have no effect there
     "autoencoder": [*FLOW, "--proj_lr", "--latent_steps", "--decoder_parts", "--cache", "--vae"],
@@ -521,6 +523,8 @@ class State:
         self.best = [-math.inf, None]  # validation PSNR, name of the checkpoint that had it
         self.score = "roundtrip_psnr" if config["stage"] == "autoencoder" else "restored_psnr"
         self.module = module
+        self.lanes = count_lanes(args)
+        self.pool = ThreadPoolExecutor(self.lanes, initializer=torch.set_num_threads, initargs=[1])
         weights = vae.trained_weights(module)
         fp32 = {name: shard(p.detach()).float().clone() for name, p in weights.items()}
         if isinstance(module, model.Restorer):
@@ -844,18 +848,46 @@ OBJECTIVES = {
 }
 
 
+def count_lanes(args):
+    """Return how many parts of a batch a CPU computes at the same time, in one thread each.
+
+    By default torch divides each operation among its threads. They wait for each other, spinning,
+    after each of the thousand small operations of a step, and for any other program on their core.
+    """
+    if args.device != "cpu" or WORLD > 1 or args.compile:
+        return 1
+    return min(torch.get_num_threads(), args.batch_size // args.accumulate)
+
+
 def compute_gradients(state, batch, frozen):
     """Add the gradients of a batch -> losses by bin of sigma and how many they are, [2, BINS]."""
     args = state.args
     objective, sigma = OBJECTIVES[state.config["stage"]](state, batch, frozen)
+    count = args.accumulate * state.lanes
+    parts = [slice(i, None, count) for i in range(count)]  # every so many-th picture
+    losses = []
+    if state.lanes == 1:
+        for part in parts:
+            loss = objective(part)
+            # the mean over the batch: its parts add up, and FSDP averages over the processes
+            (loss.sum() * WORLD / args.batch_size).backward()
+            losses.append(loss.detach())
+    else:
+        weights = list(state.weights.values())
+
+        def part_gradients(part):
+            loss = objective(part)
+            return loss.detach(), torch.autograd.grad(loss.sum() / args.batch_size, weights)
+
+        # the results come in the order of the parts: their sum is always the same
+        for loss, gradients in state.pool.map(part_gradients, parts):
+            losses.append(loss)
+            for p, gradient in zip(weights, gradients):
+                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
     sums = torch.zeros(2, BINS)
-    for i in range(args.accumulate):  # every so many-th picture: together they are the batch
-        part = slice(i, None, args.accumulate)
-        loss = objective(part)
-        # the mean over the batch: its parts add up, and FSDP averages over the processes
-        (loss.sum() * WORLD / args.batch_size).backward()
+    for part, loss in zip(parts, losses):
         bins = (sigma[part] * BINS).long().clamp(max=BINS - 1)
-        sums.index_add_(1, bins, torch.stack([loss.detach().float().cpu(), torch.ones(len(bins))]))
+        sums.index_add_(1, bins, torch.stack([loss.float().cpu(), torch.ones(len(bins))]))
     return sums
 
 
@@ -1240,6 +1272,8 @@ def read_start(checkpoint, args):
         if Path(args.out).resolve() in base.parents:
             raise UserError(f"--out {args.out}: what this run stands on; give another folder")
     data.choose_vae(config, args.vae)
+    if args.shift:
+        config["shift"] = args.shift
     return {"model": config, "step": 0, "draws": 0, "held_out": None}
 
 

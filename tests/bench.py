@@ -11,6 +11,7 @@ optimizer     a step of AdamW in bf16: time, and bytes a parameter that stay bet
 degradations  the six, and random recipes
 loader        training crops from photos
 check         what is looked at before training starts
+denoise       the tiny preset beside plain convolutions, trained for --minutes each: what they reach
 busy          training beside another process, by settings of the threads
 metrics       PSNR, SSIM, LPIPS, FID
 tiny          the preset: training, and restoring a photo, beside plain convolutions
@@ -49,7 +50,8 @@ import model
 import train
 from data import Prompts, dead_leaves, to_tensor
 from degrade import DEGRADATIONS, random_degradation
-from evaluate import LPIPS, Inception, Pipeline, frechet_distance, psnr, ssim
+from evaluate import LPIPS, Inception, Metrics, Pipeline, evaluate_pairs, frechet_distance
+from evaluate import psnr, ssim, validation_means
 from model import PRESETS, Sana, build_restorer, flow_loss, sample_euler
 from train import BF16AdamW, join_fp32
 from vae import DCAE, PixelAE, decoder_loss, trained_weights
@@ -63,6 +65,7 @@ WHERE = argparse.Namespace(
     side=512,
     compiled=(False,),
     tolerance=1e-3,
+    threads=2,
 )
 GPU = dict(
     device="cuda",
@@ -550,31 +553,133 @@ def bench_metrics(quick):
         )
 
 
-class ConvStack(torch.nn.Sequential):
-    """FFDNet's shape: pixels unshuffled by 2, 3x3 convolutions with batch norm, and back; of the tiny preset's parameter count."""
+class ConvStack(torch.nn.Module):
+    """What one would try first instead of the tiny preset: FFDNet's shape without its noise map.
 
-    def __init__(self, width=64, layers=9):
-        middle = [
-            part
-            for _ in range(layers)
-            for part in (
-                torch.nn.Conv2d(width, width, 3, padding=1, bias=False),
-                torch.nn.BatchNorm2d(width),
-                torch.nn.ReLU(),
-            )
-        ]
-        super().__init__(
+    Pixels unshuffled by 2, 3x3 convolutions with ReLU, shuffled back, added to the input. Width,
+    depth, rate, loss, crop and batch were searched: see BENCH.md."""
+
+    def __init__(self, width=96, layers=8, generator=None):
+        super().__init__()
+        middle = []
+        for _ in range(layers - 2):
+            middle.append(torch.nn.Conv2d(width, width, 3, padding=1))
+            middle.append(torch.nn.ReLU(inplace=True))
+        self.body = torch.nn.Sequential(
             torch.nn.PixelUnshuffle(2),
             torch.nn.Conv2d(12, width, 3, padding=1),
-            torch.nn.ReLU(),
+            torch.nn.ReLU(inplace=True),
             *middle,
             torch.nn.Conv2d(width, 12, 3, padding=1),
             torch.nn.PixelShuffle(2),
         )
+        options = {"nonlinearity": "relu", "generator": generator}
+        for layer in self.body:
+            if isinstance(layer, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(layer.weight, **options)
+                torch.nn.init.zeros_(layer.bias)
+        torch.nn.init.zeros_(self.body[-2].weight)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, pixels):
+        return pixels + self.body(pixels)
+
+
+def train_stack(flags, minutes):
+    """Train the stack on train.py's crops for so many minutes -> stack, steps, minutes."""
+    args = train.parse_args([*flags, "--resolution", "32", "--lr", "3e-3", "--out", "none"])
+    train_set, _ = data.make_datasets(args)
+    stack = ConvStack(generator=torch.Generator().manual_seed(args.seed))
+    average = {name: p.detach().clone() for name, p in stack.named_parameters()}
+    options = {"lr": args.lr, "betas": (0.9, 0.99), "weight_decay": 0, "fused": True}
+    optimizer = torch.optim.AdamW(stack.parameters(), **options)
+    batches = data.load_batches(train_set, args.batch_size, range(10**9), args.workers)
+    next(batches)  # the worker has started
+    start = time.monotonic()
+    step, progress = 0, 0.0
+    while progress < 1:
+        batch = next(batches)
+        rate = args.lr * min(1, progress / 0.02) * (1 + np.cos(np.pi * progress)) / 2
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        (stack(batch["condition"]) - batch["clean"]).abs().mean().backward()
+        torch.nn.utils.clip_grad_norm_(stack.parameters(), 0.2)
+        optimizer.step()
+        step += 1
+        decay = min(0.9999, (1 + step) / (10 + step))
+        for name, p in stack.named_parameters():
+            average[name].lerp_(p.detach(), 1 - decay)
+        progress = (time.monotonic() - start) / (60 * minutes)
+    batches.close()
+    stack.load_state_dict(average)
+    return stack.eval(), step, minutes
+
+
+def train_tiny(flags, minutes, folder):
+    """Train the preset by train.py for about so many minutes -> Pipeline, steps, minutes."""
+
+    def run(steps, name):
+        often = ["--val_every", steps, "--save_every", steps]
+        words = [*flags, "--steps", steps, *often, "--out", name]
+        subprocess.run(
+            [sys.executable, conftest.ROOT / "train.py", *map(str, words)],
+            env=os.environ | {"OMP_NUM_THREADS": str(WHERE.threads)},
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+        lines = Path(folder, name, "log.jsonl").read_text().splitlines()
+        lines = [json.loads(line) for line in lines]
+        batch = 4
+        return [line["images_per_second"] / batch for line in lines if "loss" in line]
+
+    steps = round(60 * minutes * statistics.mean(run(250, "speed")[1:]))
+    steps = max(100, 50 * (steps // 50))  # whole lines of the log
+    real = sum(50 / rate for rate in run(steps, "run")) / 60
+    return Pipeline.load(Path(folder, "run")), steps, real
+
+
+def bench_denoise(quick):
+    """The tiny preset and plain convolutions, trained for the same minutes on the same pictures.
+
+    Gaussian noise of sigma 25. --data, --val: CSVs of photos (default: procedural pictures)."""
+    minutes = 0.2 if quick else WHERE.minutes
+    flags = ["--degradations", "gaussian_noise:sigma=25", "--device", "cpu"]
+    args = train.parse_args(flags)
+    if WHERE.data:
+        flags += ["--data", str(Path(WHERE.data).resolve())]
+    source = data.CsvPairs(WHERE.val) if WHERE.val else data.DeadLeaves(8, 256, seed=1)
+    options = {"training": False, "max_degradations": 1}
+    dataset = data.PairedDataset(source, None, args.degradations, **options)
+    metrics = Metrics(["psnr", "ssim", "lpips"], lpips_weights=WHERE.lpips_weights)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in WHERE.contestants:
+            if name == "tiny":
+                pipeline, steps, real = train_tiny(flags, minutes, folder)
+                network = pipeline.restorer
+                restore = lambda pixels: pipeline.restore(pixels, ["Remove gaussian noise."])
+            else:
+                network, steps, real = train_stack(flags, minutes)
+                restore = network
+            seconds = []
+
+            def method(i, item):
+                before = time.perf_counter()
+                with torch.no_grad():
+                    restored = restore(item["condition"][None])[0]
+                seconds.append(time.perf_counter() - before)
+                return restored
+
+            rows, _ = evaluate_pairs(dataset, {"restored": method}, metrics, quiet=True)
+            scores = validation_means(rows)
+            found = " / ".join(f"{scores[f'restored_{m}']:.3f}" for m in ("psnr", "ssim", "lpips"))
+            count = sum(p.numel() for p in network.parameters()) / 1e6
+            about = f"{count:.2f} M, {steps} steps in {real:.1f} minutes, {WHERE.threads} threads"
+            print(f"{name}: {about}: {found}, {statistics.median(seconds):.2f} s a photo", flush=True)
 
 
 def bench_tiny(quick):
-    restorer, autoencoder, prompts = build_restorer(PRESETS["tiny"]), PixelAE(2), Prompts()
+    restorer, autoencoder, prompts = build_restorer(PRESETS["tiny"]), PixelAE(4), Prompts()
     restorer.sana.initialize(torch.Generator().manual_seed(0))
     pipeline, stack = Pipeline(restorer.eval(), autoencoder, prompts), ConvStack().eval()
     count = [sum(p.numel() for p in module.parameters()) for module in (restorer, stack)]
@@ -591,7 +696,7 @@ def bench_tiny(quick):
     )
     x, noise, text = (
         autoencoder.encode(torch.rand(4, 3, 48, 48) * 2 - 1),
-        torch.randn(4, 12, 24, 24),
+        torch.randn(4, 48, 12, 12),
         prompts(["Remove JPEG artifacts."] * 4),
     )
     pixels, target = torch.rand(4, 3, 48, 48), torch.rand(4, 3, 48, 48)
@@ -896,6 +1001,12 @@ if __name__ == "__main__":
     parser.add_argument(
         "--gpu", action="store_true", help="transformer, autoencoder and optimizer on a CUDA card"
     )
+    parser.add_argument("--minutes", type=float, default=5, help="of training, for denoise")
+    parser.add_argument("--data", help="CSV of photos to train on, for denoise")
+    parser.add_argument("--val", help="CSV of photos to measure on, for denoise")
+    parser.add_argument("--lpips_weights", nargs=2, metavar=("TRUNK", "HEADS"), help="for denoise")
+    choices = ["tiny", "convolutions"]
+    parser.add_argument("--contestants", nargs="+", choices=choices, default=choices)
     args = parser.parse_args()
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu: torch sees no CUDA card here")
@@ -903,6 +1014,8 @@ if __name__ == "__main__":
         vars(WHERE).update(GPU)
         args.what = args.what or ["transformer", "autoencoder", "decoder", "optimizer", "memory", "gradients", "preset"]
         print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    for name in ("threads", "minutes", "data", "val", "lpips_weights", "contestants"):
+        setattr(WHERE, name, getattr(args, name))
     torch.set_num_threads(args.threads)
     print(f"{'':52} {'ours':>9} {'peer':>9}     ratio")
     for what in args.what or benches:

@@ -21,12 +21,13 @@ from runner import run_script
 SMALL = ["--batch_size", 2, "--resolution", 32, "--val_every", 40, "--save_every", 20]
 
 
-def run(*command, cwd, status=0):
+def run(*command, cwd, status=0, threads=1):
     """Run a script of the project in the folder cwd -> its output; of status 2, the error's line.
 
-    One thread, because tests share two cores. The proxy that is not there keeps it off the network.
+    By default in one thread, because tests share two cores. The proxy that is not there keeps it off the network.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "https_proxy": "http://127.0.0.1:9"}
+    environment = os.environ | {"OMP_NUM_THREADS": f"{threads}"}
+    environment["https_proxy"] = "http://127.0.0.1:9"
     code, output, errors = run_script(command, cwd, environment)
     assert code == status, output + errors
     if status != 2:

@@ -248,7 +248,7 @@ def test_an_interrupted_cache_is_completed(photos_csv, tmp_path, monkeypatch):
     cached = data.CachedDataset(halved, expected, digests, 11)
     for n in (0, 7, 8, 32):
         assert cached[n]["caption"] == drawn[n]["caption"]
-        latents = encode(data.PixelAE(2), drawn[n]["clean"][None])[0]
+        latents = encode(data.PixelAE(4), drawn[n]["clean"][None])[0]
         assert torch.equal(cached[n]["clean"], latents.half().float())
     first = [cached[n] for n in range(11)]
     again = [cached[n] for n in range(33, 44)]
@@ -600,7 +600,7 @@ def test_a_restorer_starts_from_a_text_to_image_run_unchanged(conditioning, phot
     config = model.describe_model(name, conditioning)
     state = train.State(config, model.initial_restorer(name, config, seeded()), args)
     prior, _ = model.load_restorer(name)
-    inputs = [torch.randn(2, 12, 8, 6, generator=seeded(i)) for i in range(2)]
+    inputs = [torch.randn(2, 48, 8, 6, generator=seeded(i)) for i in range(2)]
     inputs.append(torch.tensor([70.0, 1000.0]))
     inputs += data.hash_prompts(["Remove the noise."] * 2)
     with torch.no_grad():

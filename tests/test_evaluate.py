@@ -35,7 +35,7 @@ def tiny():
     generator = torch.Generator().manual_seed(0)
     restorer.sana.initialize(generator)
     torch.nn.init.normal_(restorer.sana.proj_out.weight, std=0.05, generator=generator)
-    return Pipeline(restorer.eval(), PixelAE(2), Prompts())
+    return Pipeline(restorer.eval(), PixelAE(4), Prompts())
 
 
 @pytest.fixture(scope="module")

@@ -165,6 +165,7 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "save_every": NO_COUNT,
     "seed": NO_INDEX,
     "share_at_one": NO_SHARE,
+    "shift": ["x", "nan", "", "1,5", "0", "0.009", "101", "inf", "-1"],
     "sigma_mean": ["x", "nan", "", "1,5", "-11", "11", "-inf", "inf"],
     "stage": NO_CHOICE,
     "steps": NO_COUNT,
@@ -322,7 +323,7 @@ def parse(*flags):
 
 def state_of(*flags):
     args = parse(*flags)
-    config = model.describe_model(args.model, args.conditioning)
+    config = train.read_start(None, args)["model"]
     restorer = model.initial_restorer(args.model, config, torch.Generator().manual_seed(0))
     return train.State(config, restorer, args)
 
@@ -333,7 +334,7 @@ def step(state, count=4, side=8):
     clean, condition = torch.rand(2, count, 3, side, side, generator=generator) * 2 - 1
     captions = ["Remove the noise."] * count
     batch = {"clean": clean, "condition": condition, "caption": captions, "bad": 0}
-    return train.train_step(state, batch, train.Frozen(PixelAE(2), data.Prompts()))
+    return train.train_step(state, batch, train.Frozen(PixelAE(4), data.Prompts()))
 
 
 @pytest.mark.parametrize(
@@ -410,14 +411,14 @@ def test_ema_device_is_where_the_averages_lie():
 
 
 @pytest.mark.parametrize(
-    "flags, share, mean",
+    "flags, share, mean, shift",
     [
-        ([], 0.3, 0),
-        (["--share_at_one", 0], 0, 0),
-        (["--share_at_one", 0.6, "--sigma_mean", 1], 0.6, 1),
+        ([], 0.3, 0, 3),
+        (["--share_at_one", 0], 0, 0, 3),
+        (["--share_at_one", 0.6, "--sigma_mean", 1, "--shift", 0.2], 0.6, 1, 0.2),
     ],
 )
-def test_sigmas_are_drawn_with_that_share_and_mean(flags, share, mean, monkeypatch):
+def test_sigmas_are_drawn_with_that_share_and_mean(flags, share, mean, shift, monkeypatch):
     count = 4000
     sigmas = []
 
@@ -427,13 +428,13 @@ def test_sigmas_are_drawn_with_that_share_and_mean(flags, share, mean, monkeypat
 
     monkeypatch.setattr(model, "flow_loss", watch)
     state = state_of("--batch_size", count, *flags)
-    step(state, count, side=2)
+    step(state, count, side=4)
     at_one = sigmas[0] == 1
     assert abs(at_one.float().mean() - share) < 4 * 0.5 / count**0.5
     assert at_one.any() == (share > 0)
     rest = sigmas[0][~at_one].double()
-    normal = (rest / (3 - 2 * rest)).logit()  # without the shift, which is 3, and the sigmoid
-    assert state.module.shift == 3
+    normal = (rest / (shift - (shift - 1) * rest)).logit()  # without the shift and the sigmoid
+    assert state.module.shift == shift
     assert abs(normal.mean() - mean) < 5 / len(rest) ** 0.5
     assert abs(normal.std() - 1) < 4 / len(rest) ** 0.5
 

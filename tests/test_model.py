@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
+import model
 from data import hash_prompts
 from model import PRESETS, SAMPLERS, Restorer, Sana, add_noise, build_restorer, draw_sigma
 from model import flow_loss, guided, sample_dpm, sample_euler, shift_sigma
@@ -104,6 +105,16 @@ def test_sana_computes_what_diffusers_computes(change, grid):
         # one that is zero but for rounding is compared with the largest gradient there is
         scale = max(gradient.abs().max().item(), 1e-3 * largest)
         assert (p.grad - gradient).abs().max() <= 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("strip", [1, 10, 20, 44])
+def test_strips_of_the_feed_forward_part_change_nothing(strip, monkeypatch):
+    _, sana = twins(SMALL)
+    latents, timestep, text, mask = inputs(grid=(9, 5))
+    with torch.no_grad():
+        whole = sana(latents, timestep, text, mask)
+        monkeypatch.setattr(model, "STRIP", strip)
+        assert (sana(latents, timestep, text, mask) - whole).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("change", [{}, QK_NORM, {"interpolation_scale": 1.0}])
@@ -250,7 +261,7 @@ def tiny():
 
 def test_untrained_tiny_restorer_returns_its_input():
     restorer = tiny()
-    condition = torch.randn(2, 12, 4, 6, generator=seeded())
+    condition = torch.randn(2, 48, 4, 6, generator=seeded())
     prompt = hash_prompts(["", "remove noise"])
     velocity = guided(restorer, condition, prompt, prompt)
     for steps in (1, 5):
@@ -404,7 +415,7 @@ def test_flow_loss_of_a_perfect_residual_is_the_root_of_1e_6():
 
 def test_flow_loss_of_the_untrained_tiny_restorer():
     """It answers 0: its error is that of the degraded picture, over max(sigma, 0.2)."""
-    x0, condition, noise = torch.randn(3, 2, 12, 4, 4, generator=seeded())
+    x0, condition, noise = torch.randn(3, 2, 48, 4, 4, generator=seeded())
     text, mask = hash_prompts(["", ""])
     sigma = torch.tensor([0.05, 0.8])
     losses = flow_loss(tiny(), x0, condition, text, mask, sigma, noise)

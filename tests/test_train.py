@@ -247,6 +247,20 @@ def test_a_batch_in_parts_gives_the_same_weights(photos_csv, tmp_path):
     assert "divisor" in run("train.py", *flags, cwd=tmp_path, status=2)
 
 
+def test_threads_that_share_a_batch_change_nothing(photos_csv, tmp_path):
+    flags = ["--data", photos_csv, "--steps", 12, *SMALL, "--batch_size", 8, "--save_every", 6]
+    run("train.py", *flags, "--out", "one", cwd=tmp_path)
+    for name in ("three", "again"):  # parts of 3, 3 and 2 pictures
+        run("train.py", *flags, "--out", name, cwd=tmp_path, threads=3)
+    a, b = load_newest(tmp_path / "one"), load_newest(tmp_path / "three")
+    assert all((a[key] - b[key]).abs().max() < 2e-3 * a[key].abs().max() for key in a)
+    assert any(not torch.equal(a[key], b[key]) for key in a)
+    assert_same_checkpoint(tmp_path / "three", tmp_path / "again")
+    for one, three in zip(read_log(tmp_path / "one"), read_log(tmp_path / "three")):
+        for key in one.keys() & {"loss", "norm"}:
+            assert abs(one[key] / three[key] - 1) < 1e-3
+
+
 @pytest.mark.parametrize("optimizer, bytes_each", [("adamw_bf16", 8), ("adamw_sr", 6)])
 def test_training_in_bf16_resumes_bit_for_bit(optimizer, bytes_each, photos_csv, tmp_path):
     flags = ["--data", photos_csv, "--optimizer", optimizer, "--conditioning", "projection"]
