@@ -603,7 +603,9 @@ def dead_leaves(size, rng):
     palette = grey + rng.normal(0, rng.uniform(0.03, 0.25), (len(grey), 3))
     noise = pink_noise(size, rng)
     image = np.ones((size, size, 3), np.float32) * palette[0]
-    smallest, largest, count = 1.5, size * 0.6, size * size // 24
+    smallest = np.exp(rng.uniform(np.log(1.5), np.log(4)))  # some pictures have calmer areas
+    largest = size * 0.6
+    count = int(size**2 / (10.7 * smallest**2))
     radii = (rng.uniform(size=count) * (smallest**-2 - largest**-2) + largest**-2) ** -0.5
     for radius in radii:
         cx, cy = rng.uniform(-0.1 * size, 1.1 * size, 2)
@@ -632,7 +634,9 @@ def dead_leaves(size, rng):
         alpha = np.clip((1 - edge) * softness + 0.5, 0, 1)[..., None]
         color = palette[rng.integers(len(palette))] + rng.normal(0, 0.06, 3)
         below = image[min(max(int(cy), 0), size - 1), min(max(int(cx), 0), size - 1)]
-        color = below + rng.uniform(0.1, 1) * (color - below)  # much detail is of low contrast
+        change = rng.uniform(0.1, 1) * (color - below)  # much detail is of low contrast
+        light_change = change.mean()  # and what is small differs in light more than in hue
+        color = below + light_change + min(1, radius / 15) * (change - light_change)
         light = (rng.normal(0, 0.1) * u)[..., None]
         texture = rng.random()
         if texture < 0.3:

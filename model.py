@@ -496,9 +496,11 @@ def merge_lora(restorer):
 
 
 def shift_sigma(sigma, shift=SHIFT):
-    """Move sigmas towards 1 (SD3, arXiv 2403.03206, eq. 23).
+    """Move sigmas towards 1, or for a shift below 1 towards 0 (SD3, arXiv 2403.03206, eq. 23).
 
-    The more pixels show the same thing, the more noise it takes to hide it."""
+    The more pixels show the same thing, the more noise it takes to hide it. A degraded picture
+    shows most already: what it leaves open has a spread of about 0.1 in latents of unit spread, and
+    is decided at sigmas of that size. With shift 3 hardly any step is there."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -522,9 +524,9 @@ def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise, mean_weigh
     """Return the objective of each image, [B]. Training minimizes its mean and nothing else.
 
     velocity prediction:  mean (predicted velocity - (noise - x0))^2
-    residual prediction:  sqrt( min(1, sigma / 0.2)^2 * mean (...)^2 + 1e-6 )
-    - The velocity of a residual prediction is its x0 divided by sigma, and so is its error. The
-      factor before the mean stops that growth below sigma 0.2.
+    residual prediction:  sqrt( mean (sigma * (...))^2 + 1e-6 )
+    - A residual prediction is measured by its x0. The error of its velocity is that of x0 divided
+      by sigma.
     - The square root divides each image's gradient by its error: some images stay far from clean
       whatever the network does, and would drown the others.
     - mean_weight scales the part of the error that is constant over an image, its brightness. A
@@ -533,10 +535,11 @@ def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise, mean_weigh
       and 26.8 dB after 800 steps at weight 0.1)."""
     velocity = restorer(add_noise(x0, noise, sigma), condition, 1000 * sigma, text, text_mask)
     error = velocity.float() - (noise - x0).float()                 # [B, C, H, W]
+    if restorer.prediction == "residual":
+        error = error * sigma[:, None, None, None]
     error = error - (1 - mean_weight) * error.mean((2, 3), keepdim=True)
     loss = error.square().flatten(1).mean(1)                        # [B]
     if restorer.prediction == "residual":
-        loss = loss * (sigma / 0.2).clamp(max=1).square()
         loss = (loss + 1e-6).sqrt()
     return loss
 

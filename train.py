@@ -70,7 +70,7 @@ def make_parser():
     add("--lora", type=count, metavar="RANK", help="train low-rank changes alone, see model.LoRA")
     least = between(float, 1e-3)
     add("--lora_alpha", type=least, help="their factor is lora_alpha / RANK (default RANK)")
-    text = "default 2500 for the demo, 8000 for tiny, 10000 for SANA; see DEFAULTS"
+    text = "default 2500 for the demo, tiny 8000, SANA 10000"
     add("--steps", type=count, help=text)
     add("--batch_size", type=count, help="of all processes together (default 4; mini 8)")
     add("--lr", type=share, help="peak rate (default 1e-5 for SANA, with LoRA 1e-4; see DEFAULTS)")
@@ -81,8 +81,7 @@ def make_parser():
     add("--ema_decay", type=share, default=0.9999, help="of the average (default 0.9999)")
     add("--ema_every", type=count, help="average every so many steps (default 1; 10 if on the CPU)")
     add("--ema_device", type=check_device, help="cpu spares a GPU 4 bytes a weight")
-    text = "of sigmas, in training and sampling: where what is uncertain is decided (default SANA's)"
-    add("--shift", type=between(float, 0.01, 100), help=text)
+    add("--shift", type=between(float, 0.01, 100), help="of sigmas, see model.shift_sigma")
     add("--sigma_mean", type=between(float, -10, 10), default=0.0, help="of training sigmas, see model.draw_sigma")
     add("--share_at_one", type=share, help="share at sigma = 1 (default 0 for SANA, else 0.3)")
     add("--condition_dropout", type=share, default=0.0, help="for --condition_guidance (default 0)")

@@ -49,7 +49,7 @@ import data
 import model
 import train
 from data import Prompts, dead_leaves, to_tensor
-from degrade import DEGRADATIONS, random_degradation
+from degrade import DEGRADATIONS, parse_degradations, random_degradation
 from evaluate import LPIPS, Inception, Metrics, Pipeline, evaluate_pairs, frechet_distance
 from evaluate import psnr, ssim, validation_means
 from model import PRESETS, Sana, build_restorer, flow_loss, sample_euler
@@ -645,12 +645,12 @@ def bench_denoise(quick):
     Gaussian noise of sigma 25. --data, --val: CSVs of photos (default: procedural pictures)."""
     minutes = 0.2 if quick else WHERE.minutes
     flags = ["--degradations", "gaussian_noise:sigma=25", "--device", "cpu"]
-    args = train.parse_args(flags)
+    degradations = parse_degradations(["gaussian_noise:sigma=25"])
     if WHERE.data:
         flags += ["--data", str(Path(WHERE.data).resolve())]
     source = data.CsvPairs(WHERE.val) if WHERE.val else data.DeadLeaves(8, 256, seed=1)
     options = {"training": False, "max_degradations": 1}
-    dataset = data.PairedDataset(source, None, args.degradations, **options)
+    dataset = data.PairedDataset(source, None, degradations, **options)
     metrics = Metrics(["psnr", "ssim", "lpips"], lpips_weights=WHERE.lpips_weights)
     with tempfile.TemporaryDirectory() as folder:
         for name in WHERE.contestants:
@@ -1014,6 +1014,7 @@ if __name__ == "__main__":
         vars(WHERE).update(GPU)
         args.what = args.what or ["transformer", "autoencoder", "decoder", "optimizer", "memory", "gradients", "preset"]
         print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    del sys.argv[1:]  # train.py would take these flags for its own
     for name in ("threads", "minutes", "data", "val", "lpips_weights", "contestants"):
         setattr(WHERE, name, getattr(args, name))
     torch.set_num_threads(args.threads)

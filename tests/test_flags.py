@@ -348,7 +348,7 @@ def step(state, count=4, side=8):
 def test_lr_and_proj_lr_rise_for_2_percent_and_fall_as_a_cosine(flags, peaks):
     state = state_of("--conditioning", "projection", "--steps", 200, *flags)
     rest, projection = state.optimizer.param_groups
-    assert [p.shape for p in projection["params"]] == [(12, 24, 1, 1)]
+    assert [p.shape for p in projection["params"]] == [(48, 96, 1, 1)]
     assert len(rest["params"]) == len(state.parts) - 1
     for state.step in (0, 2, 4, 100, 199):
         done = (state.step + 0.5) / 200

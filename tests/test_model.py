@@ -389,16 +389,14 @@ class Answer(torch.nn.Module):
 
 
 def test_flow_loss_of_a_residual_prediction_is_its_closed_form():
-    """The root of min(sigma / 0.2, 1)^2 * mse + 1e-6, where mse is the velocity's."""
+    """The root of mse + 1e-6, where mse is that of x0, whatever sigma is."""
     x0, condition, noise, residual = torch.randn(4, 5, 8, 5, 7, generator=seeded()).double()
     sigma = torch.tensor([0.01, 0.1, 0.2, 0.6, 1.0], dtype=torch.float64)
     restorer = Restorer(Answer(residual), "none", prediction="residual")
     losses = flow_loss(restorer, x0, condition, None, None, sigma, noise)
     for i in range(5):
-        # velocity = (x - x0_predicted) / sigma, so its error is that of x0 over sigma
-        error = (x0[i] - condition[i] - residual[i]) / sigma[i]
-        weight = min(sigma[i] / 0.2, 1) ** 2
-        expected = (weight * error.square().mean() + 1e-6).sqrt()
+        error = x0[i] - condition[i] - residual[i]
+        expected = (error.square().mean() + 1e-6).sqrt()
         assert torch.allclose(losses[i].double(), expected, rtol=1e-5)
 
 
@@ -414,13 +412,13 @@ def test_flow_loss_of_a_perfect_residual_is_the_root_of_1e_6():
 
 
 def test_flow_loss_of_the_untrained_tiny_restorer():
-    """It answers 0: its error is that of the degraded picture, over max(sigma, 0.2)."""
+    """It answers 0: its error is that of the degraded picture."""
     x0, condition, noise = torch.randn(3, 2, 48, 4, 4, generator=seeded())
     text, mask = hash_prompts(["", ""])
     sigma = torch.tensor([0.05, 0.8])
     losses = flow_loss(tiny(), x0, condition, text, mask, sigma, noise)
     mse = (condition - x0).square().flatten(1).mean(1)
-    expected = (mse / sigma.clamp(min=0.2) ** 2 + 1e-6).sqrt()
+    expected = (mse + 1e-6).sqrt()
     assert torch.allclose(losses, expected, rtol=1e-3)
 
 

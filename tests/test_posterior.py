@@ -112,10 +112,10 @@ def test_a_trained_network_draws_from_the_posterior():
     restorer.sana.initialize(generator)
     optimizer = torch.optim.AdamW(restorer.parameters(), betas=(0.9, 0.99), weight_decay=0)
     text = torch.zeros(4, 1, 8)
-    steps = 600
+    steps = 1000
     for step in range(steps):
         clean, degraded = draw_pair((4, 3, 16, 16), generator)
-        sigma = draw_sigma(4, generator, 0.3, SHIFT)
+        sigma = draw_sigma(4, generator, 0.1, SHIFT)
         noise = torch.randn(clean.shape, generator=generator)
         loss = flow_loss(restorer, clean, degraded, text, None, sigma, noise).mean()
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, step / 20, 2 - 2 * step / steps)
@@ -137,10 +137,9 @@ def test_a_trained_network_draws_from_the_posterior():
         spreads[steps] = (found[middle].std() / truth[middle].std()).item()
     best = (mean - clean).square().mean().sqrt().item()
     drawn = (truth - clean).square().mean().sqrt().item()  # about the root of 2 times as much
-    assert best < error[1] < 1.1 * best
+    assert best < error[1] < 1.05 * best
     assert error[1] < error[4] < error[20] < 1.1 * drawn
     assert distances[20] < distances[4] < distances[1]
-    assert distances[20] < 0.4 * distances[1]
+    assert distances[20] < 0.2 * distances[1]
     assert spreads[1] < 0.3
-    assert 0.85 < spreads[20] < 1.15
-    print(best, drawn, error, distances, spreads)
+    assert 0.9 < spreads[20] < 1.1
