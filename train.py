@@ -82,7 +82,8 @@ def make_parser():
     add("--ema_every", type=count, help="average every so many steps (default 1; 10 if on the CPU)")
     add("--ema_device", type=check_device, help="cpu spares a GPU 4 bytes a weight")
     add("--shift", type=between(float, 0.01, 100), help="of sigmas, see model.shift_sigma")
-    add("--sigma_mean", type=between(float, -10, 10), default=0.0, help="of training sigmas, see model.draw_sigma")
+    mean = between(float, -10, 10)
+    add("--sigma_mean", type=mean, default=0.0, help="of training sigmas, see model.draw_sigma")
     add("--share_at_one", type=share, help="share at sigma = 1 (default 0 for SANA, else 0.3)")
     add("--condition_dropout", type=share, default=0.0, help="for --condition_guidance (default 0)")
     add = parser.add_argument_group("--stage autoencoder and decoder").add_argument

@@ -24,7 +24,8 @@ SMALL = ["--batch_size", 2, "--resolution", 32, "--val_every", 40, "--save_every
 def run(*command, cwd, status=0, threads=1):
     """Run a script of the project in the folder cwd -> its output; of status 2, the error's line.
 
-    By default in one thread, because tests share two cores. The proxy that is not there keeps it off the network.
+    By default in one thread, because tests share two cores. The proxy that is not there keeps it
+    off the network.
     """
     environment = os.environ | {"OMP_NUM_THREADS": f"{threads}"}
     environment["https_proxy"] = "http://127.0.0.1:9"

@@ -34,7 +34,7 @@ def draw_pair(shape, generator):
 
 
 def posterior(degraded):
-    """Return the mixture of the clean number: weights and means of its peaks [..., 2], their std."""
+    """Return the mixture of the clean number: weights and means of its peaks, and their std."""
     centers = torch.tensor([-PEAK, PEAK])
     variance = 1 / (1 / WIDTH**2 + 1 / NOISE**2)
     distance = degraded[..., None] - centers
