@@ -526,7 +526,7 @@ def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise, mean_weigh
     velocity prediction:  mean (predicted velocity - (noise - x0))^2
     residual prediction:  sqrt( mean (sigma * (...))^2 + 1e-6 )
     - A residual prediction is measured by its x0. The error of its velocity is that of x0 divided
-      by sigma.
+      by sigma (down to MIN_SIGMA).
     - The square root divides each image's gradient by its error: some images stay far from clean
       whatever the network does, and would drown the others.
     - mean_weight scales the part of the error that is constant over an image, its brightness. A
@@ -822,8 +822,8 @@ def describe_pretrained(name):
     return MODEL_DEFAULTS | {
         "name": str(folder.resolve()) if Path(name).is_dir() else name,
         "conditioning": "projection" if plain else "widen",
-        "prediction": notes.get("_prediction", "velocity"),  # export writes it
-        "shift": shift,
+        "prediction": notes.get("_prediction", "velocity"),  # export writes both
+        "shift": notes.get("_shift", shift),
         "sana": sana,
     }
 
@@ -930,6 +930,7 @@ def export(path, out, weights="ema"):
         tensors["patch_embed.proj.weight"] = product.to(w.dtype)    # [D, 2C, patch, patch]
     channels = tensors["patch_embed.proj.weight"].shape[1]
     notes = {"_class_name": Sana.CLASS, "_prediction": restorer.prediction}
+    notes["_shift"] = restorer.shift
     save_weights(tensors, out / "diffusion_pytorch_model.safetensors")
     config = notes | config | {"in_channels": channels}
     write_text(out / "config.json", json.dumps(config, indent=1))

@@ -43,14 +43,14 @@ from degrade import Parser, UserError, between, explain_errors, given_flags, run
 # Flags whose default depends on the model and on the stage that is trained. tiny works on pixels,
 # mini on the latents of an autoencoder of its own, all others are pretrained.
 DEFAULTS = {
-    ("tiny", "restorer"): {"lr": 5e-3, "steps": 8000, "batch_size": 4, "clip": 0.2},
+    ("tiny", "restorer"): {"lr": 5e-3, "steps": 12000, "batch_size": 8, "clip": 0.2},
     ("mini", "autoencoder"): {"lr": 2e-3, "steps": 4500, "batch_size": 8, "clip": 1.0},
     ("mini", "restorer"): {"lr": 2e-3, "steps": 4500, "batch_size": 8, "clip": 0.2},
     ("mini", "decoder"): {"lr": 2e-3, "steps": 3200, "batch_size": 8, "clip": 1.0},
     ("pretrained", "restorer"): {"lr": 1e-5, "steps": 10000, "batch_size": 4, "clip": 0.1},
     ("pretrained", "decoder"): {"lr": 1e-4, "steps": 10000, "batch_size": 4, "clip": 1.0},
 }
-DEMO_STEPS = 2500
+DEMO_STEPS = 4000
 OPTIMIZERS = ["adamw", "adamw_bf16", "adamw_sr"]  # fp32; bf16 exact; bf16 stochastic
 STEP_FOLDERS = "step_[0-9]*"
 
@@ -70,9 +70,8 @@ def make_parser():
     add("--lora", type=count, metavar="RANK", help="train low-rank changes alone, see model.LoRA")
     least = between(float, 1e-3)
     add("--lora_alpha", type=least, help="their factor is lora_alpha / RANK (default RANK)")
-    text = "default 2500 for the demo, tiny 8000, SANA 10000"
-    add("--steps", type=count, help=text)
-    add("--batch_size", type=count, help="of all processes together (default 4; mini 8)")
+    add("--steps", type=count, help="default: the demo 4000, tiny 12000, SANA 10000; see DEFAULTS")
+    add("--batch_size", type=count, help="of all processes together (default 8; SANA 4)")
     add("--lr", type=share, help="peak rate (default 1e-5 for SANA, with LoRA 1e-4; see DEFAULTS)")
     add("--proj_lr", type=share, help="of the projection or the skips (see projection_lr)")
     add("--optimizer", choices=OPTIMIZERS, help="see BF16AdamW (default adamw; bf16 on a GPU)")
@@ -81,7 +80,7 @@ def make_parser():
     add("--ema_decay", type=share, default=0.9999, help="of the average (default 0.9999)")
     add("--ema_every", type=count, help="average every so many steps (default 1; 10 if on the CPU)")
     add("--ema_device", type=check_device, help="cpu spares a GPU 4 bytes a weight")
-    add("--shift", type=between(float, 0.01, 100), help="of sigmas, see model.shift_sigma")
+    add("--shift", type=between(float, 0.01, 100), help="of sigmas (default 3, or the model's)")
     mean = between(float, -10, 10)
     add("--sigma_mean", type=mean, default=0.0, help="of training sigmas, see model.draw_sigma")
     add("--share_at_one", type=share, help="share at sigma = 1 (default 0 for SANA, else 0.3)")
@@ -142,7 +141,8 @@ def saved_flags(out, given):
     saved = config["args"]
     saved.setdefault("stage", "restorer")
     saved.setdefault("lora", None)
-    begun = saved | {key: config["model"][key] for key in ("conditioning", "shift")}
+    about = model.MODEL_DEFAULTS | config["model"]
+    begun = saved | {"conditioning": about["conditioning"], "shift": about["shift"]}
     if "validated_on" not in config or saved.keys() - vars(given).keys():
         older = "made by another version; evaluate.py still restores with it"
         raise UserError(f"--resume {out}: {older}")
@@ -523,8 +523,9 @@ class State:
         self.best = [-math.inf, None]  # validation PSNR, name of the checkpoint that had it
         self.score = "roundtrip_psnr" if config["stage"] == "autoencoder" else "restored_psnr"
         self.module = module
-        self.lanes = count_lanes(args)
-        self.pool = ThreadPoolExecutor(self.lanes, initializer=torch.set_num_threads, initargs=[1])
+        self.lanes = count_lanes(config, args)
+        threads = max(1, torch.get_num_threads() // self.lanes)
+        self.pool = ThreadPoolExecutor(self.lanes, initializer=begin_lane, initargs=[threads])
         weights = vae.trained_weights(module)
         fp32 = {name: shard(p.detach()).float().clone() for name, p in weights.items()}
         if isinstance(module, model.Restorer):
@@ -848,47 +849,62 @@ OBJECTIVES = {
 }
 
 
-def count_lanes(args):
-    """Return how many parts of a batch a CPU computes at the same time, in one thread each.
+def count_lanes(config, args):
+    """Return in how many lanes a CPU computes a batch: threads that have a part of it each.
 
     By default torch divides each operation among its threads. They wait for each other, spinning,
     after each of the thousand small operations of a step, and for any other program on their core.
-    """
-    if args.device != "cpu" or WORLD > 1 or args.compile:
+    The operations of a pretrained model are large: it has one lane, and so one set of gradients."""
+    pretrained = not config["autoencoder"]
+    if args.device != "cpu" or WORLD > 1 or args.compile or pretrained:
         return 1
     return min(torch.get_num_threads(), args.batch_size // args.accumulate)
+
+
+def begin_lane(threads):
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # as main does
 
 
 def compute_gradients(state, batch, frozen):
     """Add the gradients of a batch -> losses by bin of sigma and how many they are, [2, BINS]."""
     args = state.args
     objective, sigma = OBJECTIVES[state.config["stage"]](state, batch, frozen)
+    sums = torch.zeros(2, BINS)
     count = args.accumulate * state.lanes
-    parts = [slice(i, None, count) for i in range(count)]  # every so many-th picture
-    losses = []
-    if state.lanes == 1:
-        for part in parts:
-            loss = objective(part)
+    for i in range(args.accumulate):  # every so many-th picture: together they are the batch
+        parts = [slice(k, None, count) for k in range(i, count, args.accumulate)]
+        if state.lanes > 1:
+            losses = compute_lanes(state, objective, parts)
+        else:
+            loss = objective(parts[0])
             # the mean over the batch: its parts add up, and FSDP averages over the processes
             (loss.sum() * WORLD / args.batch_size).backward()
-            losses.append(loss.detach())
-    else:
-        weights = list(state.weights.values())
-
-        def part_gradients(part):
-            loss = objective(part)
-            return loss.detach(), torch.autograd.grad(loss.sum() / args.batch_size, weights)
-
-        # the results come in the order of the parts: their sum is always the same
-        for loss, gradients in state.pool.map(part_gradients, parts):
-            losses.append(loss)
-            for p, gradient in zip(weights, gradients):
-                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
-    sums = torch.zeros(2, BINS)
-    for part, loss in zip(parts, losses):
-        bins = (sigma[part] * BINS).long().clamp(max=BINS - 1)
-        sums.index_add_(1, bins, torch.stack([loss.float().cpu(), torch.ones(len(bins))]))
+            losses = [loss.detach()]
+        for part, loss in zip(parts, losses):
+            bins = (sigma[part] * BINS).long().clamp(max=BINS - 1)
+            sums.index_add_(1, bins, torch.stack([loss.float().cpu(), torch.ones(len(bins))]))
     return sums
+
+
+def compute_lanes(state, objective, parts):
+    """Add the gradients of parts of a batch, which are computed at the same time -> their losses.
+
+    They are added in the order of the parts: so the sum is always the same."""
+    weights = list(state.weights.values())
+
+    def lane(part):
+        loss = objective(part)
+        return loss.detach(), torch.autograd.grad(loss.sum() / state.args.batch_size, weights)
+
+    losses = []
+    for loss, gradients in state.pool.map(lane, parts):
+        losses.append(loss)
+        for p, gradient in zip(weights, gradients):
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)  # in the layout of p, as the fused optimizer expects
+            p.grad.add_(gradient)
+    return losses
 
 
 def catch_signals():

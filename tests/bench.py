@@ -11,7 +11,7 @@ optimizer     a step of AdamW in bf16: time, and bytes a parameter that stay bet
 degradations  the six, and random recipes
 loader        training crops from photos
 check         what is looked at before training starts
-denoise       the tiny preset beside plain convolutions, trained for --minutes each: what they reach
+denoise       the tiny preset beside plain convolutions, trained for --minutes each: what they reach (not part of all)
 busy          training beside another process, by settings of the threads
 metrics       PSNR, SSIM, LPIPS, FID
 tiny          the preset: training, and restoring a photo, beside plain convolutions
@@ -475,7 +475,7 @@ def demo_speed(steps, setting):
         )
         lines = Path(f"{folder}/run/log.jsonl").read_text().splitlines()
     speeds = [json.loads(line)["images_per_second"] for line in lines if '"loss":' in line]
-    return speeds[-1] / 4
+    return speeds[-1] / 8  # pictures a step
 
 
 def bench_metrics(quick):
@@ -620,6 +620,7 @@ def train_tiny(flags, minutes, folder):
 
     def run(steps, name):
         often = ["--val_every", steps, "--save_every", steps]
+        often += ["--batch_size", 4 * WHERE.threads]
         words = [*flags, "--steps", steps, *often, "--out", name]
         subprocess.run(
             [sys.executable, conftest.ROOT / "train.py", *map(str, words)],
@@ -628,9 +629,9 @@ def train_tiny(flags, minutes, folder):
             check=True,
             capture_output=True,
         )
-        lines = Path(folder, name, "log.jsonl").read_text().splitlines()
-        lines = [json.loads(line) for line in lines]
-        batch = 4
+        batch = json.loads(Path(folder, name, "config.json").read_text())["args"]["batch_size"]
+        text = Path(folder, name, "log.jsonl").read_text().splitlines()
+        lines = [json.loads(line) for line in text]
         return [line["images_per_second"] / batch for line in lines if "loss" in line]
 
     steps = round(60 * minutes * statistics.mean(run(250, "speed")[1:]))
@@ -1015,9 +1016,9 @@ if __name__ == "__main__":
         args.what = args.what or ["transformer", "autoencoder", "decoder", "optimizer", "memory", "gradients", "preset"]
         print(torch.cuda.get_device_name(), "torch", torch.__version__)
     del sys.argv[1:]  # train.py would take these flags for its own
-    for name in ("threads", "minutes", "data", "val", "lpips_weights", "contestants"):
-        setattr(WHERE, name, getattr(args, name))
+    options = "threads", "minutes", "data", "val", "lpips_weights", "contestants"
+    vars(WHERE).update({name: getattr(args, name) for name in options})
     torch.set_num_threads(args.threads)
     print(f"{'':52} {'ours':>9} {'peer':>9}     ratio")
-    for what in args.what or benches:
+    for what in args.what or [name for name in benches if name != "denoise"]:
         benches[what](args.quick)

@@ -328,7 +328,7 @@ def state_of(*flags):
     return train.State(config, restorer, args)
 
 
-def step(state, count=4, side=8):
+def step(state, count=8, side=8):
     """Do a training step with random pictures -> what train_step says."""
     generator = torch.Generator().manual_seed(0)
     clean, condition = torch.rand(2, count, 3, side, side, generator=generator) * 2 - 1

@@ -8,7 +8,7 @@ from diffusers import SanaTransformer2DModel
 
 import model
 from data import hash_prompts
-from model import PRESETS, SAMPLERS, Restorer, Sana, add_noise, build_restorer, draw_sigma
+from model import PRESETS, SAMPLERS, GLUMBConv, Restorer, Sana, add_noise, build_restorer, draw_sigma
 from model import flow_loss, guided, sample_dpm, sample_euler, shift_sigma
 from vae import load_weights, save_weights
 
@@ -111,10 +111,21 @@ def test_sana_computes_what_diffusers_computes(change, grid):
 def test_strips_of_the_feed_forward_part_change_nothing(strip, monkeypatch):
     _, sana = twins(SMALL)
     latents, timestep, text, mask = inputs(grid=(9, 5))
+    grids = []
+    mix = GLUMBConv.mix
+
+    def watch(self, x, grid):
+        grids.append(grid)
+        return mix(self, x, grid)
+
+    monkeypatch.setattr(GLUMBConv, "mix", watch)
     with torch.no_grad():
         whole = sana(latents, timestep, text, mask)
+        assert set(grids) == {(9, 5)}
         monkeypatch.setattr(model, "STRIP", strip)
         assert (sana(latents, timestep, text, mask) - whole).abs().max() <= 1e-5
+    most = max(1, strip // 5) + 2
+    assert max(height for height, _ in grids[SMALL["num_layers"] :]) == min(most, 9)
 
 
 @pytest.mark.parametrize("change", [{}, QK_NORM, {"interpolation_scale": 1.0}])
@@ -389,7 +400,7 @@ class Answer(torch.nn.Module):
 
 
 def test_flow_loss_of_a_residual_prediction_is_its_closed_form():
-    """The root of mse + 1e-6, where mse is that of x0, whatever sigma is."""
+    """The root of mse + 1e-6, where mse is that of x0, whatever sigma is (from MIN_SIGMA)."""
     x0, condition, noise, residual = torch.randn(4, 5, 8, 5, 7, generator=seeded()).double()
     sigma = torch.tensor([0.01, 0.1, 0.2, 0.6, 1.0], dtype=torch.float64)
     restorer = Restorer(Answer(residual), "none", prediction="residual")

@@ -37,8 +37,8 @@ def posterior(degraded):
     """Return the mixture of the clean number: weights and means of its peaks, and their std."""
     centers = torch.tensor([-PEAK, PEAK])
     variance = 1 / (1 / WIDTH**2 + 1 / NOISE**2)
-    distance = degraded[..., None] - centers
-    weights = (-(distance**2) / (2 * (WIDTH**2 + NOISE**2))).softmax(-1)
+    apart = degraded[..., None] - centers
+    weights = (-(apart**2) / (2 * (WIDTH**2 + NOISE**2))).softmax(-1)
     means = variance * (centers / WIDTH**2 + degraded[..., None] / NOISE**2)
     return weights, means, variance**0.5
 
@@ -58,9 +58,9 @@ def exact_velocity(degraded):
         sigma = timestep[0] / 1000
         share = 1 - sigma
         variance = share**2 * std**2 + sigma**2
-        distance = x[..., None] - share * means
-        now = (weights.log() - distance**2 / (2 * variance)).softmax(-1)
-        x0 = means + share * std**2 / variance * distance
+        apart = x[..., None] - share * means
+        now = (weights.log() - apart**2 / (2 * variance)).softmax(-1)
+        x0 = means + share * std**2 / variance * apart
         return (x - (now * x0).sum(-1)) / sigma
 
     return velocity
@@ -95,7 +95,7 @@ def test_the_sampler_draws_from_the_posterior():
 
 
 def test_the_shift_of_sana_leaves_steps_where_nothing_is_decided():
-    """20 steps draw half of the spread with shift 3, and all but a twentieth with the preset's."""
+    """20 steps draw half of the spread with shift 3, and all but a twentieth with one of 0.1."""
     generator = seeded()
     degraded = torch.full((1, 1, 100, 100), 0.02)
     spread = draw_posterior(degraded, generator).std()
@@ -112,13 +112,13 @@ def test_a_trained_network_draws_from_the_posterior():
     restorer.sana.initialize(generator)
     optimizer = torch.optim.AdamW(restorer.parameters(), betas=(0.9, 0.99), weight_decay=0)
     text = torch.zeros(4, 1, 8)
-    steps = 1000
-    for step in range(steps):
+    last = 1000
+    for step in range(last):
         clean, degraded = draw_pair((4, 3, 16, 16), generator)
         sigma = draw_sigma(4, generator, 0.1, SHIFT)
         noise = torch.randn(clean.shape, generator=generator)
         loss = flow_loss(restorer, clean, degraded, text, None, sigma, noise).mean()
-        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, step / 20, 2 - 2 * step / steps)
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, step / 20, 2 - 2 * step / last)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(restorer.parameters(), 0.2)

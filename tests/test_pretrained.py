@@ -554,7 +554,7 @@ def assert_exported_computes_the_same(exported, restorer):
 def test_train_restore_and_export_from_a_folder(base, photos, tmp_path, conditioning):
     data = write_pairs(photos, tmp_path)
     flags = "--data", data, "--model", "base", *TRAIN
-    more = "--conditioning", conditioning, "--lr", "1e-3", "--out", "run"
+    more = "--conditioning", conditioning, "--lr", "1e-3", "--shift", 2, "--out", "run"
     assert "4 steps" in run("train.py", *flags, *more, cwd=tmp_path)
     assert (tmp_path / "run/samples/step_000004.png").is_file()
     restore = "evaluate.py", "--checkpoint", "run"
@@ -583,6 +583,7 @@ def test_train_restore_and_export_from_a_folder(base, photos, tmp_path, conditio
     run("train.py", *flags, "--out", "further", cwd=tmp_path)
     _, config = load_restorer(tmp_path / "further")
     assert config["conditioning"] == "widen"
+    assert config["shift"] == 2
 
 
 def test_a_pretrained_run_resumes_and_restores_elsewhere(base, photos, tmp_path):

@@ -322,6 +322,21 @@ def test_going_on_is_as_if_it_had_never_stopped(stages, photos_csv, tmp_path):
     assert model.read_run(tmp_path / "decoder")["model"]["decoder"]["steps"] == 2
 
 
+def test_threads_that_share_a_batch_change_no_stage(stages, photos_csv, tmp_path):
+    """The same batches in one thread and in two, from the same start."""
+    models = {
+        "ae": ["--model", "mini", "--stage", "autoencoder"],
+        "pairs": ["--model", stages / "ae", *NOISE],
+        "decoder": ["--model", stages / "pairs", "--stage", "decoder", *NOISE],
+    }
+    for name, flags in models.items():
+        run("train.py", "--data", photos_csv, *FAST, *flags, "--out", name, cwd=tmp_path, threads=2)
+        one, two = load_newest(stages / name), load_newest(tmp_path / name)
+        for key in one:
+            assert (one[key] - two[key]).abs().max() <= 0.05 * (one[key].abs().max() + 1e-3), key
+        assert any(not torch.equal(one[key], two[key]) for key in one)
+
+
 def test_a_run_keeps_the_checkpoint_that_another_stands_on(stages, photos_csv, tmp_path):
     shutil.copytree(stages / "ae", tmp_path / "ae")
     flags = ["--data", photos_csv, *FAST]

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import model
 import train
 from conftest import ROOT
 from degrade import UserError
@@ -39,11 +40,11 @@ def train_here(monkeypatch, *flags):
             signal.signal(number, handler)
 
 
-def train_until(step, *flags, cwd):
+def train_until(step, *flags, cwd, threads=1):
     """Run train.py with a SIGTERM in that step (from 1), as whose end it saves."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIGNAL", f"TERM {step - 1} 0")
-        run(ROOT / "tests/signalled.py", *flags, cwd=cwd, status=143)
+        run(ROOT / "tests/signalled.py", *flags, cwd=cwd, status=143, threads=threads)
 
 
 def start_training(*flags, cwd):
@@ -248,17 +249,33 @@ def test_a_batch_in_parts_gives_the_same_weights(photos_csv, tmp_path):
 
 
 def test_threads_that_share_a_batch_change_nothing(photos_csv, tmp_path):
-    flags = ["--data", photos_csv, "--steps", 12, *SMALL, "--batch_size", 8, "--save_every", 6]
+    """They have parts of 3, 3 and 2 pictures. What is stopped goes on as if it had not been."""
+    flags = ["--data", photos_csv, "--steps", 12, *SMALL, "--batch_size", 8]
     run("train.py", *flags, "--out", "one", cwd=tmp_path)
-    for name in ("three", "again"):  # parts of 3, 3 and 2 pictures
-        run("train.py", *flags, "--out", name, cwd=tmp_path, threads=3)
+    run("train.py", *flags, "--out", "three", cwd=tmp_path, threads=3)
+    train_until(6, *flags, "--out", "again", cwd=tmp_path, threads=3)
+    run("train.py", "--resume", "again", cwd=tmp_path, threads=3)
     a, b = load_newest(tmp_path / "one"), load_newest(tmp_path / "three")
-    assert all((a[key] - b[key]).abs().max() < 2e-3 * a[key].abs().max() for key in a)
+    assert all((a[key] - b[key]).abs().max() < 1e-2 * a[key].abs().max() for key in a)
     assert any(not torch.equal(a[key], b[key]) for key in a)
     assert_same_checkpoint(tmp_path / "three", tmp_path / "again")
     for one, three in zip(read_log(tmp_path / "one"), read_log(tmp_path / "three")):
         for key in one.keys() & {"loss", "norm"}:
             assert abs(one[key] / three[key] - 1) < 1e-3
+
+
+def test_a_run_keeps_its_shift(photos_csv, tmp_path):
+    """It is that of a run which goes on, of one that begins with it, and of what is exported."""
+    flags = ["--data", photos_csv, *SMALL, "--steps", 4]
+    train_until(2, *flags, "--shift", 0.1, "--out", "first", cwd=tmp_path)
+    said = run("train.py", "--resume", "first", "--shift", 1, cwd=tmp_path, status=2)
+    assert "begun with 0.1" in said
+    run("train.py", "--resume", "first", cwd=tmp_path)
+    run("train.py", *flags, "--model", "first", "--out", "kept", cwd=tmp_path)
+    run("train.py", *flags, "--model", "first", "--shift", 1, "--out", "other", cwd=tmp_path)
+    for name, shift in [("first", 0.1), ("kept", 0.1), ("other", 1)]:
+        assert model.read_run(tmp_path / name)["model"]["shift"] == shift
+        assert model.load_restorer(tmp_path / name)[0].shift == shift
 
 
 @pytest.mark.parametrize("optimizer, bytes_each", [("adamw_bf16", 8), ("adamw_sr", 6)])
