@@ -317,7 +317,7 @@ BAD_INPUT = [  # a command, and what the one line has to say
     ("train.py --stepz 3", ["--stepz", "-h"]),
     ("train.py --steps x", ["--steps"]),
     ("train.py --steps 0", ["--steps"]),
-    ("train.py --resolution 31", ["multiple of 2"]),
+    ("train.py --resolution 31", ["multiple of 4"]),
     ("train.py --degradations fog", ["fog", "jpeg"]),
     ("train.py --out file/run", ["file/run"]),
     ("train.py --resume nowhere", ["nowhere", "no run"]),

@@ -74,7 +74,7 @@ def assert_close_checkpoint(run_folder, other):
         assert a.keys() == b.keys()
         for key in a:
             assert a[key].dtype == b[key].dtype
-            assert (a[key] - b[key]).abs().max() <= 2e-3 * a[key].abs().max() + 1e-9, (name, key)
+            assert (a[key] - b[key]).abs().max() <= 5e-3 * a[key].abs().max() + 1e-9, (name, key)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from diffusers import SanaTransformer2DModel
 
 import model
 from data import hash_prompts
-from model import PRESETS, SAMPLERS, GLUMBConv, Restorer, Sana, add_noise, build_restorer, draw_sigma
-from model import flow_loss, guided, sample_dpm, sample_euler, shift_sigma
+from model import PRESETS, SAMPLERS, GLUMBConv, Restorer, Sana, add_noise, build_restorer
+from model import draw_sigma, flow_loss, guided, sample_dpm, sample_euler, shift_sigma
 from vae import load_weights, save_weights
 
 SMALL = {
