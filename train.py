@@ -524,8 +524,10 @@ class State:
         self.score = "roundtrip_psnr" if config["stage"] == "autoencoder" else "restored_psnr"
         self.module = module
         self.lanes = count_lanes(config, args)
-        threads = max(1, torch.get_num_threads() // self.lanes)
-        self.pool = ThreadPoolExecutor(self.lanes, initializer=begin_lane, initargs=[threads])
+        self.pool = None
+        if self.lanes > 1:
+            threads = torch.get_num_threads() // self.lanes
+            self.pool = ThreadPoolExecutor(self.lanes, initializer=begin_lane, initargs=[threads])
         weights = vae.trained_weights(module)
         fp32 = {name: shard(p.detach()).float().clone() for name, p in weights.items()}
         if isinstance(module, model.Restorer):
@@ -1401,6 +1403,8 @@ def main():
     finally:
         batches.close()  # ends the workers
     report(state, run, len(val_set))
+    if WORLD > 1:
+        dist.destroy_process_group()  # its threads end before the program does
     if caught:
         print(f"python train.py --resume {run} goes on")
         sys.exit(128 + caught)

@@ -71,10 +71,12 @@ def assert_close_checkpoint(run_folder, other):
     for name in CHECKPOINT:
         a = load_newest(run_folder, name)
         b = load_newest(other, name)
+        tolerance = 0.02 if name == "optimizer" else 0.005  # moments of gradients that are near zero
         assert a.keys() == b.keys()
         for key in a:
             assert a[key].dtype == b[key].dtype
-            assert (a[key] - b[key]).abs().max() <= 5e-3 * a[key].abs().max() + 1e-9, (name, key)
+            apart = (a[key] - b[key]).abs().max()
+            assert apart <= tolerance * a[key].abs().max() + 1e-9, (name, key)
 
 
 @pytest.fixture(scope="module")
