@@ -71,7 +71,7 @@ def assert_close_checkpoint(run_folder, other):
     for name in CHECKPOINT:
         a = load_newest(run_folder, name)
         b = load_newest(other, name)
-        tolerance = 0.02 if name == "optimizer" else 0.005  # moments of gradients that are near zero
+        tolerance = 0.02 if name == "optimizer" else 0.005  # of gradients that are near zero
         assert a.keys() == b.keys()
         for key in a:
             assert a[key].dtype == b[key].dtype
