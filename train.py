@@ -1403,11 +1403,16 @@ def main():
     finally:
         batches.close()  # ends the workers
     report(state, run, len(val_set))
-    if WORLD > 1:
-        dist.destroy_process_group()  # its threads end before the program does
     if caught:
         print(f"python train.py --resume {run} goes on")
-        sys.exit(128 + caught)
+    status = 128 + caught if caught else 0
+    if WORLD > 1:
+        # gloo's threads may still hold tensors, and would abort a Python that is shutting down
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if caught:
+        sys.exit(status)
 
 
 # --------------------------------------------------------------------------------------------------
