@@ -273,6 +273,15 @@ def stages(photos_csv, tmp_path_factory):
     return folder
 
 
+def commands(stages):
+    """Return {name: flags} of the three stages, each on what lies in that folder."""
+    return {
+        "ae": ["--model", "mini", "--stage", "autoencoder"],
+        "pairs": ["--model", stages / "ae", *NOISE],
+        "decoder": ["--model", stages / "pairs", "--stage", "decoder", *NOISE],
+    }
+
+
 def test_each_stage_logs_and_saves_what_it_trains(stages):
     config = model.read_run(stages / "ae")
     assert config["model"]["stage"] == "autoencoder"
@@ -303,12 +312,7 @@ def test_a_decoder_begins_as_its_restorer_with_the_plain_decoder(stages, photos_
 
 def test_going_on_is_as_if_it_had_never_stopped(stages, photos_csv, tmp_path):
     """Ended by a signal in the third of four steps, each stage."""
-    models = {
-        "ae": ["--model", "mini", "--stage", "autoencoder"],
-        "pairs": ["--model", stages / "ae", *NOISE],
-        "decoder": ["--model", stages / "pairs", "--stage", "decoder", *NOISE],
-    }
-    for name, flags in models.items():
+    for name, flags in commands(stages).items():
         train_until(3, "--data", photos_csv, *FAST, *flags, "--out", name, cwd=tmp_path)
         assert (tmp_path / name / "latest").read_text() == "step_000003"
         run("train.py", "--resume", name, cwd=tmp_path)
@@ -324,12 +328,7 @@ def test_going_on_is_as_if_it_had_never_stopped(stages, photos_csv, tmp_path):
 
 def test_threads_that_share_a_batch_change_no_stage(stages, photos_csv, tmp_path):
     """The same batches in one thread and in two, from the same start."""
-    models = {
-        "ae": ["--model", "mini", "--stage", "autoencoder"],
-        "pairs": ["--model", stages / "ae", *NOISE],
-        "decoder": ["--model", stages / "pairs", "--stage", "decoder", *NOISE],
-    }
-    for name, flags in models.items():
+    for name, flags in commands(stages).items():
         run("train.py", "--data", photos_csv, *FAST, *flags, "--out", name, cwd=tmp_path, threads=2)
         one, two = load_newest(stages / name), load_newest(tmp_path / name)
         for key in one:

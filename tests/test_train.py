@@ -276,6 +276,9 @@ def test_a_run_keeps_its_shift(photos_csv, tmp_path):
     for name, shift in [("first", 0.1), ("kept", 0.1), ("other", 1)]:
         assert model.read_run(tmp_path / name)["model"]["shift"] == shift
         assert model.load_restorer(tmp_path / name)[0].shift == shift
+    first = str(tmp_path / "first")
+    config = model.describe_model(first) | {"shift": 1}
+    assert model.initial_restorer(first, config, None).shift == 1  # what it is trained with
 
 
 @pytest.mark.parametrize("optimizer, bytes_each", [("adamw_bf16", 8), ("adamw_sr", 6)])
