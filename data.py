@@ -7,9 +7,10 @@
                                                      encode what training will draw, once
 
 A CSV has the header image_path,condition_image_path,caption (the last two may be empty or absent).
-Paths are absolute or relative to the CSV. An empty condition is made from the clean picture each
-time it is drawn. An empty caption then becomes a prompt that names the degradations. The column
-degradation says what was done, group keeps rows together on one side of the validation split.
+Paths are absolute or relative to the CSV. If the condition is empty, the clean picture is degraded
+anew each time it is drawn, and an empty caption becomes a prompt that names the degradations. Two
+more columns are read: degradation says what was done; if a row of a group is held out for
+validation, no row of that group is trained on.
 """
 import contextlib
 import csv
@@ -51,7 +52,7 @@ def seed_for(seed, index, purpose):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures. Nobody else opens, saves or converts them.
+# Pictures. Except in degrade.py, they are opened and saved here only.
 
 PAGES = "has several pages; only the first is used"
 DEEP = "16 bits a channel are converted to 8 bits"
@@ -90,10 +91,10 @@ def to_image(tensor):
 
 
 def open_image(path, notice=True, srgb=False):
-    """Read a picture as plain_image makes it. Raises UserError.
+    """Open a picture and convert it as plain_image does. Raises UserError.
 
-    notice: say on stderr what is converted or left out. srgb: convert the colours of any other
-    profile to sRGB, not only CMYK's."""
+    notice: print on stderr what is converted or left out. srgb: convert every colour profile to
+    sRGB; False: only CMYK."""
     quiet = warnings.catch_warnings(action="ignore")
     with explain_errors(path, "this picture"), quiet, Image.open(path) as image:
         if image.format == "EPS":  # Pillow would have Ghostscript run it
@@ -140,9 +141,10 @@ def raw_mode(image):
 
 
 def read_deep(image, path):
-    """Read 16-bit RGB, of which Pillow keeps the upper bytes -> 8 bits, rounded.
+    """Read 16-bit RGB or RGBA -> 8 bits, rounded.
 
-    Opened once more and read in the other byte order, the file gives the lower bytes."""
+    Pillow keeps only the upper byte of each level. Reading the file once more, in the other byte
+    order, gives the lower bytes."""
     order = raw_mode(image)[-1]
     if order == "N":  # the machine's own
         order = "L" if sys.byteorder == "little" else "B"
@@ -164,7 +166,9 @@ def read_deep(image, path):
 
 
 def profile_of(image):
-    """Return the colour profile of a picture; None for sRGB's, and for one that does not fit it."""
+    """Return a picture's colour profile; None if it is missing, damaged, sRGB or of other channels.
+
+    Other channels: an RGB profile in a grey picture, for example."""
     content = image.info.get("icc_profile")
     if not content:
         return None
@@ -183,7 +187,9 @@ def profile_of(image):
 
 
 def to_srgb(image):
-    """Convert a picture's colours to sRGB by its colour profile. Without one it stays as it is."""
+    """Convert a picture from its colour profile to sRGB. The result carries no profile.
+
+    Where profile_of finds none, the colours stay as they are."""
     profile = profile_of(image)
     image.info.pop("icc_profile", None)
     if not profile:
@@ -204,8 +210,9 @@ def to_srgb(image):
 def plain_image(image):
     """Turn a PIL image upright (EXIF orientation) -> L, LA, RGB or RGBA, 8 bits a channel.
 
-    16-bit grey is scaled. It may change the image that it is given. Raises UserError."""
-    with contextlib.suppress(Exception):  # damaged EXIF: then as it is stored
+    16-bit grey is scaled. The argument may be modified. Raises UserError for floating-point pixels
+    and for levels outside 0..65535."""
+    with contextlib.suppress(Exception):  # damaged EXIF: leave it as stored
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise UserError("floating-point pixels have no fixed range; save it with 8 or 16 bits")
@@ -237,8 +244,8 @@ SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Informati
 def list_images(folder):
     """Return the pictures below a folder, sorted; links to folders are followed. Raises UserError.
 
-    Hidden and system folders and files are passed over. What else is no picture is counted aloud.
-    """
+    Hidden and system folders and files are skipped. Other files that are not pictures are left
+    out, and their number is printed by extension."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder")
     extensions = picture_extensions()
@@ -273,27 +280,27 @@ def is_hidden(name):
 
 @dataclass
 class Header:
-    """What can be known of a picture without decoding it."""
+    """What read_header finds. Only a picture that may be transparent is decoded for it."""
 
     size: tuple  # (width, height), upright
-    turned: bool  # by EXIF: its sides are swapped as stored
-    transparent: bool
+    turned: bool  # EXIF swaps the stored width and height
+    transparent: bool  # some pixel is
     traits: list  # see traits_of
-    digest: str  # of its size in bytes and of what is in it, see file_digest
+    digest: str  # of the file's length and content, see file_digest
 
 
 def read_header(path):
     """Look at a picture -> Header. Raises UserError."""
     with explain_errors(path, "this picture"), Image.open(path) as image:
         orientation = 1
-        if image.format != "PNG" or "exif" in image.info:  # a PNG would be decoded for it
+        if image.format != "PNG" or "exif" in image.info:  # else getexif would decode the PNG
             orientation = image.getexif().get(0x0112, 1)
         turned = orientation in (5, 6, 7, 8)
         upright = image.format == "TIFF"  # Pillow has turned its size already
         size = image.size[::-1] if turned and not upright else image.size
         traits = traits_of(image)
         transparent = image.has_transparency_data
-        if transparent:  # whether any pixel is must be looked up
+        if transparent:  # it has alpha, which may still be opaque everywhere
             transparent = image.convert("RGBA").getchannel("A").getextrema()[0] < 255
     return Header(size, turned, transparent, traits, file_digest(path))
 
@@ -304,13 +311,14 @@ def write_csv(path, rows):
 
 
 # --------------------------------------------------------------------------------------------------
-# Where pairs come from. A source has a length, peek(i) -> (whether it has a condition, caption),
-# which opens nothing, and load(i) -> (clean, condition or None, what to call it in an error).
+# Sources of pairs. A source has a length and two methods:
+#   peek(i) -> (whether row i has a condition, caption), without opening a file
+#   load(i) -> (clean, condition or None, the row's name in error messages)
 
-# decoded photos that each process keeps in memory; the rest is read again
+# of decoded pictures that each process keeps in memory; others are read again at each draw
 CACHE_BYTES = 512 * 2**20
 COLUMNS = "image_path", "condition_image_path", "caption", "degradation", "group"
-FACTORS = 1, 2, 3, 4, 8  # by which all conditions may be smaller than their clean pictures
+FACTORS = 1, 2, 3, 4, 8  # how many times smaller than the clean pictures all conditions may be
 
 
 @dataclass
@@ -323,15 +331,15 @@ class Row:
     condition: Path | None
     caption: str
     degradation: str  # what was done to the condition, as degrade.describe() writes it; may be ""
-    group: str  # rows of one group are held out together; may be ""
+    group: str  # no row of a held-out row's group is trained on; may be ""
 
 
 class CsvPairs:
-    """The rows of a pairs.csv, all of whose pictures have been looked at.
+    """The rows of a pairs.csv, and the checked headers of all their pictures.
 
-    By their headers: presence, sizes, transparency, how far conditions have to be enlarged
-    (enlarge), and what was in the files (digests). Raises UserError, with the row, for anything
-    missing, unreadable or misfit. skip_bad: leave such rows out, with a line each, instead."""
+    enlarge: how many times smaller the conditions are than their clean pictures. headers: {path:
+    Header}. Raises UserError, with the line, if a file of a row is missing or unreadable, has
+    transparent pixels, or does not fit its partner. skip_bad: print and leave out such rows."""
 
     def __init__(self, path, skip_bad=False):
         self.path = Path(path)
@@ -386,13 +394,13 @@ class CsvPairs:
             name += "," + values["condition_image_path"]
             condition = self.path.parent / values["condition_image_path"]
         for path in (clean, condition):
-            if path and not os.path.isfile(path):  # of any text: too long, with a NUL
+            if path and not os.path.isfile(path):  # False, no error, if too long or with a NUL
                 raise UserError(f"{where}: no file {path}{other_spelling(path)}")
         texts = [values.get(column, "") for column in ("caption", "degradation", "group")]
         return Row(line, name, clean, condition, *texts)
 
     def find_factor(self):
-        """Return by which whole factor the conditions are smaller than their clean pictures."""
+        """Return how many times smaller most conditions are than their clean pictures."""
         pairs = []
         for row in self.rows:
             clean, condition = self.headers[row.clean], self.headers.get(row.condition)
@@ -430,7 +438,7 @@ class CsvPairs:
         raise UserError(problem)
 
     def keep_rows(self, check, skip_bad):
-        """Leave out the rows for which check(row) raises UserError, or raise it with the line."""
+        """Raise the UserError of check(row) with the line; with skip_bad leave out that row."""
         kept = []
         for row in self.rows:
             try:
@@ -453,7 +461,7 @@ class CsvPairs:
         self.keep_rows(check, skip_bad)
 
     def say_traits(self):
-        """Say once for all pictures what is converted or left out of them."""
+        """Print what is converted in or left out of the pictures, one line for each kind."""
         examples = {}
         for path in paths_of(self.rows):
             for trait in self.headers[path].traits:
@@ -535,7 +543,7 @@ def read_headers(rows):
 
 
 def other_spelling(path):
-    """Say that a file of this name exists in another Unicode form, which looks the same."""
+    """Return a hint if a file exists whose name differs only in its Unicode form, else ""."""
     name = unicodedata.normalize("NFC", path.name)
     try:
         names = os.listdir(path.parent)
@@ -665,19 +673,21 @@ def pink_noise(size, rng):
 
 
 class PairedDataset(Dataset):
-    """Crops of pairs: {"clean", "condition": [3, H, W] in [-1, 1], "caption": str, "bad": int}.
+    """Crops of pairs: {"clean", "condition": [3, H, W] in [-1, 1], "caption": str, ...}.
 
-    And "grey": whether the condition has one channel, whose three copies these are.
+    And "grey": whether the condition has one channel, repeated three times; "draw": the item's
+    number; "bad": how many unreadable rows were passed over for it.
 
     source: CsvPairs or DeadLeaves. rows: which of its indices to use (default all).
     crop: side in pixels; None: whole pictures; [(n, side), ...]: that side for draws below n. In
-    validation a smaller picture is cropped to its own sides.
-    degradations: of parse_degradations; 1 to max_degradations of them are applied to the clean
-    picture of a row without a condition.
+    validation, a side of the picture that is shorter than the crop is kept whole.
+    degradations: as parse_degradations returns them; 1 to max_degradations of them are applied to
+    the clean picture of a row without a condition. caption_dropout: share of captions emptied.
     training True: item n is the n-th draw of an endless stream, which visits every row once an
-    epoch in a new order, with random crop, flip and caption dropout, all from (seed, n). So a run
-    can stop and go on at any n. False: item n is row n, centre crop, always the same degradation.
-    skip_bad: the next draw's row in place of one that cannot be read. "bad" counts them."""
+    epoch in a new order, with random crop, flip and caption dropout. All of it depends on seed and
+    n alone, so a run can stop and go on at any n. False: item n is the n-th of rows, cropped at its
+    centre, always with the same degradation.
+    skip_bad: in training, replace a row that cannot be read by that of the next draw."""
 
     def __init__(
         self,
@@ -707,7 +717,7 @@ class PairedDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index):
-        # two epochs of draws hold a whole one, wherever they begin: every row is tried
+        # 2 * len(self) consecutive draws contain a whole epoch, so every row is tried
         tries = 2 * len(self) if self.skip_bad and self.training else 1
         for later in range(tries):
             try:
@@ -720,10 +730,10 @@ class PairedDataset(Dataset):
                     self.reported.add(str(error))
 
     def plan(self, index):
-        """Say what draw(index) will do -> (row, recipe or None, caption).
+        """Return what draw(index) will do: (row, recipe or None, caption).
 
-        It opens no picture, so that all captions of a run can be encoded before it starts. So it
-        has random numbers of its own."""
+        It opens no picture, so that all captions of a run can be encoded before the run starts. Its
+        random numbers are therefore separate from those of draw."""
         purpose = "train plan" if self.training else "validation plan"
         rng = np.random.default_rng(seed_for(self.seed, index, purpose))
         row = self.order[index] if self.training else self.rows[index]
@@ -738,9 +748,10 @@ class PairedDataset(Dataset):
         return row, recipe, caption
 
     def draw(self, index, later=0):
-        """Make item index, of the row that comes so many draws later. Raises UserError.
+        """Make item index. Raises UserError if its row cannot be read.
 
-        The crop is that of index, so that its size is that of the batch."""
+        later: take the row of draw index + later instead. The crop size is still that of index, so
+        that the item fits its batch."""
         row, recipe, caption = self.plan(index + later)
         clean, condition, where = self.source.load(row)
         purpose = "train" if self.training else "validation"
@@ -757,10 +768,12 @@ class PairedDataset(Dataset):
         }
 
     def draw_cut(self, image, index, where, rng):
-        """Draw a crop and a flip -> the function that cuts them out of a picture of that size."""
+        """Choose a crop and a flip -> a function that applies both to a picture of image's size.
+
+        Raises UserError if the picture is smaller than the crop of training."""
         crop = self.crop_at(index)
         width, height = crop or image.width, crop or image.height
-        if not self.training:  # each picture its own
+        if not self.training:  # pictures smaller than the crop are allowed
             width, height = min(width, image.width), min(height, image.height)
         if width > image.width or height > image.height:
             raise UserError(f"{where}: {too_small(image.size, crop)}")
@@ -797,10 +810,10 @@ class PairedDataset(Dataset):
         return names
 
     def name_degradations(self, index):
-        """Say what was done to the condition of item index: ["jpeg", "downscale"].
+        """Return what was done to the condition of item index: ["jpeg", "downscale"].
 
-        By the recipe; else the CSV's column, the whole of it unless it is a recipe; else the words
-        of the caption."""
+        Read from its recipe; without one from the CSV's column degradation, which counts as one
+        name if it is not a recipe; if that is empty from the caption."""
         row, recipe, caption = self.plan(index)
         if recipe:
             return [name for name, _ in recipe]
@@ -831,7 +844,8 @@ class EndlessOrder:
 def collate(items):
     """[item] -> {"clean", "condition": [B, 3, H, W], "caption": [str], "bad": count, "draw": [n]}.
 
-    From a cache of --stage decoder also "latents" [B, C, H/f, W/f]."""
+    From a cache "clean" and "condition" are latents [B, C, H/f, W/f]; for --stage decoder they are
+    pixels, and "latents" [B, C, H/f, W/f] is added."""
     batch = {
         "caption": [item["caption"] for item in items],
         "bad": sum(item["bad"] for item in items),
@@ -844,9 +858,9 @@ def collate(items):
 
 
 def load_batches(dataset, batch_size, draws, workers, pin_memory=False):
-    """Yield batches of the draws with these numbers, which worker processes make.
+    """Yield batches of dataset[n] for n in draws. Raises UserError for an unreadable picture.
 
-    Raises UserError for a picture that cannot be read."""
+    workers: how many processes make the batches; 0: this one does."""
     loader = DataLoader(
         dataset,
         batch_size,
@@ -859,7 +873,7 @@ def load_batches(dataset, batch_size, draws, workers, pin_memory=False):
     batches = iter(loader)
     try:
         yield from batches
-    except UserError as error:  # from a worker it brings its traceback, whose end is the message
+    except UserError as error:  # a worker's is a whole traceback, which ends with the message
         raise UserError(str(error).split("UserError: ")[-1].strip()) from None
     finally:
         if workers:
@@ -872,7 +886,7 @@ if hasattr(signal, "SIGHUP"):  # the terminal was closed; Windows has none
 
 
 def ignore_signals(_):
-    """Leave Ctrl-C, SIGTERM and SIGHUP, which may go to all processes, to the main one."""
+    """Ignore Ctrl-C, SIGTERM and SIGHUP: all processes may get them, the main one handles them."""
     for name in SIGNALS:
         signal.signal(name, signal.SIG_IGN)
 
@@ -888,7 +902,7 @@ def stop_workers(batches):
     if all(worker.is_alive() for worker in batches._workers):
         batches._shutdown_workers()
         return
-    torch._C._remove_worker_pids(id(batches))  # that they die is no error any more
+    torch._C._remove_worker_pids(id(batches))  # so that their death is no error
     batches._worker_pids_set = False
     batches._shutdown = True
     for worker in batches._workers:
@@ -905,7 +919,7 @@ def add_data_flags(parser):
     add = group.add_argument
     add("--data", metavar="CSV", help="pairs (default: the demo, which draws its own pictures)")
     add("--val_data", metavar="CSV", help="pairs to validate with (default: some of --data)")
-    add("--val_count", type=between(int, 1), help="only so many of them, the first (default all)")
+    add("--val_count", type=between(int, 1), help="rows of --val_data to use at most (default all)")
     add_degradations_flag(group)
     most = between(int, 1, len(degrade.DEGRADATIONS))
     add("--max_degradations", type=most, default=3, help="1 to this many (default 3)")
@@ -956,10 +970,12 @@ VALIDATION_CROP = 192
 
 
 def make_datasets(args, stages=None, kept=None):
-    """Return training draws, and validation pairs that are never trained on. Raises UserError.
+    """Return the PairedDatasets of training and of validation. Raises UserError.
 
+    Validation pictures are not trained on, unless --data has fewer than 10 rows and --val_data is
+    not given.
     args: of add_data_flags. stages: [(n, side)] as PairedDataset's crop; default args.resolution.
-    kept: names of the rows that this run has held out so far; they stay so while they are there."""
+    kept: names of the rows held out earlier in this run; those still in the CSV stay held out."""
     options = {
         "degradations": degrade.parse_degradations(args.degradations),
         "max_degradations": args.max_degradations,
@@ -1004,9 +1020,10 @@ def make_datasets(args, stages=None, kept=None):
 
 
 def choose_held_out(dataset, kept=None):
-    """Choose the rows to validate with: those of the names in kept that are there, else by chance.
+    """Return the indices of the rows to validate with: those named in kept, else random ones.
 
-    One that cannot be drawn is passed over with skip_bad."""
+    Names that are no longer in the CSV are ignored. Raises UserError for a random row that cannot
+    be read; with skip_bad it is skipped."""
     source = dataset.source
     places = {row.name: i for i, row in enumerate(source.rows)}
     held_out = [places[name] for name in kept or [] if name in places]
@@ -1028,9 +1045,10 @@ def choose_held_out(dataset, kept=None):
 
 
 def rows_apart(source, held_out, val_source):
-    """Return the rows of source that share neither picture nor group with those held out.
+    """Return the indices of the rows of source that may be trained on beside those held out.
 
-    Pictures are compared by content: copies and other spellings of a path are the same picture."""
+    They share neither clean picture nor group with a held-out row. Pictures are compared by
+    content: copies and other spellings of a path are the same picture."""
     contents = set()
     groups = set()
     for i in held_out:
@@ -1075,7 +1093,9 @@ def row_digests(dataset):
 
 
 def check_same(before, now, what):
-    """Raise UserError, with its name, for the first row whose files are not what they were."""
+    """Raise UserError, with the row's name, if two results of row_digests differ.
+
+    what: how the message begins."""
     for name in before:
         if name not in now:
             raise UserError(f"{what}: the row {name} is gone")
@@ -1120,14 +1140,14 @@ class Prompts:
         self.known = {}
 
     def prepare(self, captions):
-        """Encode those that are new. Call it once with all captions: it loads the encoder."""
+        """Encode the captions that are new. Call it once with all: each call loads the encoder."""
         new = sorted(set(captions) - self.known.keys())
         if not new or not self.folder:
             return
         dtype = torch.float32 if self.device == "cpu" else None  # a CPU is slow in bf16
         gemma = model.Gemma2.from_pretrained(self.folder / "text_encoder", dtype).to(self.device)
         tokenizer = model.GemmaTokenizer(self.folder / "tokenizer")
-        # one by one on a CPU: no rounding depends on the captions beside, so resuming is exact
+        # one by one on a CPU: rounding does not depend on the batch, so resuming is exact
         batch_size = 1 if self.device == "cpu" else 8
         self.known.update(zip(new, model.encode_prompts(tokenizer, gemma, new, batch_size)))
 
@@ -1147,7 +1167,7 @@ def choose_vae(config, name):
         raise UserError("--vae: this model works on pixels, it has no DC-AE; leave it out")
     if config["decoder"]:
         raise UserError("--vae: this decoder was trained with one autoencoder; leave it out")
-    if config["autoencoder"]:  # its latents are its own: only the place of the run can be another
+    if config["autoencoder"]:  # no other DC-AE has its latents: only the run's path may change
         if model.stage_of(name) != "autoencoder":
             raise UserError(f"--vae {name}: no run of --stage autoencoder")
         moved = model.name_base(name)
@@ -1208,17 +1228,17 @@ def load_frozen(config, device):
 
 
 # --------------------------------------------------------------------------------------------------
-# The cache: what training draws in its first epochs, encoded once. Training then needs neither
-# autoencoder nor text encoder.
+# The cache: what training draws in its first epochs, encoded once. Training steps then need
+# neither text encoder nor autoencoder; with --stage decoder, neither text encoder nor restorer.
 
 
 class CachedDataset(Dataset):
-    """The draws of a PairedDataset's first epochs, with latents [C, H, W] in place of pixels.
+    """The draws of a PairedDataset's first epochs, with latents [C, H/f, W/f] instead of pixels.
 
-    Draw n is what it would be without the cache, with its crop, flip and degradation. After the
-    cached epochs the same draws come again, in a new order. expected: fingerprint of the run;
-    digests: row_digests of what it trains on; rows: how many draws an epoch has. Raises UserError
-    for a cache that was made of anything else, or is not complete."""
+    (Or, for --stage decoder, pixels and restored latents.) Draw n has the same crop, flip and
+    degradation as without the cache. After the cached epochs the same draws come again, in a new
+    order. expected: fingerprint of the run; digests: row_digests of what it trains on; rows: how
+    many draws an epoch has. Raises UserError if the cache differs from these or is incomplete."""
 
     def __init__(self, folder, expected, digests, rows):
         self.folder = Path(folder)
@@ -1240,7 +1260,7 @@ class CachedDataset(Dataset):
                 raise UserError(f"--cache {folder}: not complete (draw {n}); {rest}")
 
     def prompts(self):
-        """Return the embeddings of all captions: {caption: [L, D]}; {} for the tiny preset."""
+        """Return the embeddings of all captions: {caption: [L, D]}; {} if they are hashed."""
         path = self.folder / "prompts.safetensors"
         if not path.is_file():
             return {}
@@ -1274,7 +1294,7 @@ def draw_path(folder, n):
 
 
 def fingerprint(args, config):
-    """Return what a cache depends on beside its pictures, by the names of the flags."""
+    """Return {flag: value} of all that a cache depends on, except its pictures."""
     weights = [config["autoencoder"]]
     if config["autoencoder"] and not model.works_on_pixels(config):
         weights.append(config["vae"]["digest"])
@@ -1366,10 +1386,11 @@ def encode_batch(args, batch, autoencoder, prompts, restorer=None):
 
 @torch.no_grad()
 def restore_latents(restorer, autoencoder, prompts, batch, args):
-    """Restore the conditions of a batch in the latents, as --stage decoder trains on them.
+    """Return the restored latents [B, C, H/f, W/f] that --stage decoder trains on.
 
-    -> [B, C, H/f, W/f]. Each draw has its own noise and, of args.latent_steps, its number of steps:
-    so a cache and a run on any number of processes see the same. 0 steps: the condition's own."""
+    The noise of each draw, and which of args.latent_steps it takes, depend on its number alone. So
+    a cache and a run on any number of processes see the same latents. 0 steps: the latents of the
+    condition itself."""
     device = args.device
     condition = autoencoder.encode(batch["condition"].to(device))
     noise = []
@@ -1421,8 +1442,8 @@ def captions_of(train_set, draws, val_set):
 def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
     """Degrade every photo of a folder once: out/clean/, out/condition/ (PNG), last out/pairs.csv.
 
-    choices: of parse_degradations. counts: [low, high], how many of them for a photo.
-    The same command goes on after an interruption. Raises UserError."""
+    choices: as parse_degradations returns them. counts: [low, high] or [count], how many of them a
+    photo gets. After an interruption, the same command goes on. Raises UserError."""
     out = Path(out)
     paths = list_images(photos)
     if out.resolve().is_relative_to(Path(photos).resolve()):
@@ -1465,10 +1486,10 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
 
 
 def match_folders(clean_folder, degraded_folder, out, pattern=""):
-    """Write the CSV of two folders whose pictures are named alike. What has no partner is listed.
+    """Write the CSV of two folders whose pictures are named alike, and print the others.
 
-    pattern: "GT=NOISY": the last GT in a clean picture's path stands for NOISY in its partner's.
-    The folders may be one. Raises UserError."""
+    pattern: "GT=NOISY" replaces the last GT in a clean picture's path by NOISY, which gives its
+    partner's path. With a pattern, both folders may be the same one. Raises UserError."""
     here, _, there = pattern.partition("=")
     if pattern and not (here and there):
         raise UserError(f"--pattern {pattern}: write CLEAN=DEGRADED, such as GT=NOISY")

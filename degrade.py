@@ -2,7 +2,8 @@
 
 A degradation takes a grey ("L") or RGB PIL image and a numpy Generator and returns an image of the
 same mode and size, rounded and clipped to 0..255.
-(The sigma here is a noise level in an image. The sigma of model.py is a diffusion model's.)
+(Here sigma is the standard deviation of the noise in an image. In model.py it is the noise level
+of the diffusion model.)
 
     python degrade.py photo.jpg noisy.png                      two random degradations
     python degrade.py photo.jpg noisy.png --only gaussian_noise:sigma=25
@@ -25,13 +26,15 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 
 def gaussian_noise(image, rng, sigma):
-    """Add N(0, sigma), independent in each pixel and channel. sigma: in levels of 0..255."""
+    """Add independent N(0, sigma^2) noise to each pixel and channel. sigma: levels of 0..255."""
     levels = np.asarray(image, np.float32)
     return to_uint8(levels + sigma * rng.standard_normal(levels.shape, np.float32), image.mode)
 
 
 def poisson_noise(image, rng, scale):
-    """Draw Poisson(x / scale) * scale: photon noise, whose variance scale * x grows with light."""
+    """Draw Poisson(x / scale) * scale: photon noise, whose variance scale * x grows with light.
+
+    scale: levels of 0..255 per photon."""
     return to_uint8(rng.poisson(np.asarray(image) / scale) * scale, image.mode)
 
 
@@ -43,7 +46,7 @@ def jpeg(image, rng, quality):
 
 
 def gaussian_blur(image, rng, kernel):
-    """Blur as OpenCV's GaussianBlur(kernel, 0) does, to one level. kernel: width in pixels, odd."""
+    """Blur like OpenCV's GaussianBlur with sigma 0, within one level. kernel: odd width, pixels."""
     half = kernel // 2
     weights = gaussian_kernel(kernel)
     levels = np.asarray(image)
@@ -113,11 +116,11 @@ def to_uint8(levels, mode):
 
 @dataclass(frozen=True)
 class Strength:
-    """How strong a degradation is.
+    """The values of one parameter of a degradation.
 
-    drawn: what a recipe draws from: (5.0, 50.0) any number between, (10, 40) a whole number
-    between, [3, 5, 7] one of these. legal: what a user may set: (lowest, highest) any number
-    between, range(1, 101) one of these whole numbers."""
+    drawn: what a recipe draws from, uniformly: (5.0, 50.0) any number in between, (10, 40) an
+    integer from 10 to 40, [3, 5, 7] one of these. legal: what a user may set: (lowest, highest)
+    any number in between, range(1, 101) one of these integers. All ends are inclusive."""
 
     drawn: tuple | list
     legal: tuple | range
@@ -135,10 +138,13 @@ class Strength:
         whole = isinstance(self.legal, range)
         if whole:
             possible = value in self.legal
+            limits = f"one of {self.legal}"
         else:
-            possible = self.legal[0] <= value <= self.legal[1]
+            low, high = self.legal
+            possible = low <= value <= high
+            limits = f"a number from {low:g} to {high:g}"
         if not possible:
-            raise ValueError(f"{value:g} is not possible; it is drawn from {self.drawn}")
+            raise ValueError(f"{value:g} is not possible; give {limits}")
         return int(value) if whole else value
 
 
@@ -153,7 +159,9 @@ class Degradation:
     phrases: tuple
 
     def draw_strengths(self, rng, given):
-        """Return all strengths: those given, checked, and the others drawn. Raises ValueError."""
+        """Return all strengths: check those given and draw the others.
+
+        Raises ValueError if a given one is unknown or not legal."""
         for key in given:
             if key not in self.strengths:
                 raise ValueError(f"no strength {key!r}; there is {', '.join(self.strengths)}")
@@ -166,7 +174,9 @@ class Degradation:
         return drawn
 
     def __call__(self, image, rng, **given):
-        """Degrade a PIL image. Modes other than "L" and "RGB" become RGB. Raises ValueError."""
+        """Degrade a PIL image. Modes other than "L" and "RGB" become RGB.
+
+        given: strengths; the others are drawn. Raises ValueError as draw_strengths does."""
         if image.mode not in ("L", "RGB"):
             image = image.convert("RGB")
         return self.function(image, rng, **self.draw_strengths(rng, given))
@@ -208,7 +218,8 @@ DEGRADATIONS = {
     ),
 }
 
-# A changed brightness leaves no trace in the image to invert. Its error drowns the others': opt in.
+# color_jitter is opt-in: nothing in the image tells how far its brightness was changed, and the
+# error that remains would drown out the errors of the others.
 DEFAULT_DEGRADATIONS = ["gaussian_noise", "poisson_noise", "jpeg", "gaussian_blur", "downscale"]
 
 # --------------------------------------------------------------------------------------------------
@@ -241,7 +252,7 @@ def parse_degradations(words):
 
 
 def draw_recipe(choices, count, rng):
-    """Draw count distinct entries of choices in random order, and their open strengths."""
+    """Draw at most count distinct entries of choices in random order, and their open strengths."""
     recipe = []
     for i in rng.permutation(len(choices))[:count]:
         name, given = choices[i]
@@ -257,7 +268,9 @@ def apply_recipe(image, recipe, rng):
 
 
 def describe(recipe):
-    """Write a recipe as parse_degradations reads it: "jpeg:quality=20 gaussian_noise:sigma=25"."""
+    """Return a recipe as a string: "jpeg:quality=20 gaussian_noise:sigma=25".
+
+    parse_degradations reads it, split into words. Strengths are rounded to 4 digits."""
     words = []
     for name, strengths in recipe:
         settings = [f":{key}={value:.4g}" for key, value in strengths.items()]
@@ -288,7 +301,7 @@ TEMPLATES = [
 
 
 def make_prompt(names, rng):
-    """Word the request to undo the named degradations; "" if there are none."""
+    """Return a random prompt that asks to undo the named degradations; "" if there are none."""
     if not names:
         return ""
     phrases = []
@@ -302,7 +315,7 @@ def make_prompt(names, rng):
 
 
 def read_prompt(prompt):
-    """Return the names of the degradations that a prompt of make_prompt's words asks to undo."""
+    """Return the names of the degradations whose phrases a prompt contains, in table order."""
     names = []
     for name, entry in DEGRADATIONS.items():
         if any(phrase.lower() in prompt.lower() for phrase in entry.phrases):
@@ -315,17 +328,19 @@ def read_prompt(prompt):
 
 
 class UserError(ValueError):
-    """Something that the user can mend: what is wrong, where, and what to do, in one line."""
+    """An error that the user can fix. Its one line says what is wrong, where, and what to do."""
 
     def __init__(self, message):
-        # names of files may hold line ends and control codes
+        # file names may contain newlines and control characters
         super().__init__("".join(c if c.isprintable() else " " for c in str(message)))
 
 
 @contextlib.contextmanager
 def explain_errors(path, what):
-    """Turn whatever goes wrong while the file path is read into a UserError that names it."""
-    if not os.path.isfile(path):  # a pipe would be waited for, for ever
+    """Turn any error raised while a file is read into a UserError that names its path.
+
+    what: the content, for the message ("this picture"). NameError and MemoryError pass through."""
+    if not os.path.isfile(path):  # opening a pipe could block forever
         raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
     try:
         yield
@@ -339,7 +354,7 @@ def explain_errors(path, what):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for a flag, and one line for a complaint."""
+    """An ArgumentParser with one line of help per flag. Raises UserError where it would exit."""
 
     def __init__(self, description, **options):
         def layout(prog):
@@ -358,7 +373,7 @@ def given_flags():
 
 
 def between(kind, low, high=math.inf):
-    """Make an argparse type: a number of that kind (int, float) from low to high."""
+    """Return an argparse type: a finite int or float (kind), from low to high inclusive."""
 
     def convert(text):
         value = kind(text)
@@ -372,7 +387,9 @@ def between(kind, low, high=math.inf):
 
 
 def run_script(main):
-    """Call main(). What a user or a machine can cause is said in one line, with exit status 2."""
+    """Call main(). Report the user's and the machine's errors in one line, with exit status 2.
+
+    Other errors are bugs and keep their traceback. Ctrl-C exits with status 130."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that it cannot encode
@@ -401,7 +418,9 @@ def fail(message):
 
 
 def contact_sheet(image, rng):
-    """Draw the clean image and all six degradations of it, two rows of four, labelled."""
+    """Return a labelled sheet of the clean image and its six degradations, four to a row.
+
+    Shrinks image in place to at most 320 pixels a side."""
     image.thumbnail((320, 320))
     width, height = image.size
     sheet = Image.new("RGB", (4 * width, 2 * height), "white")

@@ -8,8 +8,8 @@
 
 In Python: Pipeline.load("out/demo")("noisy.jpg").save("restored.png")
 
-Pictures have any size and mode. Grey stays grey; transparency and colour profile are kept; 16-bit
-grey becomes 8-bit; EXIF rotation is applied, the rest of EXIF is dropped.
+Pictures may have any size and any mode but floating point. Grey stays grey, CMYK becomes RGB, 16
+bits become 8. Transparency and colour profile are kept. EXIF rotation is applied, the rest dropped.
 """
 import contextlib
 import csv
@@ -87,9 +87,10 @@ def ssim(a, b):
 
 
 def luma(x):
-    """RGB [B, 3, H, W] in [-1, 1] -> Y of ITU-R BT.601 [B, 1, H, W], 16 to 235 levels.
+    """RGB [B, 3, H, W] in [-1, 1] -> Y of ITU-R BT.601 [B, 1, H, W].
 
-    Super-resolution papers score it."""
+    Y has levels 16 to 235, scaled as pixels are: 0 to 255 become [-1, 1]. Super-resolution papers
+    score this channel."""
     weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=x.device)
     y = torch.einsum("bchw,c->bhw", (x.double() + 1) / 2, weights) + 16
     return y[:, None] / 127.5 - 1
@@ -98,7 +99,8 @@ def luma(x):
 # --------------------------------------------------------------------------------------------------
 # LPIPS and FID: distances between features of trained networks.
 
-# url, and under which name it is kept: the name ends in the start of its SHA-256, which is checked
+# url and local file name (None: as in the url). The name ends with the first digits of the file's
+# SHA-256, which are checked.
 LPIPS_TRUNK = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", None
 LPIPS_HEADS = (
     "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/alex.pth",
@@ -120,7 +122,7 @@ def read_published(published, path=None):
         with explain_errors(path, "these weights"):
             try:
                 return dict(torch.load(path, **options))
-            except pickle.UnpicklingError:  # its advice is to run what the file contains
+            except pickle.UnpicklingError:  # its message suggests running the file's code
                 raise ValueError("it holds more than tensors") from None
     url, name = published
     try:
@@ -132,11 +134,12 @@ def read_published(published, path=None):
 class LPIPS(nn.Module):
     """Learned perceptual image patch similarity v0.1, AlexNet (arXiv 1801.03924). 0 = alike.
 
-    How far the features of two images differ, at each position normalized over channels, weighted
-    by channel as human judgements taught ("heads"). trunk: torchvision's AlexNet; heads:
-    {"lin0.model.1.weight": ...}. Raises UserError if they do not fit."""
+    The features of both images are normalized over channels at each position. Their squared
+    differences are weighted by channel ("heads", fitted to human judgements) and summed over the
+    channels and layers, averaged over positions. trunk: the weights of torchvision's AlexNet;
+    heads: {"lin0.model.1.weight": ...}. Raises UserError if they do not fit."""
 
-    TAPS = [1, 4, 7, 9, 11]  # the ReLUs whose output counts
+    TAPS = [1, 4, 7, 9, 11]  # the ReLUs whose outputs are compared
 
     def __init__(self, trunk, heads):
         super().__init__()
@@ -216,7 +219,7 @@ class Inception(nn.Module):
             raise UserError(f"not the weights of FID's Inception: {reason}") from None
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         for module in self.modules():
-            if isinstance(module, ConvBN):  # at rest, batch norm is one more linear map
+            if isinstance(module, ConvBN):  # in eval mode, batch norm folds into it
                 module.conv = fuse_conv_bn_eval(module.conv, module.bn)
                 module.bn = nn.Identity()
 
@@ -384,10 +387,10 @@ class FID:
 def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     """Return |mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)) of two gaussians, float64.
 
-    With A = F F^T, A B has the eigenvalues of the symmetric F^T B F. So there is no root of a
-    matrix that is not symmetric, and fewer images than features do no harm."""
+    With A = F F^T, A B has the nonzero eigenvalues of the symmetric F^T B F. So no root of the
+    non-symmetric A B is needed, and covariances may be singular (fewer images than features)."""
     factor, failed = torch.linalg.cholesky_ex(cov_a)
-    if failed:  # singular: only the directions in which there is anything
+    if failed:  # singular: keep only the directions that have variance
         values, vectors = torch.linalg.eigh(cov_a)
         kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps
         factor = vectors[:, kept] * values[kept].sqrt()
@@ -400,11 +403,11 @@ METRICS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}  # of one image; FI
 
 
 class Metrics:
-    """What is measured, of "psnr", "ssim", "lpips", "fid".
+    """Compute those of "psnr", "ssim", "lpips", "fid" that are in names.
 
-    A metric whose weights cannot be fetched is missing: {name: why}. The others go on.
-    lpips_weights: local files (trunk, heads). fid_weights: a local file. crop_border: how many
-    pixels at each side do not count."""
+    missing: {name: why} of metrics whose weights cannot be fetched; the others are still computed.
+    y_channel: PSNR and SSIM of luma. lpips_weights: local files (trunk, heads). fid_weights: a
+    local file. crop_border: how many pixels at each side are not scored."""
 
     def __init__(
         self,
@@ -445,7 +448,8 @@ class Metrics:
     def __call__(self, clean, image, name):
         """Score a picture [3, H, W], rounded to 8 bits as when it is saved -> {metric: value}.
 
-        nan where a metric is missing or the picture too small for it. name: of its set, for FID."""
+        nan where a metric is missing or the picture too small for it. name: the set of
+        FID that the picture is added to."""
         a, b = self.cut(to_tensor(to_image(image))[None]), self.cut(clean[None])
         side = min(b.shape[2:])
         values = dict.fromkeys(METRICS, math.nan)
@@ -464,7 +468,8 @@ class Metrics:
 # --------------------------------------------------------------------------------------------------
 # Restoring.
 
-# A network that predicts the clean image does so at once. A velocity is followed in small steps.
+# A network that predicts the clean image ("residual") needs one step. A velocity is integrated in
+# many small ones.
 DEFAULT_STEPS = {"residual": 1, "velocity": 20}
 PIXEL_TILE = 1024  # the tiny preset restores larger pictures in tiles, which bounds the memory
 OVERLAP = 64
@@ -479,9 +484,9 @@ def finished_image(pixels, grey):
 class Pipeline:
     """A loaded restorer: Pipeline.load("out/demo")("noisy.jpg").save("restored.png").
 
-    autoencoder, prompts: what data.load_frozen returns. enlarge: see load. steps: of the sampler,
-    where restore is not told; None: 1 for a network that predicts the clean image, 20 for SANA; 0:
-    the degraded picture's own latents go to the decoder."""
+    autoencoder, prompts: what data.load_frozen returns. enlarge: see load. steps: the sampling
+    steps that restore takes by default; None: 1 for a network that predicts the clean image, 20 for
+    SANA; 0: no sampling, the latents of the degraded picture are decoded."""
 
     def __init__(self, restorer, autoencoder, prompts, enlarge=1, steps=None):
         self.restorer = restorer
@@ -558,11 +563,12 @@ class Pipeline:
     ):
         """Restore degraded pixels [B, 3, H, W] in [-1, 1] of any size, with a caption each.
 
-        -> the same shape, clipped to [-1, 1]. The noise depends on seed and size alone: a picture
-        comes out the same whatever is beside it. steps None: self.steps. average: the mean of so
-        many answers from different noise. decoder_weight: how much the decoder sees of the degraded
-        image, 0 to 1, if it does. Raises ValueError for other pixels."""
-        if not (pixels.is_floating_point() and pixels.abs().max() <= 1):  # nan is not, either
+        -> the same shape, clipped to [-1, 1]. The noise depends on seed and size alone, not on the
+        rest of the batch. steps None: self.steps. guidance, condition_guidance: see model.guided.
+        average: how many results, from different noise, are averaged. decoder_weight: how much a
+        decoder that sees the degraded image adds from it, 0 to 1. Raises ValueError for pixels that
+        are not floats in [-1, 1]."""
+        if not (pixels.is_floating_point() and pixels.abs().max() <= 1):  # nan fails this, too
             raise ValueError("pixels: give floats in [-1, 1], as data.to_tensor makes them")
         restorer, autoencoder, f = self.restorer, self.autoencoder, self.autoencoder.factor
         height, width = pixels.shape[2:]
@@ -594,7 +600,7 @@ class Pipeline:
                 total = total + autoencoder.decode(x0, *seen)       # [B, 3, h*f, w*f]
             return total / average
 
-        # DC-AE's latents are small: the whole picture at once (encode and decode have own tiles)
+        # DC-AE's latents are small: one piece (encode and decode split into tiles by themselves)
         tile = max(size)
         if isinstance(autoencoder, PixelAE):
             tile = PIXEL_TILE // unit * unit
@@ -608,11 +614,12 @@ class Pipeline:
 
 
 def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **options):
-    """Restore [(picture, where to)] -> how many failed. One that fails does not stop the others.
+    """Restore [(picture, output path)] -> how many failed. A failure does not stop the others.
 
-    grid: path of a picture of the first eight: input | restored | difference.
-    options: of Pipeline's call."""
-    # os.path: a name that is too long does not exist, and fails when it is written
+    Existing outputs are kept unless overwrite is set. If work is one picture, its failure raises
+    UserError. grid: where to save a picture that shows the first eight: input | restored |
+    difference. options: passed to pipeline."""
+    # os.path.exists is False for a name that is too long; writing it fails later
     todo = [(path, out) for path, out in work if overwrite or not os.path.exists(out)]
     failed = 0
     shown = []
@@ -643,7 +650,7 @@ def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **opti
 
 
 def save_restored(image, path, quality):
-    """Save with the options of its format. What the format cannot hold is said and left out."""
+    """Save a picture with its format's options. Drop alpha it cannot hold, and print that."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if image.mode.endswith("A") and kind in ("JPEG", "MPO", "BMP", "DIB", "PPM", "PCX"):
         print(f"{path}: this format holds no transparency; saved without", file=sys.stderr)
@@ -756,9 +763,9 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None):
 def validation_means(rows):
     """Average each column of scores, for validations that are compared with each other.
 
-    All pictures count: one that equals the clean one counts as 100 dB, not as infinite, so that it
-    leaves neither the mean of one method nor that of one validation. Only what is too small for a
-    metric (nan), whatever the method, is left out."""
+    A picture that equals the clean one counts as 100 dB, not as infinite. So all methods and all
+    validations are averaged over the same pictures. Only those too small for a metric (nan), which
+    does not depend on the method, are left out."""
     means = {}
     for key, value in rows[0].items():
         if isinstance(value, float):
@@ -771,10 +778,10 @@ def mean(values):
 
 
 def left_out(rows, key):
-    """Say which rows count in no mean of a metric, and why: {position: reason}.
+    """Return {index of a row: why it is left out of all means of a metric}.
 
-    Those where some method has no finite value: so all means are over the same pictures. A method
-    that is infinite on all pictures, because it returns the clean ones, leaves out nothing."""
+    A row is left out if any method has no finite value there, so that all means are over the same
+    pictures. A method that is infinite on all rows (it returns the clean pictures) is ignored."""
     columns = []
     for name in rows[0]:
         if name.endswith(f"_{key}") and any(row[name] != math.inf for row in rows):
@@ -828,8 +835,8 @@ BESIDE = "ceiling", "seeing_ceiling", "control", "plain"  # what stands beside a
 def shares_of_the_way(summary, names):
     """Return {method: {metric: how far it came from the input (0) to the ceiling (1)}}.
 
-    The ceiling is the best that any restorer can do whose answer passes through the autoencoder. A
-    decoder that sees the degraded image may pass it: its share may be above 1."""
+    The ceiling is the clean picture, encoded and decoded: what a perfect restorer would score with
+    the plain autoencoder. A decoder that sees the degraded image may reach a share above 1."""
     shares = {}
     for method, scores in summary.items():
         if method in ("input", *BESIDE) or "ceiling" not in summary:
@@ -942,8 +949,9 @@ def relative_name(path, source):
 def match_outputs(folder, source):
     """Find another program's picture for each row of a CsvPairs -> [path]. Raises UserError.
 
-    It has the path of the condition, or else of the clean picture, relative to the CSV's folder or
-    to one below; or else a name that only one picture has. Extensions may differ."""
+    Its path in folder is that of the condition, or else of the clean picture, relative to the
+    CSV's folder or to a folder below. If there is none, the name must be unique in folder.
+    Extensions may differ. Raises also if its size is not that of the clean picture."""
     by_path, by_name = index_pictures(list_images(folder), folder)
     outputs = []
     taken = {}
@@ -974,7 +982,7 @@ def match_outputs(folder, source):
 
 
 def find_output(names, by_path, by_name):
-    """Return the pictures that have one of these paths, or the end of one, or its unique name."""
+    """Return the pictures at one of these paths or at its end, else the only one of its name."""
     for name in names:
         parts = Path(name).with_suffix("").parts
         for start in range(len(parts)):
@@ -989,10 +997,10 @@ def find_output(names, by_path, by_name):
 
 
 def ceiling_method(autoencoder, device, encoded="clean", seen=None, weight=1.0):
-    """Make the method that sends a picture of the pair through the autoencoder and back.
+    """Make the method that encodes a picture of the pair and decodes it again.
 
-    encoded: which one, "clean" or "condition". seen: which one the decoder sees beside the latents,
-    if it does, and weight how much of it."""
+    encoded: which picture, "clean" or "condition". seen: which one the decoder sees beside the
+    latents; None: it sees none. weight: how much it adds from that, 0 to 1."""
 
     def method(i, item):
         picture = item[encoded][None].to(device)
@@ -1018,9 +1026,10 @@ def restoring_method(pipeline, captions, device, **sampling):
 
 @contextlib.contextmanager
 def open_scores(path):
-    """Give a function that writes a row, {column: value}, to a CSV at once.
+    """Yield a function that writes a row, {column: value}, to a CSV immediately.
 
-    What is in it stays, and is said, when the measuring ends early."""
+    If measuring ends early, the rows written so far stay, and their number is printed. A file
+    without rows is removed."""
     count = 0
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
@@ -1059,9 +1068,10 @@ def choose_output(output, overwrite):
 
 
 def picture_names(source):
-    """Return under which name the restored picture of each row is saved -> [relative path].
+    """Return the relative path under which the restored picture of each row is saved.
 
-    That of its condition, or else of its clean picture, in the CSV. Raises UserError."""
+    It is the path of the condition, or else of the clean picture, relative to the CSV, without ..
+    and with .png. Raises UserError if two rows would share one."""
     names = []
     lines = {}
     for row in source.rows:
@@ -1100,8 +1110,10 @@ def make_methods(args, pipeline, sampling, dataset):
 def decoder_methods(args, pipeline, sampling, captions):
     """Return what a decoder that sees the degraded image is compared with: {name: method}.
 
-    The autoencoder that it was made of, the best it can do, and the control, which has no
-    transformer: where that scores the same, the transformer adds nothing."""
+    ceiling: the round trip of the clean picture through the original autoencoder. seeing_ceiling:
+    the same with this decoder. control: this decoder on the condition's own latents; if it scores
+    as well as the restorer, the transformer adds nothing. plain: restored with the original
+    decoder."""
     plain = load_autoencoder(pipeline.config, decoder=False).to(args.device)
     restore = Pipeline(pipeline.restorer, plain, pipeline.prompts)
     sampling = {name: value for name, value in sampling.items() if name != "decoder_weight"}
@@ -1123,7 +1135,9 @@ def write_json(report, path):
 
 
 def measure(args, pipeline, sampling):
-    """--data: print the table, write scores.csv, scores.json, grid.png and sweep.png."""
+    """Do what --data asks: print the table, write scores.csv, scores.json and grid.png.
+
+    With --sweep also sweep.png, with --save_pictures also pictures/."""
     source = CsvPairs(args.data, args.skip_bad)
     refuse_useless_flags(source)
     print(source.summary())
@@ -1284,10 +1298,10 @@ def parse_args():
     add = parser.add_argument_group("how to restore").add_argument
     add("--prompt", help='"Remove JPEG artifacts." (default: "", or the captions of --data)')
     steps, factor = between(int, 1, 1000), between(float, 0, 100)
-    add("--steps", type=steps, help="1 has the best PSNR (default 1 for tiny, 20 for SANA)")
+    add("--steps", type=steps, help="1 has the best PSNR (default 1 for tiny, mini; 20 for SANA)")
     add("--sampler", choices=list(SAMPLERS), default="euler", help="dpm: DPM-Solver++ 2M")
     add("--average", type=steps, default=1, metavar="K", help="mean of K answers (default 1)")
-    add("--guidance", type=factor, default=1.0, help="beyond what the prompt asks (default 1)")
+    add("--guidance", type=factor, default=1.0, help="prompt weight; see model.guided (default 1)")
     add("--condition_guidance", type=factor, default=1.0, help="see model.guided (default 1)")
     text = "how much the decoder sees of the degraded picture, after --stage decoder (default 1)"
     add("--decoder_weight", type=between(float, 0, 1), default=1.0, metavar="W", help=text)
@@ -1363,7 +1377,7 @@ def main():
     if args.checkpoint:
         about = args.model, args.weights, args.enlarge, args.vae
         pipeline = Pipeline.load(args.checkpoint, args.device, *about)
-        args.steps = args.steps or pipeline.steps  # --steps begins at 1
+        args.steps = args.steps or pipeline.steps  # --steps is never 0
         if args.model and pipeline.config["autoencoder"]:
             raise UserError("--model: this checkpoint is of no pretrained model; leave it out")
         if "--decoder_weight" in given_flags() and not pipeline.seeing:

@@ -137,8 +137,8 @@ class Sana(nn.Module):
     def initialize(self, generator):
         """Fill every weight for training from scratch.
 
-        Xavier matrices, zero biases, no modulation (gates 1, shifts and scales 0), and a zero last
-        layer, so that an untrained network answers 0."""
+        Matrices are Xavier, depthwise convolutions Kaiming, biases zero. There is no modulation
+        (gates 1, shifts and scales 0). The last layer is zero, so the untrained output is 0."""
         zero = "proj_out", "time_embed.linear"
         for name, p in self.named_parameters():
             if name.endswith(("bias", "scale_shift_table")) or name.startswith(zero):
@@ -242,9 +242,10 @@ STRIP = 4096  # tokens whose hidden channels stay in a CPU's cache
 class GLUMBConv(nn.Module):
     """The feed-forward part (Mix-FFN, SANA section 2.2; the class name is the checkpoint's).
 
-    1x1 convolution, 3x3 depthwise convolution, gate, 1x1 convolution. The 3x3 is the transformer's
-    only sense of place. Tokens [B, N, C] are the channels-last image: the 1x1 convolutions are
-    plain matrix products, and the depthwise one needs no copy."""
+    1x1 convolution, 3x3 depthwise convolution, gate, 1x1 convolution. Without a position embedding
+    (see PatchEmbed), only the 3x3 tells the transformer where a token is. Tokens [B, N, C] are a
+    channels-last image: the 1x1 convolutions are plain matrix products, and the depthwise one
+    needs no copy."""
 
     def __init__(self, dim, ratio):
         super().__init__()
@@ -355,7 +356,7 @@ SHIFT = 3.0  # SANA's resolution shift (6 for its 4K model), see shift_sigma
 class Restorer(nn.Module):
     """SANA with a second input, the latent of the degraded image (the condition).
 
-    sana: built for C channels.
+    sana: takes C channels; an exported restorer takes 2C.
     conditioning: how the condition enters.
       "projection"  a 1x1 convolution 2C -> C in front, identity on the noisy latent and zero on
                     the condition. Before training the output is the text-to-image model's, bit
@@ -366,7 +367,8 @@ class Restorer(nn.Module):
     prediction: what the network's output means.
       "velocity"    noise - x0, as SANA's weights were trained.
       "residual"    x0 - condition, for training from scratch: a network that answers 0 returns its
-                    input, not noise."""
+                    input, not noise.
+    Raises ValueError for other options, and for options that do not fit sana."""
 
     def __init__(self, sana, conditioning="projection", prediction="velocity", shift=SHIFT):
         super().__init__()
@@ -430,10 +432,10 @@ def widen(conv):
 
 
 class LoRA(nn.Module):
-    """A frozen linear map W, and the change of low rank that is trained (arXiv 2106.09685).
+    """A frozen linear map W plus a trained low-rank update (arXiv 2106.09685).
 
-    W x + alpha / rank * B A x. B starts at zero: before training the output is W x, bit for bit.
-    A [rank, d_in] and B [d_out, rank] are fp32, W may be bf16."""
+    Computes W x + alpha / rank * B A x. B starts at zero: before training the output is W x, bit
+    for bit. A [rank, d_in] and B [d_out, rank] are fp32; W may be bf16."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
@@ -465,10 +467,10 @@ def linear_maps(block, kind):
 
 
 def add_lora(restorer, rank, alpha, generator=None):
-    """Freeze a restorer, and let low-rank changes of its blocks be trained, in place.
+    """Freeze a restorer and add trainable low-rank updates to its blocks, in place.
 
-    What takes the condition (the projection, or the widened patch embedding) is trained in full.
-    generator: of A; None leaves it unset."""
+    The layer that takes the condition (the projection, or the widened patch embedding) is trained
+    in full. generator: fills A; None leaves A unset."""
     restorer.requires_grad_(False)
     for block in restorer.sana.transformer_blocks:
         for module, name in linear_maps(block, (nn.Linear, PointwiseConv)):
@@ -496,18 +498,19 @@ def merge_lora(restorer):
 
 
 def shift_sigma(sigma, shift=SHIFT):
-    """Move sigmas towards 1, or for a shift below 1 towards 0 (SD3, arXiv 2403.03206, eq. 23).
+    """Move sigmas towards 1, or towards 0 if shift < 1 (SD3, arXiv 2403.03206, eq. 23).
 
-    The more pixels show the same thing, the more noise it takes to hide it. A degraded picture
-    shows most already: what it leaves open has a spread of about 0.1 in latents of unit spread, and
-    is decided at sigmas of that size. With shift 3 hardly any step is there."""
+    The more pixels show the same thing, the more noise it takes to hide it: high resolutions need a
+    shift above 1. But a degraded picture shows most of the image already. The detail it leaves open
+    has a standard deviation of about 0.1 (that of the latents is 1), and is decided at sigmas of
+    that size. With shift 3 hardly any sampling step falls there."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def draw_sigma(count, generator, share_at_one=0.0, shift=SHIFT, mean=0.0):
     """Draw sigmas to train at, [count]: the sigmoid of N(mean, 1), shifted.
 
-    share_at_one: how many are exactly 1 instead, where sampling in one step starts."""
+    share_at_one: probability that a sigma is exactly 1 instead, where one-step sampling starts."""
     normal = mean + torch.randn(count, generator=generator)
     sigma = shift_sigma(normal.sigmoid(), shift)
     at_one = torch.rand(count, generator=generator) < share_at_one
@@ -525,14 +528,14 @@ def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise, mean_weigh
 
     velocity prediction:  mean (predicted velocity - (noise - x0))^2
     residual prediction:  sqrt( mean (sigma * (...))^2 + 1e-6 )
-    - A residual prediction is measured by its x0. The error of its velocity is that of x0 divided
-      by sigma (down to MIN_SIGMA).
-    - The square root divides each image's gradient by its error: some images stay far from clean
-      whatever the network does, and would drown the others.
-    - mean_weight scales the part of the error that is constant over an image, its brightness. A
-      changed brightness leaves nothing in the image to tell it by. At full weight that error
-      drowned all learning (all six degradations, at sigma 25: 20.4 -> 20.4 dB after 1,600 steps,
-      and 26.8 dB after 800 steps at weight 0.1)."""
+    - (...) is the velocity's error. Times sigma, it is the error of x0 (for sigma >= MIN_SIGMA):
+      a residual prediction is judged by its x0.
+    - The square root divides each image's gradient by its error. Otherwise images that stay far
+      from clean, whatever the network does, would dominate.
+    - mean_weight scales the error's mean over each channel of an image, which is brightness. The
+      image gives no clue to how its brightness was changed. At full weight this error drowned all
+      learning (trained on all six degradations, PSNR for Gaussian noise with sigma 25: 20.4 -> 20.4
+      dB after 1,600 steps, but 26.8 dB after 800 steps with mean_weight 0.1)."""
     velocity = restorer(add_noise(x0, noise, sigma), condition, 1000 * sigma, text, text_mask)
     error = velocity.float() - (noise - x0).float()                 # [B, C, H, W]
     if restorer.prediction == "residual":
@@ -561,12 +564,12 @@ def sample_euler(velocity, noise, steps, shift=SHIFT):
 
 @torch.no_grad()
 def sample_dpm(velocity, noise, steps, shift=SHIFT):
-    """Do what sample_euler does by DPM-Solver++ 2M (arXiv 2211.01095), SANA's own sampler.
+    """Sample as sample_euler does, but with DPM-Solver++ 2M (arXiv 2211.01095), SANA's sampler.
 
-    Each step mixes x with a target: the x0 that the network predicts (first order, which is
-    Euler's step), corrected by how x0 changed since the step before (second order). It starts at
-    sigma 0.999, because log SNR is infinite at 1, and the network sees whole timesteps, as in
-    diffusers."""
+    Each step mixes x with a target. To first order this is the predicted x0, as in Euler's step. To
+    second order, x0 is corrected by its change since the previous step. Sigma starts at 0.999
+    before the shift, because log SNR is infinite at 1. Timesteps are rounded down to whole numbers,
+    as in diffusers."""
     x = noise
     x0_before, log_snr_before = None, None
     sigmas = shift_sigma(torch.linspace(0.999, 0, steps + 1, dtype=torch.float64), shift).tolist()
@@ -595,8 +598,9 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 
     v = plain + guidance * (prompted - plain) + (condition_guidance - 1) * (plain - blind)
     prompted: with condition and prompt; plain: with the empty prompt; blind: with the empty prompt
-    and zeros as condition. 1 and 1 give the prompted velocity. (arXiv 2207.12598; InstructPix2Pix,
-    2211.09800.) prompt, empty: (text, text_mask). -> velocity(x, timestep)"""
+    and zeros as condition. If both factors are 1, only the prompted velocity is computed, and empty
+    may be None. (arXiv 2207.12598; InstructPix2Pix, 2211.09800.)
+    prompt, empty: (text, text_mask). Return velocity(x, timestep)."""
 
     def velocity(x, timestep):
         v = restorer(x, condition, timestep, *prompt)
@@ -617,12 +621,12 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 #   name         --model, or for a pretrained one where its other parts lie
 #   stage        what was trained: "autoencoder", "restorer", or its "decoder"
 #   autoencoder  PixelAE's argument, or the config of a preset's own DC-AE; None: the DC-AE of name
-#   vae          the weights of a DC-AE: a run as name_base has it, or another one with the same
-#                encoder, a folder, short name or hub id; None: name's
-#   enlarge      by which factor pictures are enlarged before they are restored
+#   vae          the DC-AE's weights. A run: what name_base returns. Another DC-AE with the same
+#                encoder: its folder, short name or hub id. None: name's
+#   enlarge      factor by which pictures are enlarged before they are restored
 #   sana         the transformer's config; conditioning, prediction, shift: Restorer's arguments
-#   base         where a checkpoint holds only the part that was trained: which one has the rest
-#   lora         {"rank", "alpha"}: what is trained are low-rank changes of base
+#   base         for a checkpoint with only the trained weights: the model with all others
+#   lora         {"rank", "alpha"}: the trained weights are low-rank updates of base
 #   decoder      of the decoder that sees the degraded image: "dcae", its config; "gains", the
 #                factors of its skips; "parts" that were trained; "steps" of its restorer's sampler
 
@@ -663,7 +667,7 @@ PRESETS = {
             "qk_norm": "rms_norm_across_heads",
         },
     },
-    # the whole latent method on a laptop: an autoencoder of its own, and SANA on its latents
+    # the whole latent method on a laptop: its own autoencoder, and SANA on the latents
     "mini": MODEL_DEFAULTS | {
         "name": "mini",
         "autoencoder": {
@@ -716,8 +720,8 @@ def works_on_pixels(config):
 def describe_model(name, conditioning=None, stage="restorer", lora=None):
     """Return the "model" part of config.json for --model name. Raises UserError.
 
-    name: a preset, a run of train.py, or a pretrained model. conditioning None: as it has it.
-    lora: {"rank", "alpha"}, or None: as it has it."""
+    name: a preset, a run of train.py, or a pretrained model. conditioning, and lora
+    ({"rank", "alpha"}): None keeps what that model has."""
     if name in PRESETS:
         config = dict(PRESETS[name])
         enter_stage(config, name, None, stage)
@@ -785,7 +789,7 @@ def choose_lora(config, name, lora):
 
 
 def name_base(name):
-    """Name what another run stands on: a checkpoint, or a pretrained model, and a digest of it."""
+    """Return {"checkpoint", "digest"} of a run or pretrained model that another builds on."""
     if is_run(name):
         name = str(find_checkpoint(name).resolve())
     elif Path(name).is_dir():
@@ -800,9 +804,9 @@ def base_weights(name):
 
 
 def open_base(base, what, name=None):
-    """Return the path or name of name_base. Raises UserError if it is gone or not what it was.
+    """Return the path or name of a base. Raises UserError if it is gone or its weights differ.
 
-    name: where it is now, if not where it was."""
+    base: what name_base returned. name: its present place, if it has moved."""
     name = name or base["checkpoint"]
     if Path(name).name.startswith("step_") and not is_run(name):
         raise UserError(f"{what} stands on {name}, which is not there; put it back")
@@ -831,8 +835,9 @@ def describe_pretrained(name):
 def initial_restorer(name, config, generator):
     """Make the Restorer that training begins with. config: describe_model(name, ...).
 
-    A run: its averaged weights. A preset: random ones. Pretrained: SANA's, and what is added to it.
-    A run without a condition counts as a pretrained model. generator: of all random weights."""
+    Weights: a restorer's run gives its averaged ones. A preset, or an autoencoder's run, gives
+    random ones. A pretrained model gives SANA's, and so does a run without a condition: the layer
+    for the condition is added. generator: for all random weights. Raises UserError."""
     if stage_of(name) == "restorer":
         restorer, before = load_restorer(name)
         if restorer.conditioning != config["conditioning"]:
@@ -890,8 +895,9 @@ def read_run(path):
 def load_restorer(path, weights="ema", name=None):
     """Load a Restorer and the "model" part of its config.json. Raises UserError.
 
-    weights: "ema", the averaged ones, or "model", the last ones. name: where the pretrained model
-    is now, if not where it was in training."""
+    path: a run or checkpoint; for a decoder's, load the restorer that it belongs to. weights:
+    "ema", the averaged ones, or "model", the last ones. name: the present place of the pretrained
+    model, if it has moved since training."""
     folder = find_checkpoint(path)
     config = MODEL_DEFAULTS | read_run(folder)["model"]
     if config["stage"] == "autoencoder":
@@ -914,8 +920,8 @@ def load_restorer(path, weights="ema", name=None):
 def export(path, out, weights="ema"):
     """Write a trained restorer as diffusers' SanaTransformer2DModel reads it. Raises UserError.
 
-    Its in_channels are 2C: the latent, then the condition. The projection P in front of the patch
-    embedding W is one linear map with it: W(Px) = (WP)x."""
+    Its in_channels is 2C (C without a condition): the latent, then the condition. The projection P
+    and the patch embedding W that follows it become one linear map: W(Px) = (WP)x."""
     restorer, about = load_restorer(path, weights)
     merge_lora(restorer)
     out = Path(out)
@@ -1104,7 +1110,8 @@ class Gemma2(nn.Module):
     def forward(self, ids, mask):
         """ids, mask (True = a real token) [B, L], padded on the right -> [B, L, D].
 
-        Raises UserError beyond the sliding window, which every second layer would have."""
+        Raises UserError if L exceeds the sliding window: the windowed attention of every second
+        layer is not implemented."""
         length = ids.shape[1]
         if length > self.config["sliding_window"]:
             limit = self.config["sliding_window"]
@@ -1178,7 +1185,7 @@ class GemmaAttention(nn.Module):
 
 
 def rotate(t, cos, sin):
-    """Rotate by position (RoFormer, arXiv 2104.09864): the halves of a head are two coordinates."""
+    """Rotate each pair (a_i, b_i) by an angle set by its position (RoFormer, arXiv 2104.09864)."""
     a, b = t.chunk(2, dim=3)
     return t * cos + torch.cat([-b, a], dim=3) * sin
 
@@ -1223,14 +1230,15 @@ User Prompt: """  # noqa: E501
 
 @torch.no_grad()
 def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
-    """Compute SANA's text conditioning: for each prompt a [L, D] of L <= length tokens.
+    """Compute SANA's text conditioning: for each prompt, [L, D] with L <= length tokens.
 
-    A prompt follows the instruction, of whose tokens only the first and the last are kept. The
-    empty one, for guidance and dropout, stands alone. Nothing is padded up to length: cross-
-    attention gives padding a weight of exactly 0. Raises UserError.
+    The encoder reads the instruction, then the prompt. Of the instruction's rows only the first
+    (<bos>) and the last are kept. The empty prompt, for guidance and dropout, is read without an
+    instruction. Nothing is padded up to length: cross-attention gives padding a weight of exactly
+    0. Raises UserError.
 
-    Of <bos>, 99 tokens of instruction and 5 of prompt (head is 100), rows 0 and 99 to 104 are kept:
-    <bos>, the last token of the instruction, the prompt."""
+    Example: <bos>, 99 instruction tokens and 5 prompt tokens (head = 100). Rows 0 and 99 to 104 are
+    kept: <bos>, the last instruction token, the prompt."""
     head = len(tokenizer.encode(INSTRUCTION))
     longest = head + length - 2  # so that <bos>, that last one and the prompt are length tokens
     rows = []

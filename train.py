@@ -40,8 +40,8 @@ import vae
 from data import check_device, seed_for
 from degrade import Parser, UserError, between, explain_errors, given_flags, run_script
 
-# Flags whose default depends on the model and on the stage that is trained. tiny works on pixels,
-# mini on the latents of an autoencoder of its own, all others are pretrained.
+# Defaults that depend on the model and the stage. tiny works on pixels, mini on the latents of its
+# own autoencoder; all other models are pretrained.
 DEFAULTS = {
     ("tiny", "restorer"): {"lr": 5e-3, "steps": 12000, "batch_size": 8, "clip": 0.2},
     ("mini", "autoencoder"): {"lr": 2e-3, "steps": 4500, "batch_size": 8, "clip": 1.0},
@@ -74,15 +74,15 @@ def make_parser():
     add("--batch_size", type=count, help="of all processes together (default 8; SANA 4)")
     add("--lr", type=share, help="peak rate (default 1e-5 for SANA, with LoRA 1e-4; see DEFAULTS)")
     add("--proj_lr", type=share, help="of the projection or the skips (see projection_lr)")
-    add("--optimizer", choices=OPTIMIZERS, help="see BF16AdamW (default adamw; bf16 on a GPU)")
+    add("--optimizer", choices=OPTIMIZERS, help="see BF16AdamW (default adamw; SANA on GPU: bf16)")
     add("--weight_decay", type=positive, default=0.0, help="AdamW's (default 0)")
     add("--clip", type=positive, help="largest gradient norm (default 0.1 for SANA; see DEFAULTS)")
     add("--ema_decay", type=share, default=0.9999, help="of the average (default 0.9999)")
-    add("--ema_every", type=count, help="average every so many steps (default 1; 10 if on the CPU)")
+    add("--ema_every", type=count, help="average every N steps (default 1; 10 if --ema_device cpu)")
     add("--ema_device", type=check_device, help="cpu spares a GPU 4 bytes a weight")
     add("--shift", type=between(float, 0.01, 100), help="of sigmas (default 3, or the model's)")
     mean = between(float, -10, 10)
-    add("--sigma_mean", type=mean, default=0.0, help="of training sigmas, see model.draw_sigma")
+    add("--sigma_mean", type=mean, default=0.0, help="mean logit (unshifted), see model.draw_sigma")
     add("--share_at_one", type=share, help="share at sigma = 1 (default 0 for SANA, else 0.3)")
     add("--condition_dropout", type=share, default=0.0, help="for --condition_guidance (default 0)")
     add = parser.add_argument_group("--stage autoencoder and decoder").add_argument
@@ -134,9 +134,10 @@ def parse_args(argv=None):
 
 
 def saved_flags(out, given):
-    """Return the flags that the run out was begun with: {name: value}. Raises UserError.
+    """Return the flags saved by the run in folder out: {name: value}. Raises UserError.
 
-    given: those of this command. What follows from one that is given anew is left open (None)."""
+    given: the flags of this command. A saved value that was derived from a flag given again becomes
+    None, to be derived anew."""
     config = model.read_run(out)
     saved = config["args"]
     saved.setdefault("stage", "restorer")
@@ -182,7 +183,7 @@ def defaults_of_model(args):
     defaults["resolution"] = data.RESOLUTIONS.get(family, data.RESOLUTION)
     defaults["share_at_one"] = 0.3 if scratch else 0.0
     if args.lora and not scratch:
-        defaults["lr"] *= 10  # of few weights, which start at zero
+        defaults["lr"] *= 10  # LoRA: few weights, and their product starts at 0
     if scratch and model.stage_of(args.model) == args.stage and not args.lora:
         defaults["lr"] /= 10  # at the peak it would forget what it has learnt
         if args.lr is None and RANK == 0:
@@ -205,7 +206,7 @@ def fill_defaults(args):
     inherit_lora(args)
     defaults = defaults_of_model(args)
     defaults["ema_device"] = args.device
-    # bf16 gradients of compiled linear attention were NaN on CPUs; no GPU has shown otherwise yet
+    # compiled linear attention gave NaN gradients in bf16 on CPUs, and is untested on GPUs
     defaults["compile"] = False
     if args.curriculum:
         args.steps = sum(steps for _, steps in args.curriculum)
@@ -222,7 +223,7 @@ def fill_defaults(args):
 
 
 def inherit_lora(args):
-    """Let a LoRA run that is trained further go on as what it is."""
+    """Keep rank and alpha when --model is a LoRA run, to train it further."""
     if not args.lora and args.stage == "restorer" and model.stage_of(args.model) == "restorer":
         lora = model.read_run(args.model)["model"].get("lora")
         if lora:
@@ -230,9 +231,9 @@ def inherit_lora(args):
 
 
 def projection_lr(args):
-    """Return the learning rate of what starts at 0.
+    """Return the learning rate of the projection or the skips: new weights that start at 0.
 
-    The projection's weights have to come to the size of 1, those of the skips to 0.1."""
+    Those of the projection have to grow to about 1, those of the skips to about 0.1."""
     if args.stage == "decoder":
         return min(10 * args.lr, 5e-3)
     if args.lora:  # whose own rate is ten times the whole network's
@@ -302,7 +303,7 @@ def start_processes(args):
             raise UserError(f"--device {args.device}: each process takes its own; give cuda")
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # on one machine
-            # what torchrun restarts must not meet the addresses of the dead, in the same store
+            # the store outlives a restart: a new prefix hides the addresses of dead processes
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if args.device.startswith("cuda") else "gloo"
         group = {"store": store, "rank": rank, "world_size": world}
@@ -340,9 +341,9 @@ def rows_of_each(whole):
 
 
 def gather(part, weight):
-    """Return the whole of what is sharded as weight is, in the first process, None in the others.
+    """Return the whole tensor on rank 0, None on the others. Every process must call it.
 
-    All processes call it."""
+    part: this process's shard, laid out as that of weight. With one process, return part."""
     if WORLD == 1:
         return part
     from torch.distributed.tensor import DTensor
@@ -385,10 +386,11 @@ def join_fp32(high, low):
 
 
 def round_stochastically(x, seed, start=0):
-    """Round fp32 to bf16, up or down by chance, so that the mean is x.
+    """Round fp32 to bf16, randomly up or down, so that the expected value is x.
 
-    seed: int32 [2]. Chance is a hash (lowbias32) of each number's index, counted from start:
-    integers, compiled into one parallel pass with the rest, where a Generator draws one by one."""
+    seed: int32 [2]. start: index of the first number. The random bits are a hash (lowbias32) of
+    each index. Unlike a Generator, which draws one by one, a hash compiles into one parallel pass
+    with the rest of the update."""
     noise = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + start
     noise = noise ^ seed[0]
     noise = (noise ^ ((noise >> 16) & 0xFFFF)) * 0x7FEB352D + seed[1]
@@ -418,7 +420,7 @@ def adamw_update(weight, low, grad, exp_avg, exp_avg_sq, seed, start, numbers, b
     v = exp_avg_sq.float().mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     w.mul_(decay).add_(rate * m / (v.sqrt() / correction).add_(eps))
     exp_avg.copy_(m)
-    if exp_avg_sq.dtype == torch.bfloat16:  # beta2 moves it by less than half a unit
+    if exp_avg_sq.dtype == torch.bfloat16:  # a step often moves it by less than half a unit
         v = round_stochastically(v, seed_of_moment, start)
     exp_avg_sq.copy_(v)
     if low is not None:
@@ -432,9 +434,10 @@ def adamw_update(weight, low, grad, exp_avg, exp_avg_sq, seed, start, numbers, b
 class BF16AdamW:
     """AdamW for bf16 weights, with fp32 arithmetic and little memory ("adamw_bf16", "adamw_sr").
 
-    groups: [{"params": [...], "lr": float}], plain tensors with a gradient. exact: each bf16 weight
-    has its low 16 bits beside it, so the steps are fp32's (2 + 2 bytes). Else it is rounded
-    stochastically (2 bytes). Moments are bf16. fp32 weights have fp32 moments."""
+    groups: [{"params": [...], "lr": float}], plain tensors with a gradient. exact True: store the
+    low 16 bits of each bf16 weight too, so that weights step as in fp32 (2 + 2 bytes per weight).
+    False: round the weight stochastically (2 bytes). moments: their dtype for bf16 weights; fp32
+    weights have fp32 moments."""
 
     betas = 0.9, 0.99
     eps = 1e-8
@@ -442,7 +445,7 @@ class BF16AdamW:
     def __init__(self, groups, weight_decay=0.0, exact=True, moments=torch.bfloat16, compile=False):
         self.param_groups = groups
         self.weight_decay = weight_decay
-        # Compiled: one pass over memory instead of forty. It may round fp32's last place otherwise.
+        # Compiled: one pass over memory instead of forty. fp32's last bit may round differently.
         self.update = torch.compile(adamw_update, dynamic=True) if compile else adamw_update
         self.state = {}
         for p in [p for group in groups for p in group["params"]]:
@@ -502,13 +505,14 @@ class BF16AdamW:
 class State:
     """The weights, their moving average, AdamW's moments, and the number of steps done.
 
-    config: "model" of config.json, which module was built of: a Restorer, or in the other stages
-    the autoencoder. What takes no gradient stays as it is. By name of a weight that is trained:
-    weights  the module's parameters; with several processes DTensors, which FSDP gathers.
-    parts    this process's part of each, a plain tensor that the optimizer updates in place. With
-             one process it is the weight itself.
-    ema      the average of this part, fp32.
-    The optimizer's state, by part: the moments, and "low", the bits that a bf16 weight lacks."""
+    config: "model" of config.json. module: built from config, a Restorer, or the autoencoder in the
+    other stages. Parameters without a gradient are never updated. Three dicts map the name of each
+    trained weight to a tensor:
+    weights  the module's parameter; with several processes a DTensor, which FSDP gathers.
+    parts    this process's shard, a plain tensor that the optimizer updates in place. With one
+             process it is the weight itself.
+    ema      the moving average of the shard, fp32.
+    The optimizer's state is keyed by part: the moments, and "low", the remainder of split_fp32."""
 
     def __init__(self, config, module, args):
         self.config = config
@@ -553,7 +557,7 @@ class State:
         for name, part in self.parts.items():  # what the cast to bf16 took away
             if "low" in self.optimizer.state[part]:
                 high, low = split_fp32(fp32[name])
-                part.detach().copy_(high)  # it rounds halves up, the cast to even
+                part.detach().copy_(high)  # it rounds ties away from 0, the cast to even
                 self.optimizer.state[part]["low"].copy_(low)
 
     def make_optimizer(self, args):
@@ -581,7 +585,9 @@ class State:
         return part.detach().float() if low is None else join_fp32(part.detach(), low)
 
     def condition_norm(self):
-        """Return the norm of the weights through which the condition enters, 0 at first."""
+        """Return the norm of the weights through which the condition enters.
+
+        It is 0 in a new layer, except where Sana.initialize fills it (a preset with "widen")."""
         parts = {name: p.detach() for name, p in self.parts.items()}
         chosen = [p for name, p in parts.items() if name.startswith("skips")]
         if self.config["stage"] == "restorer":
@@ -663,10 +669,11 @@ class State:
         self.draws += self.args.batch_size
 
     def save(self, run):
-        """Write run/step_N, then point run/best and run/latest at what they should name.
+        """Write run/step_N, then update run/best and run/latest. Every process must call it.
 
-        The folder is written beside and renamed. Only the newest checkpoint and the best are kept,
-        and those that another run stands on. Raises UserError; what was there before stays."""
+        The folder is written under a temporary name, then renamed. The newest and the best
+        checkpoint are kept, and those that another run builds on; all others are deleted. Raises
+        UserError if it cannot be written; older checkpoints then stay."""
         tensors = {"model": {}, "ema": {}, "optimizer": {}}
         for name, p in self.weights.items():
             tensors["model"][name] = gather(self.parts[name].detach(), p)
@@ -711,7 +718,9 @@ class State:
                     shutil.rmtree(half, ignore_errors=True)
 
     def load(self, folder):
-        """Invert save, but for the weights. Raises UserError for a damaged checkpoint."""
+        """Load step, scores, averages and moments from a checkpoint, but not the weights.
+
+        Raises UserError for a damaged checkpoint."""
         config = model.read_run(folder)
         self.step = config["step"]
         self.draws = config["draws"]
@@ -744,10 +753,11 @@ def get_lr(step, steps, peak):
 
 
 def draw_step(shape, step, args, shift):
-    """Draw what is random in a step -> noise, sigma, and whether the condition is kept.
+    """Draw a step's random numbers for this process's b pictures.
 
-    Every process draws for the whole batch and takes its pictures: the same whoever computes them.
-    """
+    Return noise [b, *shape], sigma [b], and kept [b] bool: False where the condition is dropped.
+    Every process draws for the whole batch and takes its share, so the numbers of a picture do not
+    depend on how many processes there are."""
     generator = torch.Generator().manual_seed(seed_for(args.seed, step, "noise"))
     noise = torch.randn((args.batch_size, *shape), generator=generator)
     sigma = model.draw_sigma(args.batch_size, generator, args.share_at_one, shift, args.sigma_mean)
@@ -758,12 +768,12 @@ def draw_step(shape, step, args, shift):
 
 @dataclass
 class Frozen:
-    """What stands around the module that is trained.
+    """The frozen models that training uses.
 
-    autoencoder  None for batches from a cache, which holds latents already
+    autoencoder  None with a cache, which holds latents already, and in --stage autoencoder
     prompts      captions -> embeddings
-    restorer     of the decoder that is trained
-    perceptual   LPIPS, where its weights were given"""
+    restorer     in --stage decoder without a cache: makes the latents
+    perceptual   LPIPS, if its weights were given"""
 
     autoencoder: object
     prompts: object
@@ -772,7 +782,9 @@ class Frozen:
 
 
 def restorer_objective(state, batch, frozen):
-    """Prepare a batch -> (function: part of the batch -> losses, sigmas)."""
+    """Prepare a batch. Return (objective, sigma [B]).
+
+    objective: takes a slice of the batch, returns the loss of each of its images."""
     args = state.args
     x0, condition = batch["clean"].to(args.device), batch["condition"].to(args.device)
     if frozen.autoencoder:
@@ -842,8 +854,8 @@ def decoder_objective(state, batch, frozen):
     return objective, torch.zeros(len(clean))
 
 
-# Three stages have one loop. What is trained is a module: the restorer, the decoder of its
-# autoencoder, or the autoencoder of the preset mini. What it is trained with is a loss.
+# The three stages share one loop. They differ in the module that is trained (the restorer, its
+# autoencoder's decoder, or the autoencoder of the preset mini) and in the loss.
 OBJECTIVES = {
     "autoencoder": autoencoder_objective,
     "restorer": restorer_objective,
@@ -852,11 +864,12 @@ OBJECTIVES = {
 
 
 def count_lanes(config, args):
-    """Return in how many lanes a CPU computes a batch: threads that have a part of it each.
+    """Return the number of lanes in which a CPU computes a batch: threads with a part of it each.
 
-    By default torch divides each operation among its threads. They wait for each other, spinning,
-    after each of the thousand small operations of a step, and for any other program on their core.
-    The operations of a pretrained model are large: it has one lane, and so one set of gradients."""
+    By default torch divides each operation among its threads. A step has a thousand small
+    operations. After each one the threads spin until all are done, and one is late if another
+    program uses its core. A pretrained model has large operations: one lane, so that only one set
+    of gradients is held."""
     pretrained = not config["autoencoder"]
     if args.device != "cpu" or WORLD > 1 or args.compile or pretrained:
         return 1
@@ -890,9 +903,9 @@ def compute_gradients(state, batch, frozen):
 
 
 def compute_lanes(state, objective, parts):
-    """Add the gradients of parts of a batch, which are computed at the same time -> their losses.
+    """Compute the gradients of a batch's parts in parallel and add them up. Return their losses.
 
-    They are added in the order of the parts: so the sum is always the same."""
+    Gradients are added in the order of the parts, so that the sum is reproducible."""
     weights = list(state.weights.values())
 
     def lane(part):
@@ -910,7 +923,7 @@ def compute_lanes(state, objective, parts):
 
 
 def catch_signals():
-    """Make the first Ctrl-C, SIGTERM or SIGHUP a wish, added to the list that is returned."""
+    """Return a list to which the first Ctrl-C, SIGTERM or SIGHUP is added instead of killing."""
     caught = []
 
     def note(number, frame):
@@ -1083,10 +1096,11 @@ class Log:
 
 
 def train_step(state, batch, frozen, stop=()):
-    """Do one step with a batch -> what happened in all processes together.
+    """Do one step with a batch. Return its results over all processes.
 
-    {"sums": losses by bin of sigma and how many, [2, BINS], "norm": of the gradient, "finite": else
-    the step was skipped, "bad": pictures passed over, "stop": whether one caught a signal}."""
+    {"sums": sum and count of losses by sigma bin, [2, BINS], "norm": of the gradient, "finite":
+    False if the step was skipped, "bad": number of unreadable pictures, "stop": whether a process
+    caught a signal}."""
     args = state.args
     for group in state.optimizer.param_groups:
         group["lr"] = get_lr(state.step, args.steps, group["peak"])
@@ -1150,9 +1164,9 @@ def train(state, batches, val_set, run, log, frozen):
 
 
 def check_pictures(run, digests):
-    """Refuse to go on with other pictures than those of before. Raises UserError.
+    """Raise UserError if the pictures have changed since the run began.
 
-    --data, given again, goes on with them as they are now."""
+    Giving --data again accepts them as they are now."""
     path = run / "pictures.json"
     if path.is_file() and "--data" not in given_flags():
         what = f"{run} began with other pictures; --data, given again, goes on with these"
@@ -1178,7 +1192,7 @@ def bases_of(config):
 
 
 def begin_run(run, args, state, digests):
-    """Make the run folder, empty of an older run, with config.json and pictures.json."""
+    """Write config.json and pictures.json. Without --resume, delete an older run first."""
     for base in bases_of(state.config):
         if (base / "ema.safetensors").is_file():
             vae.write_text(base / "base", f"{run.resolve()} stands on it\n")  # see State.save
@@ -1217,7 +1231,9 @@ def build_module(config):
 
 
 def load_module(config, checkpoint, args, train_set, frozen):
-    """Make what is trained: that of a checkpoint, or what the stage begins with."""
+    """Make the module to train, with a checkpoint's weights or (None) the stage's initial ones.
+
+    For a new decoder, fill config["decoder"]. Raises UserError."""
     generator = torch.Generator().manual_seed(seed_for(args.seed, 0, "weights"))
     if config["stage"] == "restorer":
         if not checkpoint:
@@ -1279,7 +1295,9 @@ def load_state(config, checkpoint, args, train_set, frozen):
 
 
 def read_start(checkpoint, args):
-    """Return what a run begins with: {"model", "step", "draws", "held_out"} of its checkpoint."""
+    """Return {"model", "step", "draws", "held_out"} of a checkpoint, or of a new run (None).
+
+    A checkpoint's has all of its config.json. Raises UserError."""
     if checkpoint:
         saved = model.read_run(checkpoint)
         saved["model"] = model.MODEL_DEFAULTS | saved["model"]
@@ -1359,7 +1377,7 @@ def load_frozen(args, saved, train_set, val_set, draws):
 
 
 def main():
-    torch.set_flush_denormal(True)  # silu's gradient has such tails; a CPU takes 100 times as long
+    torch.set_flush_denormal(True)  # silu's gradient has denormals; they slow a CPU 100-fold
     if WORLD > 1 and torch.cuda.device_count() > LOCAL_RANK:
         torch.cuda.set_device(LOCAL_RANK)  # before anything is put on a GPU: "cuda" is this one
     args = parse_args()
@@ -1434,7 +1452,7 @@ def estimate_memory(config, args, autoencoder):
     frozen = sum(p.numel() for p in module.parameters()) - trained
     trained /= WORLD
     half = args.device.startswith("cuda") and not config["autoencoder"]  # what is frozen, in bf16
-    # bytes of a weight with what it lacks of fp32, of its gradient, of its two moments
+    # bytes per trained weight: the weight with its low bits, the gradient, two moments
     weight, gradient, moments = {
         "adamw": (4, 4, 8),
         "adamw_bf16": (4, 2, 4),
@@ -1497,7 +1515,7 @@ def saved_bytes(module, *inputs):
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = tensor  # the tensor, so that the number stays taken
+            kept[storage._cdata] = tensor  # keeps it alive, so that its id is not reused
         return tensor
 
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):

@@ -2,14 +2,14 @@
 
 A latent is the small grid that the transformer works on instead of pixels: at f = 32 a picture of
 1024x1024 pixels is 32x32 positions of C numbers, so 1,024 tokens and not a million.
-PixelAE is the lossless one of the tiny preset, DCAE is SANA's (DC-AE, arXiv 2410.10733). Both have
-encode, decode, the factor f and the number of latent channels C. encode accepts any H, W: it
-mirrors the picture to the next multiple of f. Crop what decode returns. DCAE.add_skips lets the
-decoder see the degraded picture.
+PixelAE is lossless and serves the tiny preset. DCAE is SANA's (DC-AE, arXiv 2410.10733). Both have
+encode, decode, factor (f) and channels (C). encode accepts any H, W: it pads the picture to the
+next multiple of f by mirroring it. Crop what decode returns. DCAE.add_skips lets the decoder see
+the degraded picture.
 
-Last in this file: weight files, which all networks of this project are read from.
-Letters of the shape comments: B batch, C latent channels, D width of a stage, H, W its grid,
-N = H*W tokens, h heads, d = width of a head.
+The last section reads and writes the weight files of all networks in this project.
+Letters in shape comments: B batch, C latent channels, D channels of a stage, H, W its grid,
+N = H*W tokens, h heads, d channels of a head.
 """
 import contextlib
 import hashlib
@@ -31,10 +31,10 @@ from degrade import UserError, explain_errors
 
 
 class PixelAE:
-    """Make each factor x factor block of pixels one latent position of 3 * factor^2 channels.
+    """Turn each factor x factor block of pixels into one latent position, 3 * factor^2 channels.
 
-    Nothing is lost. Latents are pixels times 2: photographs have a standard deviation of about 0.5.
-    """
+    Nothing is lost. Latents are pixels times 2, for a variance near 1: the pixels of photographs
+    have a standard deviation of about 0.5."""
 
     def __init__(self, factor):
         self.factor = factor
@@ -52,7 +52,7 @@ class PixelAE:
 # --------------------------------------------------------------------------------------------------
 # DC-AE. Module and parameter names are those of diffusers' AutoencoderDC.
 
-DCAE_DEFAULTS = {  # what a missing key of config.json means, as diffusers has it
+DCAE_DEFAULTS = {  # diffusers' defaults for keys that config.json leaves out
     "in_channels": 3,
     "latent_channels": 32,
     "attention_head_dim": 32,
@@ -83,8 +83,8 @@ DCAE_SUPPORTED = {
     "decoder_act_fns": list(ACTIVATIONS),
     "decoder_conv_act_fn": list(ACTIVATIONS),
 }
-TILE = 512  # pixels: a picture of more than twice that goes through in parts, to bound the memory
-ATTENTION_TILE = TILE // 8  # the same in positions of the attention stages, 8 pixels wide in SANA's
+TILE = 512  # pixels a side; pictures with a side of over two tiles are cut up, to bound memory
+ATTENTION_TILE = TILE // 8  # the same in positions of the attention stages, 8 pixels wide in SANA
 
 
 class RMSNorm2d(nn.Module):
@@ -121,7 +121,7 @@ class ResBlock(nn.Module):
 
 
 class MultiscaleProjection(nn.Module):
-    """See q, k and v through a k x k window: a depthwise convolution, then a 1x1 one per head."""
+    """Mix q, k, v over a kernel x kernel window: depthwise convolution, then 1x1 in groups of d."""
 
     def __init__(self, channels, heads, kernel):
         super().__init__()
@@ -137,9 +137,9 @@ class MultiscaleProjection(nn.Module):
 class MultiscaleAttention(nn.Module):
     """ReLU linear attention at several scales (EfficientViT, arXiv 2205.14756).
 
-    Position i gives sum_j v_j (k_j . q_i) / sum_j (k_j . q_i), where q and k are ReLUs. Without a
-    softmax the sum over j can be taken first: v k^T, one d x d matrix a head. So a large picture
-    goes through in tiles: once to add up the sum, once more for the outputs."""
+    Position i gives sum_j v_j (k_j . q_i) / sum_j (k_j . q_i), where q and k have passed a ReLU.
+    Without a softmax the sum over j can be taken first: v k^T, one d x d matrix per head. So a
+    large picture is processed in tiles twice: first for this sum, then for the outputs."""
 
     def __init__(self, dim, head_dim, kernels, norm):
         super().__init__()
@@ -165,8 +165,9 @@ class MultiscaleAttention(nn.Module):
         for project in self.to_qkv_multiscale:
             scales.append(project(qkv))
         qkv = torch.cat(scales, 1)[core].float().flatten(2)        # fp32: sums run over N terms
-        # The channels are q, k, v of scale 1, then q, k, v of scale 2. Cut into runs of 3*d, each
-        # run is a head and its thirds are called q, k, v, whatever they were. So it was trained.
+        # The channels are q, k, v of scale 1, then q, k, v of scale 2. They are cut into runs of
+        # 3*d. Each run is one head, and its thirds serve as q, k, v whatever they were before: the
+        # published weights were trained this way.
         q, k, v = qkv.unflatten(1, (-1, 3 * self.head_dim)).chunk(3, dim=2)
         return F.relu(q), F.relu(k), v                              # [B, h, d, N] each
 
@@ -180,7 +181,7 @@ class MultiscaleAttention(nn.Module):
             total = total + k.sum(3).unsqueeze(2)                   # [B, h, 1, d]
         out = torch.empty_like(x)
         for outer, inner, target in parts:
-            if len(parts) > 1:  # of one part, q is still there
+            if len(parts) > 1:  # with one part, the q from above is still valid
                 q, _, _ = self.qkv(x[outer], inner)
             heads = (summary @ q) / (total @ q + 1e-15)             # [B, h, d, N]
             tokens = self.to_out(heads.flatten(1, 2).transpose(1, 2).to(x.dtype))
@@ -244,7 +245,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Double the side. The shortcut is Down's inverse: repeat channels, then pixel_shuffle."""
+    """Double height and width. The shortcut mirrors Down's: repeat channels, then pixel_shuffle."""
 
     def __init__(self, dim, dim_out, kind, shortcut=True):
         super().__init__()
@@ -264,7 +265,7 @@ class Up(nn.Module):
 
 
 def make_stages(c, side):
-    """Return, for each stage of a side ("encoder" or "decoder") of a config, its list of blocks."""
+    """Return a list of blocks per stage. c: the config. side: "encoder" or "decoder"."""
 
     def per_stage(value):
         return [value] * len(widths) if isinstance(value, str) else value
@@ -288,13 +289,14 @@ def make_stages(c, side):
 
 
 def local_stages(stages, full_resolution):
-    """Say which stages can work in tiles: those nearest to the pixels, up to the first attention.
+    """Find the stages that can work in tiles: those nearest to the pixels, before any attention.
 
-    -> (their number, the pixels a side of one position beyond them, how far they see in pixels).
-    How far: every 3x3 convolution adds the size of its positions, which doubles from stage to
-    stage. It is rounded up to whole positions. SANA's encoder has three such stages of two blocks,
-    at 1, 2 and 4 pixels a position: 1 + (1 + 2 + 4) * (2 * 2 + 2) = 43 pixels, rounded up to 48;
-    then a position is 8 pixels wide."""
+    -> (count, factor, halo): how many they are, the width in pixels of one position after them,
+    and how far they see in pixels. Each 3x3 convolution sees one position further, and a position
+    doubles in width from stage to stage. halo is rounded up to a multiple of factor. Without
+    attention, count is all stages but the last.
+    SANA's encoder has three such stages of two blocks, at 1, 2 and 4 pixels a position. It sees
+    1 + (1 + 2 + 4) * (2 * 2 + 2) = 43 pixels, rounded up to 48; factor is 8."""
     count = len(stages) - 1
     for i, blocks in enumerate(stages):
         if any(isinstance(block, EfficientViTBlock) for block in blocks):
@@ -303,17 +305,17 @@ def local_stages(stages, full_resolution):
     factor = 1 if full_resolution else 2  # else conv_in halves the side, in place of stage 0
     receptive_field = factor
     for i, blocks in enumerate(stages[:count]):
-        receptive_field += factor * (2 * len(blocks) + 2)  # two convolutions a block, Down or Up
+        receptive_field += factor * (2 * len(blocks) + 2)  # 2 per block, and for Down or Up
         if full_resolution or i > 0:
             factor *= 2
     return count, factor, -(-receptive_field // factor) * factor
 
 
 class Encoder(nn.Module):
-    """Stages of ResBlocks, which see only what is near, then stages of attention.
+    """Stages of ResBlocks, which are local, then stages of attention, which see everything.
 
-    The first work in tiles and give exactly the numbers of the whole. What comes after them is
-    small: an eighth of the side in SANA's DC-AE."""
+    The local stages work in tiles, with the result of the whole picture up to rounding. The grid
+    after them is small: an eighth of the picture's height and width in SANA's DC-AE."""
 
     def __init__(self, c):
         super().__init__()
@@ -335,10 +337,10 @@ class Encoder(nn.Module):
         self.shortcut = c["encoder_out_shortcut"]
 
     def conv_stages(self, x):
-        """Compute the stages that see only what is near, of pixels [B, 3, H, W].
+        """Run the local stages on pixels [B, 3, H, W].
 
-        -> {stage: what its Down is given; their number: what comes out of the last}. In SANA's
-        these are [B, 128, H, W], [B, 256, H/2, W/2], [B, 512, H/4, W/4] and [B, 512, H/8, W/8]."""
+        -> {stage: the input of its Down}, and under the key self.count the output of the last. In
+        SANA [B, 128, H, W], [B, 256, H/2, W/2], [B, 512, H/4, W/4] and [B, 512, H/8, W/8]."""
         x = self.conv_in(x)
         features = {}
         for i, stage in enumerate(self.down_blocks[: self.count]):
@@ -396,10 +398,10 @@ class Decoder(nn.Module):
         return x                                                    # [B, D, 4H, 4W] in SANA's
 
     def conv_stages(self, x, skip=None):
-        """Compute the stages that see only what is near -> pixels.
+        """Run the local stages on features [B, D, H, W] -> pixels.
 
-        skip: skip(i, x) -> x may add to x before the blocks of stage i. skip(count, x) comes first,
-        before all of these stages."""
+        skip: skip(i, x) -> x may add to x before the blocks of stage i. skip(self.count, x) comes
+        first, before all of these stages."""
         skip = skip or (lambda i, x: x)
         x = skip(self.count, x)
         for i in reversed(range(self.count)):
@@ -410,15 +412,15 @@ class Decoder(nn.Module):
 
 
 class DCAE(nn.Module):
-    """The 32x autoencoder (64x and 128x by config), and its decoder that sees the degraded image.
+    """The 32x autoencoder (64x and 128x by config). Its decoder can also see the degraded image.
 
-    config: the keys of the checkpoint's vae/config.json. Raises ValueError for one that this file
-    does not build.
+    config: the keys of the checkpoint's vae/config.json. Raises ValueError for a key or value that
+    is not supported.
 
     Precision: SANA's file holds fp32, which is the reference. bf16 is safe: it has fp32's range,
-    and the norms and the sums of the attention are taken in fp32. With random weights a round trip
-    is 2% off. fp16 was closer (0.2%), but it ends at 65,504. What the published weights reach was
-    not measured: prefer bf16."""
+    and norms and attention sum in fp32. With random weights a round trip in bf16 is 2% off. fp16
+    was closer (0.2%), but overflows at 65,504, and how large the activations of the published
+    weights become was not measured: prefer bf16."""
 
     CLASS = "AutoencoderDC"
 
@@ -439,21 +441,21 @@ class DCAE(nn.Module):
         return load_pretrained(cls, folder, dtype).requires_grad_(False)
 
     def forward(self, pixels, latents=None, weight=1.0):
-        """Without latents make the round trip of pixels; else decode the latents, shown pixels.
+        """Encode and decode pixels; or, given latents, decode those and show the decoder pixels.
 
-        -> pixels, latents. Training calls it: FSDP gathers weights for it alone."""
+        -> pixels, latents. Training must call this method: FSDP gathers the weights only here."""
         if latents is None:
             latents = self.encode(pixels)
             return self.decode(latents), latents
         return self.decode(latents, pixels, weight), latents
 
     def encode(self, pixels):
-        """[B, 3, H, W] in [-1, 1] -> [B, C, H/f, W/f], fp32. There is no latent distribution."""
+        """[B, 3, H, W] in [-1, 1] -> [B, C, H/f, W/f], fp32. Deterministic: nothing is sampled."""
         z = self.encoder(self.prepare_pixels(pixels))
         return z.float() * self.scaling
 
     def prepare_pixels(self, pixels):
-        """Pad, and lay channels last, as the tokens of the attention lie: a fifth less memory."""
+        """Pad, cast and lay out channels_last, like the attention's tokens: a fifth less memory."""
         dtype = self.encoder.conv_out.weight.dtype
         x = pad_to_multiple(pixels, self.factor)
         return x.to(dtype, memory_format=torch.channels_last)
@@ -461,9 +463,9 @@ class DCAE(nn.Module):
     def decode(self, latents, degraded=None, weight=1.0):
         """[B, C, H, W] -> pixels [B, 3, fH, fW], fp32.
 
-        degraded: the pixels that the skips show to the decoder, of any size that encode pads to
-        that. weight: of the skips, a number in [0, 1], or one an image [B, 1, 1, 1]. Raises
-        ValueError for degraded pixels of another size, or without skips."""
+        degraded: pixels that the skips show to the decoder; padded as in encode they must be of
+        size fH x fW. weight: factor of the skips in [0, 1], a number or, per image, [B, 1, 1, 1].
+        Raises ValueError for degraded pixels of another size, or if there are no skips."""
         z = (latents / self.scaling).to(self.decoder.conv_in.weight.dtype)
         x = self.decoder.attention_stages(z.contiguous(memory_format=torch.channels_last))
         factor, halo = self.decoder.factor, self.decoder.halo
@@ -489,13 +491,14 @@ class DCAE(nn.Module):
         return in_tiles(local, x.shape[2:], TILE // factor, halo // factor, factor).float()
 
     def add_skips(self, gains=None):
-        """Show the decoder what the encoder saw of the degraded pixels, in place.
+        """Add skips from the encoder of the degraded pixels to the decoder, in place. Return self.
 
-        The latents have lost the fine detail; the degraded picture still holds it. At each of the
-        stages near the pixels, the encoder's features pass a 1x1 convolution that starts at zero,
-        and are added: decode begins as the published decoder, bit for bit.
-        gains: {stage: factor of its skip}, what measure_gains returns; None: 1. Raises ValueError
-        where encoder and decoder have other stages."""
+        The latents have lost the fine detail; the degraded picture still holds it. At each local
+        stage and on the grid after them, the encoder's features pass a 1x1 convolution that starts
+        at zero and are added to the decoder's. So decode starts as the published decoder, bit for
+        bit.
+        gains: {stage: factor of its skip}, as measure_gains returns it; None: all 1. Raises
+        ValueError if the stages of encoder and decoder do not match."""
         encoder, decoder = self.encoder, self.decoder
         places = []
         for side, blocks in ((encoder, encoder.down_blocks), (decoder, decoder.up_blocks)):
@@ -517,11 +520,11 @@ class DCAE(nn.Module):
 
     @torch.no_grad()
     def measure_gains(self, latents, degraded):
-        """Return {stage: RMS of what a skip adds to / RMS of the features that it is given}.
+        """Return {stage: RMS of the decoder's features / RMS of the encoder's, before its skip}.
 
-        With these factors all skips learn at one rate, however large the decoder's numbers are (in
-        a small autoencoder 17,516 against 1: without a factor nothing was learnt). Constants, so
-        that tiles stay exact."""
+        With these factors all skips learn at the same rate, however large the decoder's features
+        are (17,516 against 1 in a small autoencoder: without a factor nothing was learnt). They
+        are measured once, as an RMS within each tile would make the result depend on the tiles."""
         pixels = self.prepare_pixels(degraded)
         features = self.encoder.conv_stages(pixels)
         gains = {}
@@ -536,9 +539,10 @@ class DCAE(nn.Module):
         return gains
 
     def freeze_around_decoder(self, parts="both"):
-        """Let only the skips and the decoder's stages near the pixels be trained, in place.
+        """Freeze all but the skips and the end of the decoder, in place. Return self.
 
-        parts: "both", or one of "skips" and "decoder"."""
+        parts: what stays trainable: "skips", "decoder" (its local stages, norm_out and conv_out) or
+        "both"."""
         self.requires_grad_(False)
         if parts != "decoder":
             self.skips.requires_grad_(True)
@@ -549,9 +553,10 @@ class DCAE(nn.Module):
         return self
 
     def initialize(self, generator):
-        """Fill every weight for training from scratch. (The norms are ones and zeros already.)
+        """Initialize the weights for training from scratch, in place. Return self.
 
-        Each block starts as the identity: the norm at the end of its branch multiplies by 0."""
+        ResBlock and GLUMBConv start as the identity: the norm at the end of their branch multiplies
+        by 0. The other norms, attention's norm_out too, stay as constructed: ones and zeros."""
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 nn.init.zeros_(p)
@@ -566,25 +571,25 @@ def rms(x):
     return x.float().square().mean().sqrt()
 
 
-PERCEPTUAL = 0.1  # weight of LPIPS beside L1, where its weights are at hand
+PERCEPTUAL = 0.1  # weight of LPIPS relative to L1, where LPIPS is used
 
 
 def reconstruction_loss(autoencoder, clean, perceptual=None):
-    """Return the objective of each image's round trip, [B]: mean |decode(encode(x)) - x|.
+    """Return the loss of each image's round trip, [B]: mean |decode(encode(x)) - x| + penalty.
 
-    clean [B, 3, H, W]. perceptual: a function of two batches -> [B], such as LPIPS. A small
-    penalty keeps the latents from growing, which nothing else in the objective does: without it
+    clean [B, 3, H, W]. perceptual: a function of two batches -> [B], such as LPIPS, added if given.
+    The penalty, on the mean squared latent, is all that keeps latents from growing: without it
     their standard deviation was 36 after a minute, with it 0.5 at the end."""
     restored, latents = autoencoder(clean)
     return picture_loss(restored, clean, perceptual) + 1e-3 * latents.square().flatten(1).mean(1)
 
 
 def decoder_loss(autoencoder, latents, degraded, clean, weight, perceptual=None):
-    """Return the objective of the decoder that sees the degraded image, [B].
+    """Return each image's loss for the decoder that sees the degraded image, [B].
 
-    latents: what the restorer made of the degraded pixels, not those of the clean ones: so the
-    decoder learns to mend what the restorer does (StableSR, arXiv 2305.07015). weight
-    [B, 1, 1, 1]: of the skips, 0 for some images, so that it can be chosen later."""
+    latents: the restorer's output for the degraded pixels, not the latents of the clean ones. So
+    the decoder learns to correct the restorer's errors (StableSR, arXiv 2305.07015). weight
+    [B, 1, 1, 1]: factor of the skips, 0 for some images, so that users can choose it later."""
     restored, _ = autoencoder(degraded, latents, weight)
     return picture_loss(restored, clean, perceptual)
 
@@ -602,10 +607,10 @@ def picture_loss(restored, clean, perceptual=None):
 
 
 def pad_to_multiple(pixels, multiple):
-    """Extend [B, C, H, W] right and down to sides that are multiples. Undo with [..., :H, :W].
+    """Pad [B, C, H, W] at the right and bottom until both sides divide by multiple.
 
     Mirrors without repeating the edge, again and again if the padding is larger than the picture.
-    """
+    Undo with [..., :H, :W]."""
     for dim in (2, 3):
         n = pixels.shape[dim]
         if n % multiple == 0:
@@ -619,11 +624,11 @@ def pad_to_multiple(pixels, multiple):
 
 
 def tiles(size, tile, halo):
-    """Cut a picture of (H, W) positions into squares; up to twice their side it stays in one piece.
+    """Cut a picture of size (H, W) into square tiles; leave it whole if no side exceeds two tiles.
 
-    -> [(outer, inner, target)], each an index (..., rows, columns): the part to compute on, with
-    halo positions around it where there are any; what of that part is no halo; where that belongs.
-    The last ones may end beyond the picture: indexing stops at its edge."""
+    -> [(outer, inner, target)], each an index (..., rows, columns). outer: the tile and a halo
+    around it, cut at the picture's edges. inner: the tile within outer. target: the tile within
+    the picture. Indices may end beyond the picture: slicing stops at its edge."""
 
     def cut(start):
         margin = min(start, halo)
@@ -640,11 +645,11 @@ def tiles(size, tile, halo):
 
 
 def in_tiles(function, size, tile, halo, scale=1):
-    """Compute a picture in tiles: the numbers of one piece, if function sees no further than halo.
+    """Run function in tiles. The result is that of one piece if function sees at most halo far.
 
-    function: index (..., rows, columns) of a part of its input of size (H, W) -> [B, C, h, w].
-    tile and halo count positions of the input. scale: output positions per input position, 1/8 for
-    an encoder. tile and halo are multiples of 1 / scale."""
+    function: index (..., rows, columns) of a part of its input -> [B, C, h, w]. size: (H, W) of
+    the input. scale: output positions per input position, 1/8 for SANA's encoder. tile and halo
+    count input positions and are multiples of 1 / scale."""
     parts = tiles(size, tile, halo)
     if len(parts) == 1:
         return function(parts[0][0])
@@ -669,9 +674,9 @@ def scale_index(index, scale):
 
 
 def blend_tiles(function, size, tile, overlap):
-    """Put a picture of size (H, W) together from tiles that overlap, blended so no seam shows.
+    """Run function on overlapping tiles and blend them without seams -> [B, C, H, W].
 
-    function: index (..., rows, columns) of a part -> [B, C, h, w]."""
+    size: (H, W). function: index (..., rows, columns) of a tile -> [B, C, h, w], of its size."""
     if max(size) <= tile:
         return function((..., slice(0, size[0]), slice(0, size[1])))
     total = None
@@ -692,14 +697,14 @@ def blend_tiles(function, size, tile, overlap):
 
 
 def tile_starts(length, tile, overlap):
-    """Return where tiles begin that overlap by at least overlap. The last one ends at length."""
+    """Return the starts of tiles that overlap by overlap or more. The last one ends at length."""
     if length <= tile:
         return [0]
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 
 def ramp(length, overlap):
-    """Return weights that rise over the overlap from either end to 1."""
+    """Return weights [length] that rise to 1 from both ends, linearly over the overlap."""
     i = torch.arange(length)
     return torch.minimum(i + 1, length - i).clamp(max=overlap) / overlap
 
@@ -710,9 +715,9 @@ def ramp(length, overlap):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Give a temporary path beside path, and rename it to path when the block ends well.
+    """Yield a temporary path beside path, and rename it to path if the block succeeds.
 
-    Nobody ever finds half a file, and a failure leaves what stood there before. Raises UserError.
+    So path never holds half a file, and a failure leaves the old file in place. Raises UserError.
     """
     path = Path(path)
     partial = path.parent / f".partial.{path.name}"
@@ -728,7 +733,9 @@ def atomic_write(path):
 
 
 def file_digest(path):
-    """Hash a file: all of it up to 256 KB, else sixteen blocks from its beginning to its end."""
+    """Return a file's length and a hash of its content, as text.
+
+    Hashes all of a file up to 256 KiB, else sixteen blocks of 16 KiB spread evenly over it."""
     length = os.path.getsize(path)
     digest = hashlib.sha256()
     block = 2**14
@@ -789,12 +796,15 @@ def load_config(network, folder):
 def load_pretrained(network, folder, dtype=None):
     """Build a network and load its weights from a checkpoint folder in the hub's layout.
 
-    dtype None: as stored. Tensors are mapped from the file, not copied. Raises UserError."""
+    dtype None: as stored. Tensors are mapped from the file, and copied only to convert them to
+    dtype. Raises UserError."""
     return load_weights(load_config(network, folder), *weight_files(folder), dtype=dtype).eval()
 
 
 def weight_files(folder):
-    """Return the safetensors of a folder: one file, or the shards of an index; bf16 if there is."""
+    """Return the safetensors files of a folder: a single one, or the shards that an index names.
+
+    Prefers a bf16 variant. Raises UserError if the folder has neither, or the index no shards."""
     for variant in (".bf16", ""):
         for stem in ("diffusion_pytorch_model", "model"):
             index = Path(folder) / f"{stem}.safetensors.index{variant}.json"
@@ -811,10 +821,11 @@ def weight_files(folder):
 
 
 def load_weights(module, *paths, dtype=None, trained=False):
-    """Fill a module from safetensors files; trained: only the parameters that take a gradient.
+    """Load safetensors files into a module and return it.
 
-    Raises UserError that names the file and the first tensor which is left over, missing, of
-    another shape or kind, or not finite. Nothing is filled then."""
+    trained: the files hold exactly the parameters that require a gradient. Raises UserError that
+    names a file and the first tensor that is unexpected, missing, of the wrong shape or kind (float
+    or integer), or not finite. The module is unchanged then."""
     expected = trained_weights(module) if trained else module.state_dict()
     found = {}
     for path in paths:
@@ -848,7 +859,7 @@ def check_tensor(tensor, like, where):
         raise UserError(f"{where} has shape {list(tensor.shape)}, expected {list(like.shape)}")
     if tensor.is_floating_point() != like.is_floating_point() or tensor.is_complex():
         raise UserError(f"{where} is of type {tensor.dtype}, not {like.dtype}")
-    # of the minimum and the maximum: 0.15 s a GB, where isfinite of all takes 2 s
+    # test only the minimum and maximum: 0.15 s a GB, where isfinite of every number takes 2 s
     if like.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
         raise UserError(f"{where} holds values that are not finite")
 
@@ -883,8 +894,9 @@ PARTS = ["transformer", "vae", "text_encoder"]
 def resolve_model(name, parts=PARTS):
     """Return the folder of a pretrained model, with transformer/, vae/, text_encoder/, tokenizer/.
 
-    name: a path, a short name of HUB, or a hub id (owner/name). From the hub it downloads what
-    parts need, unless it is in the hub's cache. Raises UserError."""
+    name: a path, a short name of HUB, or a hub id (owner/name). Of a hub model the
+    files of parts are downloaded unless cached; without a network the cache is used. Raises
+    UserError."""
     if os.path.isdir(name):
         return Path(name)
     repository = HUB.get(name, name)
@@ -897,8 +909,8 @@ def resolve_model(name, parts=PARTS):
     try:
         listed = HfApi().model_info(repository, timeout=10).siblings
         files = needed_files([file.rfilename for file in listed], parts)
-    except Exception as error:  # the client has an error for each trouble: no network, no such id
-        try:  # what the cache holds; a file that is missing there is named when it is read
+    except Exception as error:  # the client raises many types: no network, no such id, ...
+        try:  # use what the cache holds; reading a file that is missing there raises and names it
             options = {"allow_patterns": "*/config.json", "local_files_only": True}
             return Path(snapshot_download(repository, **options))
         except Exception:
@@ -919,9 +931,11 @@ def resolve_vae(name):
 
 
 def needed_files(names, parts=PARTS):
-    """Choose the files of a repository that this project reads: bf16 weights if there are two."""
-    if not any("/" in name for name in names):  # of one network
-        return [name for name in names if name == "config.json" or name.endswith(".safetensors")]
+    """Return those of a repository's file names that this project reads.
+
+    Of each part, takes bf16 weights if there are any, else all weights but fp16."""
+    if not any("/" in name for name in names):  # a repository of one network, without folders
+        return [name for name in names if name == "config.json" or ".safetensors" in name]
     ends = ("/config.json", "/scheduler_config.json", "tokenizer/tokenizer.json")
     chosen = [name for name in names if name.endswith(ends)]
     for part in parts:

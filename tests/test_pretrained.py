@@ -393,8 +393,9 @@ def test_another_autoencoder_takes_the_place_of_the_models(
 
 
 def test_a_repository_of_one_network_is_fetched_whole():
-    names = ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
-    assert needed_files(names, ["vae"]) == names[1:]
+    for weights in ["model.safetensors"], ["model.safetensors.index.json", "model-1.safetensors"]:
+        names = ["README.md", "config.json", *weights]
+        assert needed_files(names, ["vae"]) == names[1:]
 
 
 def stop(server):
