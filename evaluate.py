@@ -508,7 +508,7 @@ class Pipeline:
         where autoencoder and text encoder are now, if not where they were in training. weights:
         "ema", the averaged ones, or "model", the last ones. enlarge: by which factor a picture is
         enlarged before it is restored; None: as the conditions were in training. vae: another DC-AE
-        with the same encoder."""
+        with the same encoder. On a GPU a pretrained SANA is loaded in bf16, as it was trained."""
         path = Path(path)
         if path.name in ("best", "latest") and path.is_file():
             path = path.parent / path.read_text(errors="replace").strip()
@@ -518,6 +518,8 @@ class Pipeline:
         choose_vae(config, vae)
         if enlarge is None:
             enlarge = config["enlarge"]
+        if str(device).startswith("cuda") and not config["autoencoder"]:
+            restorer.sana.to(torch.bfloat16)  # half the memory; the projection stays fp32
         steps = config["decoder"]["steps"] if config["decoder"] else None
         pipeline = cls(restorer.to(device), *load_frozen(config, device), enlarge, steps)
         pipeline.config = config

@@ -888,6 +888,14 @@ HUB = {  # short names of --model (SANA-Sprint itself has a guidance embedding: 
     "sana-1.6b-2k": "Efficient-Large-Model/Sana_1600M_2Kpx_BF16_diffusers",
     "sana-1.6b-4k": "Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers",
 }
+# trained in fp16: their authors could not train them on in bf16 (NVlabs/Sana, issues 47 and 109)
+FP16_MODELS = [
+    "sana-0.6b-512",
+    "sana-0.6b",
+    "sana-1.6b-512",
+    "sana-1.6b-512-multiling",
+    "sana-1.6b-multiling",
+]
 PARTS = ["transformer", "vae", "text_encoder"]
 
 

@@ -890,14 +890,8 @@ def bench_gradients(quick):
 
 
 CARDS = {  # GB of a card: rows of (model, flags)
-    8: [
-        ("sana-0.6b-512", "--cache cache --checkpointing --ema_device cpu"),
-        ("sana1.5-1.6b", "--lora 16 --checkpointing"),
-    ],
-    12: [
-        ("sana-0.6b-512", "--checkpointing"),
-        ("sana1.5-1.6b", "--lora 64 --checkpointing --resolution 1024"),
-    ],
+    8: [("sana1.5-1.6b", "--lora 16 --checkpointing")],
+    12: [("sana1.5-1.6b", "--lora 64 --checkpointing --resolution 1024")],
     16: [("sana1.5-4.8b", "--lora 16 --checkpointing")],
     24: [("sana1.5-1.6b", "--checkpointing --ema_device cpu")],
     80: [
@@ -906,17 +900,10 @@ CARDS = {  # GB of a card: rows of (model, flags)
     ],
 }
 SANAS = {  # over SANA_DEFAULTS, which are the 1.6B model's
-    "sana-0.6b-512": {
-        "num_layers": 28,
-        "num_attention_heads": 36,
-        "num_cross_attention_heads": 16,
-        "cross_attention_head_dim": 72,
-        "cross_attention_dim": 1152,
-    },
     "sana1.5-1.6b": SANA_1_6B,
     "sana1.5-4.8b": SANA_1_6B | {"num_layers": 60},
 }
-PARTS = "weights", "gradients", "moments", "average", "autoencoder", "activations"
+PARTS = "weights", "gradients", "moments", "average", "autoencoder", "activations"  # or encoding
 
 
 def training_args(flags):

@@ -10,6 +10,8 @@ from transformers import Gemma2Config, Gemma2Model
 
 import model
 import train
+from data import to_tensor
+from evaluate import Pipeline
 from model import Gemma2, Sana
 from pipeline import DC_AE, GEMMA, randomize
 from test_commands import run
@@ -172,3 +174,20 @@ def test_cuda_memory_is_what_the_estimate_says(lora, pipeline_folder):
     args.checkpointing = True
     spared = train.estimate_memory(config, args, autoencoder)
     assert spared["activations"] < sizes["activations"]
+
+
+def test_cuda_a_pretrained_run_restores_in_bf16(pipeline_folder, photo, tmp_path):
+    """Within the rounding of bf16 of what the CPU makes of it in fp32."""
+    flags = ["--model", pipeline_folder, "--batch_size", 2, "--resolution", 32, "--workers", 0]
+    flags += ["--val_every", 2, "--steps", 2, "--device", DEVICE, "--out", "run"]
+    run("train.py", *flags, cwd=tmp_path)
+    small = photo.resize((96, 64))
+    exact = to_tensor(Pipeline.load(tmp_path / "run")(small, steps=2))
+    pipeline = Pipeline.load(tmp_path / "run", DEVICE)
+    if DEVICE == "cpu":
+        assert pipeline.restorer.sana.proj_out.weight.dtype == torch.float32
+        pipeline.restorer.sana.bfloat16()
+    assert pipeline.restorer.sana.proj_out.weight.dtype == torch.bfloat16
+    assert pipeline.restorer.projection.weight.dtype == torch.float32
+    restored = to_tensor(pipeline(small, steps=2))
+    assert 0 < (restored - exact).abs().mean() < 0.02

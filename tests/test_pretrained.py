@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -22,6 +23,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import train
 from conftest import ROOT
 from degrade import UserError
 from evaluate import Pipeline
@@ -29,7 +31,7 @@ from model import SAMPLERS, Gemma2, GemmaTokenizer, Restorer, Sana, encode_promp
 from model import load_restorer, pad_text
 from pipeline import SANA
 from test_commands import run
-from vae import DCAE, needed_files
+from vae import DCAE, FP16_MODELS, HUB, needed_files
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRAIN = ["--resolution", 32, "--batch_size", 2, "--val_every", 2, "--save_every", 2, "--steps", 4]
@@ -390,6 +392,18 @@ def test_another_autoencoder_takes_the_place_of_the_models(
     small.save_pretrained(tmp_path / "small")
     line = run("train.py", *flags, "--vae", tmp_path / "small", cwd=tmp_path, status=2)
     assert "autoencoder and text encoder give 16" in line
+
+
+def test_a_model_of_fp16_is_warned_of_where_it_is_trained_in_bf16(capsys):
+    """Its authors could not train it on in bf16."""
+    assert set(FP16_MODELS) < HUB.keys()
+    args = {"model": "sana-0.6b", "device": "cpu", "stage": "restorer", "steps": 10}
+    args = Namespace(**args, batch_size=1, resolution=512)
+    module = torch.nn.Linear(2, 2)
+    for dtype, warned in [(torch.float32, False), (torch.bfloat16, True)]:
+        state = Namespace(module=module.to(dtype), weights={}, step=0)
+        train.introduce(args, state, 5, "out/x")
+        assert ("was trained in fp16" in capsys.readouterr().out) == warned
 
 
 def test_a_repository_of_one_network_is_fetched_whole():
