@@ -54,8 +54,6 @@ def seed_for(seed, index, purpose):
 # --------------------------------------------------------------------------------------------------
 # Pictures. Except in degrade.py, they are opened and saved here only.
 
-PAGES = "has several pages; only the first is used"
-DEEP = "16 bits a channel are converted to 8 bits"
 PROFILE = "its colour profile is converted to sRGB"
 GREY = "1", "L", "LA", "La"  # modes of one channel
 NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}  # what Pillow knows but cannot decode
@@ -119,9 +117,9 @@ def traits_of(image):
     if planar and max(image.tag_v2.get(258, (8,))) > 8:  # bits a sample
         raise ValueError("a planar TIFF of more than 8 bits; save it interleaved")
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a photo with a preview
-        traits.append(PAGES)
+        traits.append("has several pages; only the first is used")
     if is_deep(image):
-        traits.append(DEEP)
+        traits.append("16 bits a channel are converted to 8 bits")
     if profile_of(image):
         traits.append(PROFILE)
     return traits
@@ -401,14 +399,11 @@ class CsvPairs:
 
     def find_factor(self):
         """Return how many times smaller most conditions are than their clean pictures."""
-        pairs = []
+        counts = Counter()
         for row in self.rows:
             clean, condition = self.headers[row.clean], self.headers.get(row.condition)
             if isinstance(clean, Header) and isinstance(condition, Header):
-                pairs.append((clean.size, condition.size))
-        counts = Counter()
-        for clean, small in pairs:
-            counts.update(factor for factor in FACTORS if sizes_fit(clean, small, factor))
+                counts.update(n for n in FACTORS if sizes_fit(clean.size, condition.size, n))
         if not counts:
             return 1
         factor = counts.most_common(1)[0][0]  # others are refused by check_header
@@ -519,12 +514,8 @@ class CsvPairs:
 
 def paths_of(rows):
     """Return the pictures of all rows, each once."""
-    paths = {}
-    for row in rows:
-        paths[row.clean] = True
-        paths[row.condition] = True
-    paths.pop(None, None)
-    return list(paths)
+    paths = [path for row in rows for path in (row.clean, row.condition) if path]
+    return list(dict.fromkeys(paths))
 
 
 def read_headers(rows):
@@ -656,7 +647,7 @@ def dead_leaves(size, rng):
             wave = np.sin(fx * grid_x[box] + fy * grid_y[box] + rng.uniform(0, 6.3))
             light = light + (rng.uniform(0.02, 0.12) * wave)[..., None]
         image[box] += alpha * (color.astype(np.float32) + light - image[box])
-    return Image.fromarray(np.clip(np.rint(image * 255), 0, 255).astype(np.uint8))
+    return degrade.to_uint8(image * 255)
 
 
 def pink_noise(size, rng):
@@ -932,14 +923,12 @@ def add_data_flags(parser):
     add("--model", help=f"{text} (default tiny; on a GPU SANA)")
     add("--vae", help="another DC-AE with the same encoder: a folder, short name or hub id")
     text = "what to train: autoencoder (of mini), restorer (default), or its decoder that sees the"
-    stages = model.STAGES
-    add("--stage", choices=stages, help=f"{text} degraded image")
+    add("--stage", choices=model.STAGES, help=f"{text} degraded image")
     text = "steps of the restorer that makes latents for the decoder (default 1); several: in turn"
     count = between(int, 0, 1000)
     add("--latent_steps", type=count, nargs="+", default=[1], metavar="N", help=f"{text}; 0: none")
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")
-    workers = between(int, 0, 1000)
-    add("--workers", type=workers, default=1, help="processes that prepare pictures (default 1)")
+    add("--workers", type=count, default=1, help="processes that prepare pictures (default 1)")
     add_device_flag(group)
 
 
@@ -1000,13 +989,12 @@ def make_datasets(args, stages=None, kept=None):
             factors = f"{val_source.enlarge} and {source.enlarge} times smaller conditions"
             raise UserError(f"--val_data and --data have {factors}; give the same in both")
         held_out = list(range(len(val_source)))[: args.val_count]
-        training = rows_apart(source, held_out, val_source)
     else:
         held_out = choose_held_out(PairedDataset(source, None, training=False, **options), kept)
-        training = rows_apart(source, held_out, source)
-        if len(source) < 10:
-            print(f"{args.data}: too few rows to hold any out: validation is on training pictures")
-            training = list(range(len(source)))
+    training = rows_apart(source, held_out, val_source)
+    if len(source) < 10 and not args.val_data:
+        print(f"{args.data}: too few rows to hold any out: validation is on training pictures")
+        training = list(range(len(source)))
     if not training:
         raise UserError(f"{args.data}: all rows share a picture or group with one held out")
     refuse_useless_flags(source, val_source)
@@ -1049,12 +1037,9 @@ def rows_apart(source, held_out, val_source):
 
     They share neither clean picture nor group with a held-out row. Pictures are compared by
     content: copies and other spellings of a path are the same picture."""
-    contents = set()
-    groups = set()
-    for i in held_out:
-        contents.add(val_source.headers[val_source.rows[i].clean].digest)
-        groups.add(val_source.rows[i].group)
-    groups.discard("")
+    held_out_rows = [val_source.rows[i] for i in held_out]
+    contents = {val_source.headers[row.clean].digest for row in held_out_rows}
+    groups = {row.group for row in held_out_rows} - {""}
     apart = []
     for i, row in enumerate(source.rows):
         content = source.headers[row.clean].digest
@@ -1119,12 +1104,10 @@ def hash_prompts(prompts):
     the same on every machine. The empty word stands first, as <bos> does elsewhere."""
     rows = []
     for prompt in prompts:
-        letters = "".join(c if c.isalnum() else " " for c in prompt.lower())
-        digests = []
-        for word in [""] + letters.split():
-            digests.append(list(hashlib.sha256(word.encode()).digest()))
-        bits = (torch.tensor(digests)[:, :, None] >> torch.arange(8)) & 1   # [L, 32, 8]
-        rows.append(bits.flatten(1).float() * 2 - 1)                        # [L, 256]
+        words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
+        digests = b"".join(hashlib.sha256(word.encode()).digest() for word in ["", *words])
+        bits = np.unpackbits(np.frombuffer(digests, np.uint8), bitorder="little")
+        rows.append(torch.from_numpy(bits).view(-1, 256).float() * 2 - 1)   # [L, 256]
     return model.pad_text(rows)
 
 
@@ -1356,14 +1339,13 @@ def make_cache(args):
     if args.stage == "decoder":  # after the text encoder has left the memory
         restorer = load_frozen_restorer(config, args.device)
     todo = [n for n in range(count) if not draw_path(out, n).exists()]
-    numbers = iter(todo)
     bar = tqdm(total=count, initial=count - len(todo), unit="img", desc="cache")
     with bar, contextlib.closing(load_batches(train_set, 8, todo, args.workers)) as batches:
         for batch in batches:
             tensors = encode_batch(args, batch, autoencoder, prompts, restorer)
-            for i, caption in enumerate(batch["caption"]):
+            for i, n in enumerate(batch["draw"]):
                 item = {key: values[i] for key, values in tensors.items()}
-                save_weights(item, draw_path(out, next(numbers)), caption=caption)
+                save_weights(item, draw_path(out, n), caption=batch["caption"][i])
             bar.update(len(batch["caption"]))
     made = f"{count} draws ({args.epochs} epochs of {len(train_set)} pictures) in {out}"
     print(f"{made}: python train.py with the same flags of data and --cache {out}")
@@ -1399,13 +1381,12 @@ def restore_latents(restorer, autoencoder, prompts, batch, args):
         noise.append(torch.randn(condition.shape[1:], generator=generator))
     noise = torch.stack(noise).to(condition)
     text, text_mask = prompts(batch["caption"])
-    prompt = text.to(device), text_mask.to(device)
     latents = condition.clone()
     for k, steps in enumerate(args.latent_steps):
         turn = [i for i, n in enumerate(batch["draw"]) if n % len(args.latent_steps) == k]
         if turn and steps > 0:
-            texts = prompt[0][turn], prompt[1][turn]
-            velocity = model.guided(restorer, condition[turn], texts, None)
+            prompt = text[turn].to(device), text_mask[turn].to(device)
+            velocity = model.guided(restorer, condition[turn], prompt, None)
             latents[turn] = model.sample_euler(velocity, noise[turn], steps, restorer.shift)
     return latents
 
@@ -1501,9 +1482,8 @@ def match_folders(clean_folder, degraded_folder, out, pattern=""):
     alone = []
     for path in clean:
         wanted = path.relative_to(clean_folder).as_posix()
-        if here and here in wanted:
-            before, _, after = wanted.rpartition(here)
-            wanted = before + there + after
+        if here:
+            wanted = there.join(wanted.rsplit(here, 1))  # the last one
         found = find_partner(path, Path(wanted).with_suffix(""), by_path, by_name)
         if found in partners:
             raise UserError(f"{found} would be the partner of {partners[found]} and {path}")
@@ -1589,15 +1569,14 @@ def main():
     args = parser.parse_args()
     if args.command == "cache":
         make_cache(args)
-        return
-    if args.command == "match":
+    elif args.command == "match":
         match_folders(args.clean, args.degraded, args.out, args.pattern)
-        return
-    counts = args.num_degradations
-    if len(counts) > 2 or counts[0] > counts[-1]:
-        raise UserError("--num_degradations: give one number, or low and high")
-    choices = degrade.parse_degradations(args.degradations)
-    make_pairs(args.photos, args.out, choices, counts, args.seed, args.skip_bad)
+    else:
+        counts = args.num_degradations
+        if len(counts) > 2 or counts[0] > counts[-1]:
+            raise UserError("--num_degradations: give one number, or low and high")
+        choices = degrade.parse_degradations(args.degradations)
+        make_pairs(args.photos, args.out, choices, counts, args.seed, args.skip_bad)
 
 
 if __name__ == "__main__":

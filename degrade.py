@@ -28,14 +28,14 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 def gaussian_noise(image, rng, sigma):
     """Add independent N(0, sigma^2) noise to each pixel and channel. sigma: levels of 0..255."""
     levels = np.asarray(image, np.float32)
-    return to_uint8(levels + sigma * rng.standard_normal(levels.shape, np.float32), image.mode)
+    return to_uint8(levels + sigma * rng.standard_normal(levels.shape, np.float32))
 
 
 def poisson_noise(image, rng, scale):
     """Draw Poisson(x / scale) * scale: photon noise, whose variance scale * x grows with light.
 
     scale: levels of 0..255 per photon."""
-    return to_uint8(rng.poisson(np.asarray(image) / scale) * scale, image.mode)
+    return to_uint8(rng.poisson(np.asarray(image) / scale) * scale)
 
 
 def jpeg(image, rng, quality):
@@ -60,7 +60,7 @@ def gaussian_blur(image, rng, kernel):
         x = np.moveaxis(x, 1, 0)  # the other axis first
         x = np.moveaxis(convolve_rows(x, weights), 0, 1)  # [strip, W]
         blurred[top : top + strip] = x + np.float32(0.5)  # OpenCV rounds halves up
-    return Image.fromarray(blurred, image.mode)
+    return Image.fromarray(blurred)
 
 
 def gaussian_kernel(width):
@@ -105,9 +105,9 @@ def color_jitter(image, rng, brightness, contrast):
     return ImageEnhance.Contrast(brighter).enhance(contrast)
 
 
-def to_uint8(levels, mode):
+def to_uint8(levels):
     """Round and clip an array of levels to a PIL image."""
-    return Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8), mode)
+    return Image.fromarray(np.clip(np.rint(levels), 0, 255).astype(np.uint8))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
@@ -139,8 +139,6 @@ class LPIPS(nn.Module):
     channels and layers, averaged over positions. trunk: the weights of torchvision's AlexNet;
     heads: {"lin0.model.1.weight": ...}. Raises UserError if they do not fit."""
 
-    TAPS = [1, 4, 7, 9, 11]  # the ReLUs whose outputs are compared
-
     def __init__(self, trunk, heads):
         super().__init__()
         self.features = nn.Sequential(
@@ -176,14 +174,14 @@ class LPIPS(nn.Module):
         scale = x.new_tensor([0.458, 0.448, 0.450])[:, None, None]
         x = (x - shift) / scale
         total = 0
-        for i, layer in enumerate(self.features):
+        heads = iter(self.heads)
+        for layer in self.features:
             x = layer(x)                                            # [2B, C, h, w]
-            if i in self.TAPS:
+            if isinstance(layer, nn.ReLU):  # all five are compared
                 # where all features are 0, vector_norm's gradient is 0, and not nan
                 unit = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
                 first, second = unit.chunk(2)
-                head = self.heads[self.TAPS.index(i)]
-                total = total + ((first - second).square() * head).sum(1).mean((1, 2))
+                total = total + ((first - second).square() * next(heads)).sum(1).mean((1, 2))
         return total
 
 
@@ -195,7 +193,7 @@ class Inception(nn.Module):
 
     def __init__(self, weights):
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, stride=2)
+        self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, stride=2, padding=0)
         self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, padding=0)
         self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)
         self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
@@ -240,10 +238,8 @@ class Inception(nn.Module):
 
 
 class ConvBN(nn.Module):
-    def __init__(self, dim, dim_out, kernel, stride=1, padding=None):
+    def __init__(self, dim, dim_out, kernel, stride=1, padding="same"):
         super().__init__()
-        if padding is None:
-            padding = "same" if stride == 1 else 0
         self.conv = nn.Conv2d(dim, dim_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(dim_out, eps=0.001)
 
@@ -280,10 +276,10 @@ class BlockA(nn.Module):
 class BlockB(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.branch3x3 = ConvBN(dim, 384, 3, stride=2)
+        self.branch3x3 = ConvBN(dim, 384, 3, stride=2, padding=0)
         self.branch3x3dbl_1 = ConvBN(dim, 64, 1)
         self.branch3x3dbl_2 = ConvBN(64, 96, 3)
-        self.branch3x3dbl_3 = ConvBN(96, 96, 3, stride=2)
+        self.branch3x3dbl_3 = ConvBN(96, 96, 3, stride=2, padding=0)
 
     def forward(self, x):
         a = self.branch3x3(x)
@@ -317,11 +313,11 @@ class BlockD(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.branch3x3_1 = ConvBN(dim, 192, 1)
-        self.branch3x3_2 = ConvBN(192, 320, 3, stride=2)
+        self.branch3x3_2 = ConvBN(192, 320, 3, stride=2, padding=0)
         self.branch7x7x3_1 = ConvBN(dim, 192, 1)
         self.branch7x7x3_2 = ConvBN(192, 192, (1, 7))
         self.branch7x7x3_3 = ConvBN(192, 192, (7, 1))
-        self.branch7x7x3_4 = ConvBN(192, 192, 3, stride=2)
+        self.branch7x7x3_4 = ConvBN(192, 192, 3, stride=2, padding=0)
 
     def forward(self, x):
         a = self.branch3x3_2(self.branch3x3_1(x))
@@ -363,11 +359,7 @@ class FID:
     def add(self, name, images):
         """Add images [B, 3, H, W] in [-1, 1] to the set of that name (Chan et al. 1983)."""
         x = self.inception(images).cpu().double()                   # [B, 2048]
-        width = x.shape[1]
-        if name not in self.sets:
-            zeros = torch.zeros(width, width, dtype=torch.float64)
-            self.sets[name] = 0, zeros[0].clone(), zeros
-        count, mean, scatter = self.sets[name]
+        count, mean, scatter = self.sets.get(name, (0, 0.0, 0.0))
         delta = x.mean(0) - mean
         centred = x - x.mean(0)
         total = count + len(x)
@@ -537,8 +529,7 @@ class Pipeline:
         else:
             picture = open_image(picture)
         if self.enlarge > 1:
-            size = picture.width * self.enlarge, picture.height * self.enlarge
-            picture = picture.resize(size, Image.Resampling.BICUBIC)
+            picture = ImageOps.scale(picture, self.enlarge, Image.Resampling.BICUBIC)
         pixels = to_tensor(picture)[None].to(next(self.restorer.parameters()).device)
         restored = self.restore(pixels, [prompt], **sampling)[0]
         restored = finished_image(restored, picture.mode.startswith("L"))
@@ -637,8 +628,7 @@ def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **opti
         if grid and len(shown) < 8:
             after = restored.convert("RGB")
             before = picture.convert("RGB").resize(after.size, Image.Resampling.BICUBIC)
-            # 128 + 2 * (after - before) = (after + 255 - before) / 0.5 - 382
-            difference = ImageChops.add(after, ImageChops.invert(before), 0.5, -382)
+            difference = ImageChops.subtract(after, before, 0.5, 128)  # 2 * difference + 128
             shown.append([("input", before), ("restored", after), ("difference x 2", difference)])
     if shown:
         save_image(draw_grid(shown), grid)
@@ -654,12 +644,10 @@ def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **opti
 def save_restored(image, path, quality):
     """Save a picture with its format's options. Drop alpha it cannot hold, and print that."""
     kind = Image.registered_extensions().get(path.suffix.lower())
+    options = {"icc_profile": image.info.get("icc_profile")}
     if image.mode.endswith("A") and kind in ("JPEG", "MPO", "BMP", "DIB", "PPM", "PCX"):
         print(f"{path}: this format holds no transparency; saved without", file=sys.stderr)
-        profile = image.info.get("icc_profile")
         image = image.convert(image.mode.rstrip("A"))
-        image.info["icc_profile"] = profile
-    options = {"icc_profile": image.info.get("icc_profile")}
     if kind in ("JPEG", "MPO", "WEBP", "AVIF"):
         options["quality"] = quality
     save_image(image, path, **options)
@@ -998,17 +986,17 @@ def find_output(names, by_path, by_name):
     return []
 
 
-def ceiling_method(autoencoder, device, encoded="clean", seen=None, weight=1.0):
+def ceiling_method(autoencoder, device, encoded="clean", weight=None):
     """Make the method that encodes a picture of the pair and decodes it again.
 
-    encoded: which picture, "clean" or "condition". seen: which one the decoder sees beside the
-    latents; None: it sees none. weight: how much it adds from that, 0 to 1."""
+    encoded: which picture, "clean" or "condition". weight: how much the decoder adds from the
+    condition, 0 to 1; None: it does not see it."""
 
     def method(i, item):
         picture = item[encoded][None].to(device)
-        beside = [item[seen][None].to(device), weight] if seen else []
+        seen = [] if weight is None else [item["condition"][None].to(device), weight]
         with torch.no_grad():
-            pixels = autoencoder.decode(autoencoder.encode(picture), *beside)
+            pixels = autoencoder.decode(autoencoder.encode(picture), *seen)
         pixels = pixels[0, :, : picture.shape[2], : picture.shape[3]]
         return to_tensor(finished_image(pixels, item["grey"]))
 
@@ -1049,11 +1037,10 @@ def open_scores(path):
         except BaseException:  # Ctrl-C too
             if count:
                 tqdm.write(f"{path} has the scores of {count} images", file=sys.stderr)
-            raise
-        finally:
-            file.close()
-            if count == 0:
+            else:
+                file.close()  # Windows removes no open file
                 path.unlink()
+            raise
 
 
 def choose_output(output, overwrite):
@@ -1118,13 +1105,12 @@ def decoder_methods(args, pipeline, sampling, captions):
     decoder."""
     plain = load_autoencoder(pipeline.config, decoder=False).to(args.device)
     restore = Pipeline(pipeline.restorer, plain, pipeline.prompts)
-    sampling = {name: value for name, value in sampling.items() if name != "decoder_weight"}
-    seen = "condition", args.decoder_weight
     autoencoder = pipeline.autoencoder
+    weight = args.decoder_weight
     return {
         "ceiling": ceiling_method(plain, args.device),
-        "seeing_ceiling": ceiling_method(autoencoder, args.device, "clean", *seen),
-        "control": ceiling_method(autoencoder, args.device, "condition", *seen),
+        "seeing_ceiling": ceiling_method(autoencoder, args.device, "clean", weight),
+        "control": ceiling_method(autoencoder, args.device, "condition", weight),
         "plain": restoring_method(restore, captions, args.device, **sampling),
     }
 
@@ -1300,7 +1286,7 @@ def parse_args():
     add = parser.add_argument_group("how to restore").add_argument
     add("--prompt", help='"Remove JPEG artifacts." (default: "", or the captions of --data)')
     steps, factor = between(int, 1, 1000), between(float, 0, 100)
-    add("--steps", type=steps, help="1 has the best PSNR (default 1 for tiny, mini; 20 for SANA)")
+    add("--steps", type=steps, help="1 has the best PSNR (default 1 for tiny, mini; SANA 20)")
     add("--sampler", choices=list(SAMPLERS), default="euler", help="dpm: DPM-Solver++ 2M")
     add("--average", type=steps, default=1, metavar="K", help="mean of K answers (default 1)")
     add("--guidance", type=factor, default=1.0, help="prompt weight; see model.guided (default 1)")

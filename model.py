@@ -84,9 +84,7 @@ class Sana(nn.Module):
         self.time_embed = TimeEmbed(dim)
         self.caption_projection = MLP(c["caption_channels"], dim, nn.GELU(approximate="tanh"))
         self.caption_norm = nn.RMSNorm(dim, eps=1e-5)
-        self.transformer_blocks = nn.ModuleList()
-        for _ in range(c["num_layers"]):
-            self.transformer_blocks.append(SanaBlock(c))
+        self.transformer_blocks = nn.ModuleList([SanaBlock(c) for _ in range(c["num_layers"])])
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
         self.proj_out = nn.Linear(dim, c["patch_size"] ** 2 * c["out_channels"])
 
@@ -449,21 +447,13 @@ class LoRA(nn.Module):
         low = F.linear(x, self.A.to(x.dtype))                       # [B, N, rank]
         return self.linear(x) + self.scale * F.linear(low, self.B.to(x.dtype))
 
+    @torch.no_grad()
     def merge(self):
         """Return the linear map with the change added to its weight."""
         change = self.scale * (self.B.double() @ self.A.double())   # [d_out, d_in]
-        weight = self.linear.weight.detach()
-        merged = weight.double().flatten(1) + change.detach()
-        weight.copy_(merged.view_as(weight))
+        weight = self.linear.weight
+        weight.copy_(weight.double() + change.view_as(weight))
         return self.linear
-
-
-def linear_maps(block, kind):
-    """Yield (module, name of its child) for all children of a kind that a block has."""
-    for module in list(block.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, kind):
-                yield module, name
 
 
 def add_lora(restorer, rank, alpha, generator=None):
@@ -473,11 +463,12 @@ def add_lora(restorer, rank, alpha, generator=None):
     in full. generator: fills A; None leaves A unset."""
     restorer.requires_grad_(False)
     for block in restorer.sana.transformer_blocks:
-        for module, name in linear_maps(block, (nn.Linear, PointwiseConv)):
-            lora = LoRA(getattr(module, name), rank, alpha)
-            if generator:
-                nn.init.normal_(lora.A, std=lora.A.shape[1] ** -0.5, generator=generator)
-            setattr(module, name, lora)
+        for name, module in list(block.named_modules()):
+            if isinstance(module, (nn.Linear, PointwiseConv)):
+                lora = LoRA(module, rank, alpha)
+                if generator:
+                    nn.init.normal_(lora.A, std=lora.A.shape[1] ** -0.5, generator=generator)
+                block.set_submodule(name, lora)
     if restorer.conditioning == "projection":
         restorer.projection.requires_grad_(True)
     if restorer.conditioning == "widen":
@@ -488,8 +479,9 @@ def add_lora(restorer, rank, alpha, generator=None):
 def merge_lora(restorer):
     """Invert add_lora: the changes become part of the weights, in place."""
     for block in restorer.sana.transformer_blocks:
-        for module, name in linear_maps(block, LoRA):
-            setattr(module, name, getattr(module, name).merge())
+        for name, module in list(block.named_modules()):
+            if isinstance(module, LoRA):
+                block.set_submodule(name, module.merge())
     return restorer
 
 
@@ -652,7 +644,6 @@ PRESETS = {
         "autoencoder": {"factor": 4},
         "conditioning": "widen",
         "prediction": "residual",
-        "shift": SHIFT,
         "sana": {
             "in_channels": 48,
             "out_channels": 48,
@@ -681,7 +672,6 @@ PRESETS = {
         },
         "conditioning": "widen",
         "prediction": "residual",
-        "shift": SHIFT,
         "sana": {
             "in_channels": 16,
             "out_channels": 16,
@@ -722,18 +712,17 @@ def describe_model(name, conditioning=None, stage="restorer", lora=None):
 
     name: a preset, a run of train.py, or a pretrained model. conditioning, and lora
     ({"rank", "alpha"}): None keeps what that model has."""
-    if name in PRESETS:
-        config = dict(PRESETS[name])
-        enter_stage(config, name, None, stage)
-    elif is_run(name):
+    before = stage_of(name)
+    if before:
         config = MODEL_DEFAULTS | read_run(name)["model"]
-        enter_stage(config, name, config["stage"], stage)
-        learnt = config["conditioning"] if stage_of(name) == "restorer" else "none"
-        if conditioning and learnt not in ("none", conditioning):
-            raise UserError(f"--conditioning {conditioning}: {name} has learnt {learnt} already")
+    elif name in PRESETS:
+        config = dict(PRESETS[name])
     else:
         config = describe_pretrained(name)
-        enter_stage(config, name, None, stage)
+    enter_stage(config, name, before, stage)
+    learnt = config["conditioning"] if before == "restorer" else "none"
+    if conditioning and learnt not in ("none", conditioning):
+        raise UserError(f"--conditioning {conditioning}: {name} has learnt {learnt} already")
     if stage != "restorer":
         return config
     if config["conditioning"] == "none":  # not inherited: a restorer is what is wanted
@@ -849,7 +838,6 @@ def initial_restorer(name, config, generator):
     elif config["autoencoder"]:
         restorer = build_restorer(config)
         restorer.sana.initialize(generator)
-        return restorer
     else:
         sana = Sana.from_pretrained(resolve_model(config["name"]) / "transformer", torch.float32)
         restorer = Restorer(sana, config["conditioning"], config["prediction"], config["shift"])

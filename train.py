@@ -115,14 +115,17 @@ def parse_args(argv=None):
         if not (Path(out) / "latest").is_file():
             where = f"no run in {Path(out).resolve()}"
             raise UserError(f"--resume {out}: {where}; give the folder that --out named")
-    if isinstance(args.resume, str) and "--out" in given_flags() and args.out != args.resume:
-        raise UserError("--out and --resume name two folders; --resume goes on in its own")
+        if args.out not in (None, out):
+            raise UserError("--out and --resume name two folders; --resume goes on in its own")
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite deletes it: give one of them")
     if args.resume and (Path(out) / "latest").is_file():
         # what is given again overrides it
         args = parser.parse_args(argv, Namespace(**saved_flags(out, given)))
-    check_saved_device(args)
+        try:
+            check_device(args.device)  # a saved one may not be here
+        except ArgumentTypeError as error:
+            raise UserError(f"--device {error}; give --device") from None
     args.out = out
     args.resume = given.resume
     args.overwrite = given.overwrite
@@ -140,8 +143,6 @@ def saved_flags(out, given):
     None, to be derived anew."""
     config = model.read_run(out)
     saved = config["args"]
-    saved.setdefault("stage", "restorer")
-    saved.setdefault("lora", None)
     about = model.MODEL_DEFAULTS | config["model"]
     begun = saved | {"conditioning": about["conditioning"], "shift": about["shift"]}
     if "validated_on" not in config or saved.keys() - vars(given).keys():
@@ -156,14 +157,6 @@ def saved_flags(out, given):
     if "--device" in given_flags() and saved["ema_device"] == saved["device"]:
         saved["ema_device"] = None  # it follows from it
     return saved
-
-
-def check_saved_device(args):
-    """Raise UserError if a run that is resumed was on a device that is not here."""
-    try:
-        check_device(args.device)
-    except ArgumentTypeError as error:
-        raise UserError(f"--device {error}; give --device") from None
 
 
 def family_of(name):
@@ -579,11 +572,6 @@ class State:
             optimizer.state[p]["step"] = torch.zeros((), device=p.device)
         return optimizer
 
-    def exact(self, part):
-        """Return the fp32 value of a weight."""
-        low = self.optimizer.state[part].get("low")
-        return part.detach().float() if low is None else join_fp32(part.detach(), low)
-
     def condition_norm(self):
         """Return the norm of the weights through which the condition enters.
 
@@ -641,7 +629,9 @@ class State:
         args = self.args
         decay = min(args.ema_decay, (1 + self.step) / (10 + self.step)) ** args.ema_every
         for name, p in self.parts.items():
-            self.ema[name].lerp_(self.exact(p).to(args.ema_device), 1 - decay)
+            low = self.optimizer.state[p].get("low")
+            weight = p.detach().float() if low is None else join_fp32(p.detach(), low)
+            self.ema[name].lerp_(weight.to(args.ema_device), 1 - decay)
 
     def collect_gradients(self):
         """Give each part its gradient -> the square of this process's norm."""
@@ -947,13 +937,12 @@ def validate(state, dataset, run, frozen):
     result = [None]
     if RANK == 0:
         args = state.args
-        pipeline = make_pipeline(state.config, module, frozen, args.device)
         if state.config["stage"] == "autoencoder":
             methods = {"roundtrip": evaluate.ceiling_method(module, args.device)}
         else:
+            pipeline = make_pipeline(state.config, module, frozen, args.device)
             captions = [dataset.plan(i)[2] for i in range(len(dataset))]
-            options = {"seed": args.seed, "steps": pipeline.steps}
-            restored = evaluate.restoring_method(pipeline, captions, args.device, **options)
+            restored = evaluate.restoring_method(pipeline, captions, args.device, seed=args.seed)
             methods = {"restored": restored}
         metrics = evaluate.Metrics(["psnr", "ssim"])
         rows, pictures = evaluate.evaluate_pairs(dataset, methods, metrics, quiet=True)
@@ -969,8 +958,6 @@ def validate(state, dataset, run, frozen):
 
 def make_pipeline(config, module, frozen, device):
     """Make the Pipeline of a module that is trained; what a cache spared is loaded for it."""
-    if config["stage"] == "autoencoder":
-        return evaluate.Pipeline(None, module, frozen.prompts)
     if config["stage"] == "decoder":
         restorer = frozen.restorer or data.load_frozen_restorer(config, device)
         return evaluate.Pipeline(restorer, module, frozen.prompts, steps=config["decoder"]["steps"])
@@ -1055,7 +1042,6 @@ class Log:
         """Write the line, and begin the next."""
         seconds = time.monotonic() - self.since
         losses, counts = self.sums.tolist()
-        by_sigma = [loss / n if n else None for loss, n in zip(losses, counts)]
         line = {
             "step": state.step,
             "loss": sum(losses) / max(1, sum(counts)),
@@ -1066,7 +1052,7 @@ class Log:
             "bad_images": self.bad,
         }
         if self.args.stage == "restorer":
-            line["loss_by_sigma"] = by_sigma
+            line["loss_by_sigma"] = [loss / n if n else None for loss, n in zip(losses, counts)]
         if self.args.stage != "autoencoder":
             line["condition_norm"] = state.condition_norm()
         if self.args.device.startswith("cuda"):
@@ -1159,19 +1145,9 @@ def train(state, batches, val_set, run, log, frozen):
     if log.failures == MOST_FAILURES:
         advice = f"the weights are saved, lower --lr ({args.lr:g})"
         raise UserError(f"{MOST_FAILURES} steps in a row without a finite loss; {advice}")
-    if done or not result["stop"]:
+    if done:
         return None
     return stop[0] if stop else signal.SIGTERM  # of another process
-
-
-def check_pictures(run, digests):
-    """Raise UserError if the pictures have changed since the run began.
-
-    Giving --data again accepts them as they are now."""
-    path = run / "pictures.json"
-    if path.is_file() and "--data" not in given_flags():
-        what = f"{run} began with other pictures; --data, given again, goes on with these"
-        data.check_same(vae.read_json(path), digests, what)
 
 
 def crop_stages(args, start=0, draws=0):
@@ -1282,17 +1258,7 @@ def describe_decoder(autoencoder, args, train_set, frozen):
     gains = [autoencoder.measure_gains(latents, batch["condition"].to(args.device))]
     if WORLD > 1:  # each GPU rounds in its own way
         dist.broadcast_object_list(gains)
-    steps = args.latent_steps[0]
-    about = {"dcae": autoencoder.config, "gains": gains[0], "parts": args.decoder_parts}
-    return about | {"steps": steps}
-
-
-def load_state(config, checkpoint, args, train_set, frozen):
-    """Make the State of a checkpoint, or of a run that begins."""
-    state = State(config, load_module(config, checkpoint, args, train_set, frozen), args)
-    if checkpoint:
-        state.load(checkpoint)
-    return state
+    return {"dcae": autoencoder.config, "gains": gains[0], "parts": args.decoder_parts}
 
 
 def read_start(checkpoint, args):
@@ -1321,8 +1287,10 @@ def load_data(args, run, saved):
     digests = data.row_digests(train_set)
     for name, digest in data.row_digests(val_set).items():
         digests[f"validation: {name}"] = digest
-    if saved["step"]:
-        check_pictures(run, digests)
+    before = run / "pictures.json"
+    if saved["step"] and before.is_file() and "--data" not in given_flags():
+        what = f"{run} began with other pictures; --data, given again, goes on with these"
+        data.check_same(vae.read_json(before), digests, what)
     config = saved["model"]
     if args.data:
         config["enlarge"] = train_set.source.enlarge
@@ -1340,26 +1308,20 @@ def describe_validation(args, val_set):
     return data.short_hash([data.row_digests(val_set), val_set.crop, flags])
 
 
-def open_cache(args, saved, train_set):
-    """Return the CachedDataset of --cache in place of the training set. Raises UserError."""
-    about = data.fingerprint(args, saved["model"]), data.row_digests(train_set)
-    return data.CachedDataset(args.cache, *about, len(train_set))
-
-
 def load_frozen(args, saved, train_set, val_set, draws):
     """Load what stands around the module that is trained -> Frozen. Raises UserError.
 
     draws: the numbers of all pictures that this process will draw."""
     config = saved["model"]
     stage = config["stage"]
+    sides = [args.resolution] + [side for side, _ in args.curriculum or []]
     if stage == "autoencoder":
         frozen = Frozen(None, data.Prompts())
     else:
         frozen = Frozen(*data.load_frozen(config | {"decoder": None}, args.device))
-        sides = [args.resolution] + [side for side, _ in args.curriculum or []]
         data.check_resolution(sides, frozen.autoencoder, config)
-    if stage != "autoencoder" and not model.works_on_pixels(config):
-        print_memory(config, args, frozen.autoencoder)
+        if not model.works_on_pixels(config):
+            print_memory(config, args, frozen.autoencoder)
     if args.cache:
         frozen.autoencoder = None
         frozen.prompts.known = train_set.prompts()
@@ -1369,7 +1331,7 @@ def load_frozen(args, saved, train_set, val_set, draws):
     if stage == "decoder" and not args.cache:
         frozen.restorer = data.load_frozen_restorer(config, args.device)
     if args.lpips_weights:
-        if min([args.resolution] + [side for side, _ in args.curriculum or []]) < 64:
+        if min(sides) < 64:
             raise UserError("--lpips_weights: LPIPS needs crops of 64 pixels; see --resolution")
         heads = evaluate.read_published(evaluate.LPIPS_HEADS, args.lpips_weights[1])
         trunk = evaluate.read_published(evaluate.LPIPS_TRUNK, args.lpips_weights[0])
@@ -1389,23 +1351,27 @@ def main():
     train_set, val_set, digests = load_data(args, run, saved)
     jitter = "color_jitter" in train_set.degradation_names()
     if args.cache:
-        train_set = open_cache(args, saved, train_set)
+        about = data.fingerprint(args, saved["model"]), data.row_digests(train_set)
+        train_set = data.CachedDataset(args.cache, *about, len(train_set))
     # every draw of the run has a number; this process takes every WORLD-th
     first = saved["draws"]
     last = first + (args.steps - saved["step"]) * args.batch_size
     draws = range(first + RANK, last, WORLD)
     frozen = load_frozen(args, saved, train_set, val_set, draws)
-    state = load_state(saved["model"], checkpoint, args, train_set, frozen)
+    module = load_module(saved["model"], checkpoint, args, train_set, frozen)
+    state = State(saved["model"], module, args)
     on_gpu = args.device.startswith("cuda")
     batches = data.load_batches(train_set, args.batch_size // WORLD, draws, args.workers, on_gpu)
     if jitter:
         state.mean_weight = 0.1
     state.held_out = data.row_names(val_set)
     state.validated_on = describe_validation(args, val_set)
-    if checkpoint and state.validated_on != saved["validated_on"]:
-        print("validation is on other pictures than before: best begins anew")
-        state.best = [-math.inf, None]
-        state.validation = None
+    if checkpoint:
+        state.load(checkpoint)
+        if state.validated_on != saved["validated_on"]:
+            print("validation is on other pictures than before: best begins anew")
+            state.best = [-math.inf, None]
+            state.validation = None
     if RANK == 0:
         begin_run(run, args, state, digests)
     log = Log(run, args, state.step)
@@ -1459,7 +1425,7 @@ def estimate_memory(config, args, autoencoder):
         "adamw_bf16": (4, 2, 4),
         "adamw_sr": (2, 2, 4),
     }[args.optimizer]
-    bf16_base = half and config["lora"]
+    bf16_base = half and config["lora"] and config["stage"] == "restorer"
     sizes = {
         "weights": weight * trained + (2 if bf16_base else 4) * frozen,
         "gradients": gradient * trained,
@@ -1486,10 +1452,10 @@ def estimate_memory(config, args, autoencoder):
     return sizes
 
 
-def activation_bytes(config, latents, half, checkpointing, tokens=64):
+def activation_bytes(config, latents, half, checkpointing):
     """Return the bytes that autograd keeps of a restorer between forward and backward.
 
-    tokens: of a caption. All blocks are alike: one and two of them tell what each adds."""
+    For captions of 64 tokens. All blocks are alike: one and two of them tell what each adds."""
     kept = []
     for blocks in (1, 2):
         with torch.device("meta"):
@@ -1498,7 +1464,7 @@ def activation_bytes(config, latents, half, checkpointing, tokens=64):
             if half:
                 restorer.sana.to(torch.bfloat16)
             timestep = torch.empty(len(latents))
-            text = torch.empty(len(latents), tokens, restorer.sana.config["caption_channels"])
+            text = torch.empty(len(latents), 64, restorer.sana.config["caption_channels"])
         kept.append(saved_bytes(restorer, latents, latents, timestep, text))
     block = kept[1] - kept[0]
     ends = kept[0] - block
@@ -1528,15 +1494,6 @@ def saved_bytes(module, *inputs):
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-SPARING = {  # flag: what it takes away
-    "--checkpointing": "most activations",
-    "--ema_device cpu": "the average",
-    "--cache": "what is frozen",
-    "--lora 16": "gradients, moments and average of all but the changes",
-    "--accumulate": "activations, divided by its number",
-}
-
-
 def print_memory(config, args, autoencoder):
     """Say how much memory the run will take, and what helps where a GPU has less."""
     bytes_of = estimate_memory(config, args, autoencoder)
@@ -1547,15 +1504,17 @@ def print_memory(config, args, autoencoder):
         return
     there = torch.cuda.get_device_properties(args.device).total_memory
     if total > 0.95 * there:
-        given = {
-            "--checkpointing": args.checkpointing,
-            "--ema_device cpu": args.ema_device == "cpu",
-            "--cache": args.cache,
-            "--lora 16": args.lora,
-        }
-        if args.stage == "decoder":
-            given |= {"--checkpointing": True, "--lora 16": True}  # they do not exist there
-        left = [f"{flag} ({what})" for flag, what in SPARING.items() if not given.get(flag)]
+        restorer = args.stage == "restorer"  # a decoder has neither checkpointing nor LoRA
+        left = []
+        if restorer and not args.checkpointing:
+            left.append("--checkpointing (most activations)")
+        if args.ema_device != "cpu":
+            left.append("--ema_device cpu (the average)")
+        if not args.cache:
+            left.append("--cache (what is frozen)")
+        if restorer and not args.lora:
+            left.append("--lora 16 (gradients, moments and average of all but the changes)")
+        left.append("--accumulate (activations, divided by its number)")
         print(f"this GPU has {there / 1e9:.1f} GB; what spares memory: {'; '.join(left)}")
 
 
@@ -1573,20 +1532,17 @@ def introduce(args, state, images, run):
     print(f"{work} from {images} images -> {run}")
 
 
-def describe_scores(v):
-    """Format a validation: from input to restored, or an autoencoder's round trip."""
-    if "roundtrip_psnr" in v:
-        return f"round trip PSNR {v['roundtrip_psnr']:.2f} dB, SSIM {v['roundtrip_ssim']:.3f}"
-    psnr = f"PSNR {v['input_psnr']:.2f} -> {v['restored_psnr']:.2f} dB"
-    return f"{psnr}, SSIM {v['input_ssim']:.3f} -> {v['restored_ssim']:.3f}"
-
-
 def report(state, run, count):
     """Print the last lines: what was reached, and where it lies."""
     v = state.validation
-    print(f"step {v['step']}, {count} held-out images: {describe_scores(v)}")
-    columns = [name for name in ("restored", "roundtrip") if f"{name}_psnr" in v]
-    print(f"degraded | {columns[0]} | clean: {run}/samples/step_{v['step']:06d}.png")
+    method = state.score.removesuffix("_psnr")
+    if method == "roundtrip":
+        scores = f"round trip PSNR {v['roundtrip_psnr']:.2f} dB, SSIM {v['roundtrip_ssim']:.3f}"
+    else:
+        psnr = f"PSNR {v['input_psnr']:.2f} -> {v['restored_psnr']:.2f} dB"
+        scores = f"{psnr}, SSIM {v['input_ssim']:.3f} -> {v['restored_ssim']:.3f}"
+    print(f"step {v['step']}, {count} held-out images: {scores}")
+    print(f"degraded | {method} | clean: {run}/samples/step_{v['step']:06d}.png")
     print(f"{run}/loss.png, log.jsonl, checkpoint step_{state.step:06d}")
 
 

@@ -530,8 +530,7 @@ class DCAE(nn.Module):
         gains = {}
 
         def note(i, x):
-            if str(i) in self.skips:
-                gains[str(i)] = (rms(x) / rms(features[i])).item()
+            gains[str(i)] = (rms(x) / rms(features[i])).item()
             return x
 
         z = (latents / self.scaling).to(pixels)
@@ -639,8 +638,7 @@ def tiles(size, tile, halo):
         tile = max(size)
     parts = []
     for top, left in itertools.product(range(0, size[0], tile), range(0, size[1], tile)):
-        pairs = zip(cut(top), cut(left))
-        parts.append([(..., rows, columns) for rows, columns in pairs])
+        parts.append([(..., rows, columns) for rows, columns in zip(cut(top), cut(left))])
     return parts
 
 
@@ -657,8 +655,8 @@ def in_tiles(function, size, tile, halo, scale=1):
     for outer, inner, target in parts:
         part = function(outer)
         if out is None:
-            whole = scale_index((..., slice(0, size[0]), slice(0, size[1])), scale)
-            out = part.new_empty(part.shape[:2] + (whole[1].stop, whole[2].stop))
+            height, width = round(size[0] * scale), round(size[1] * scale)
+            out = part.new_empty(*part.shape[:2], height, width)
         out[scale_index(target, scale)] = part[scale_index(inner, scale)]
     return out
 

@@ -587,7 +587,8 @@ class ConvStack(torch.nn.Module):
 
 def train_stack(flags, minutes):
     """Train the stack on train.py's crops for so many minutes -> stack, steps, minutes."""
-    args = train.parse_args([*flags, "--resolution", "32", "--lr", "3e-3", "--out", "none"])
+    searched = ["--resolution", "32", "--lr", "3e-3", "--batch_size", "4"]
+    args = train.parse_args([*flags, *searched, "--out", "none"])
     train_set, _ = data.make_datasets(args)
     stack = ConvStack(generator=torch.Generator().manual_seed(args.seed))
     average = {name: p.detach().clone() for name, p in stack.named_parameters()}
@@ -947,14 +948,23 @@ def bench_memory(quick):
 
 def measured_memory(name, args):
     """A training step of a row on the card, with random weights: its peak beside the estimate."""
-    config = card_config(name, args)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
+    train_row(card_config(name, args), args)
+    grown = (torch.cuda.max_memory_allocated() - before) / 1e9
+    print(f"      measured, without the autoencoder: {grown:.1f} GB")
+
+
+def train_row(config, args):
+    """Two training steps of a restorer with random weights."""
+    args.steps, args.seed, args.lr, args.proj_lr = 1000, 0, 1e-5, 1e-3
+    args.share_at_one, args.clip, args.ema_every = 0.0, 0.1, 1
     restorer = build_restorer(config)
     for p in restorer.parameters():
         torch.nn.init.normal_(p, std=0.02)
     state = train.State(config, restorer, args)
-    shape = args.batch_size, 32, args.resolution // 32, args.resolution // 32
+    channels = config["sana"]["in_channels"]
+    shape = args.batch_size, channels, args.resolution // 32, args.resolution // 32
     batch = {
         "clean": torch.randn(shape),
         "condition": torch.randn(shape),
@@ -963,13 +973,10 @@ def measured_memory(name, args):
     }
     prompts = Prompts()
     prompts.folder = "random"
-    prompts.known = {"": torch.randn(64, 2304)}
-    args.steps, args.seed, args.lr, args.proj_lr = 1000, 0, 1e-5, 1e-3
-    args.share_at_one, args.clip, args.ema_every = 0.0, 0.1, 1
+    prompts.known = {"": torch.randn(64, config["sana"]["caption_channels"])}
     for _ in range(2):
         train.train_step(state, batch, train.Frozen(None, prompts))
-    grown = (torch.cuda.max_memory_allocated() - before) / 1e9
-    print(f"      measured, without the autoencoder: {grown:.1f} GB")
+    return state
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from transformers import Gemma2Config, Gemma2Model
 
+import bench
 import model
 import train
 from data import to_tensor
@@ -191,3 +192,14 @@ def test_cuda_a_pretrained_run_restores_in_bf16(pipeline_folder, photo, tmp_path
     assert pipeline.restorer.projection.weight.dtype == torch.float32
     restored = to_tensor(pipeline(small, steps=2))
     assert 0 < (restored - exact).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("flags", ["", "--lora 2 --checkpointing"])
+def test_cuda_a_row_of_the_memory_table_trains(flags):
+    args = bench.training_args(f"--resolution 128 {flags}")
+    args.device = args.ema_device = DEVICE
+    lora = {"rank": 2, "alpha": 2.0} if args.lora else None
+    config = model.MODEL_DEFAULTS | {"sana": Sana(SMALL | QK_NORM).config, "lora": lora}
+    state = bench.train_row(config, args)
+    assert state.step == 2
+    assert state.condition_norm() > 0

@@ -1,6 +1,6 @@
-"""Every command of the README, in its order and in one folder.
+"""Every command of README.md and tests/BENCH.md, in their order and in one folder.
 
-As it is printed, but for flags that make it small.
+As it is printed, but for flags that make it small. And every link.
 """
 
 import os
@@ -13,12 +13,18 @@ import sys
 import time
 from pathlib import Path
 
-from PIL import Image
-
+import pytest
 from conftest import ROOT
+from PIL import Image
 from test_commands import run
+from test_house import FILES
 
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    "README.md": (ROOT / "README.md").read_text(encoding="utf-8"),
+    "tests/BENCH.md": (ROOT / "tests/BENCH.md").read_text(encoding="utf-8"),
+}
+# What a page takes from the other one.
+BEFORE = {"README.md": [], "tests/BENCH.md": ["python data.py pairs PHOTOS --out pairs"]}
 SMALL = "--steps 4 --batch_size 4 --resolution 32 --val_every 4 --workers 0"
 # What a command begins with (the longest one counts): flags that are appended, and what it must
 # say. A command that is not here fails the test.
@@ -51,10 +57,8 @@ KNOWN = {
     "python tests/bench.py memory": ("", "1,604,6"),
     "python tests/bench.py decoder": ("--quick --threads 1", "in skips"),
     "python tests/bench.py gradients": ("--quick --threads 1", "bf16 gradients, compiled: "),
-    "python tests/bench.py degradations": (
-        "--quick --threads 1",
-        r"recipes of 1 to 3, .*: \d+ images/s",
-    ),
+    "python tests/bench.py denoise": ("--minutes 0.02", r"minutes, 1 threads: .* s a photo"),
+    "python tests/pictures.py": ("", r"assets/\w+.jpg: \d+x\d+"),
     "torchrun": (SMALL, r"on 2 x cpu.*PSNR [\d.]+ -> [\d.]+ dB"),
 }
 # In the text these name what a whole command shows elsewhere.
@@ -66,13 +70,13 @@ NAMES = {
 }
 
 
-def commands():
-    """Return the commands of the code blocks, and those between the words of the text.
+def commands(text):
+    """Return the commands of the code blocks, and those between the words of a page.
 
     A block of Python is one command of several lines.
     """
     found = []
-    for kind, block, words in re.findall(r"^```(\w*)\n(.*?)^```$|`([^`]+)`", README, re.M | re.S):
+    for kind, block, words in re.findall(r"^```(\w*)\n(.*?)^```$|`([^`]+)`", text, re.M | re.S):
         if kind == "python":
             found.append(block)
         elif block and not kind:  # a kind: not commands
@@ -85,10 +89,11 @@ def commands():
     return list(dict.fromkeys(found))
 
 
-def make_inputs(folder, photos, pipeline_folder):
+def make_inputs(folder, photos, pipeline_folder, published):
     """Make what the README takes for granted.
 
-    Photos, lists of them, a program's outputs, and the published model (a toy under its name).
+    Photos, lists of them, a program's outputs, the weights of LPIPS, and the published model (a toy
+    under its name).
     """
     pictures = sorted(photos.glob("*.png"))
     places = {
@@ -116,6 +121,8 @@ def make_inputs(folder, photos, pipeline_folder):
     for name, place in [("photos", "PHOTOS"), ("bsd432", "PHOTOS"), ("kodak", "KODAK")]:
         lines = ["image_path"] + [f"{place}/{path.name}" for path in places[place]]
         (folder / f"{name}.csv").write_text("\n".join(lines))
+    shutil.copy(published["alex"], folder / "TRUNK")
+    shutil.copy(published["alex heads"], folder / "HEADS")
     shutil.copytree(pipeline_folder, folder / "sana1.5-1.6b")
     (folder / "train.py").symlink_to(ROOT / "train.py")  # torchrun takes it from where it is run
 
@@ -166,44 +173,69 @@ def outputs(words):
         promised += [f"out/evaluation*/{name}" for name in names]
     if words[1] == "degrade.py":
         promised.append(words[3])
+    if words[1] == "tests/pictures.py":
+        promised.append(words[4])
     if words[1:3] == ["model.py", "export"]:
         promised.append(words[4])
     return promised
 
 
-def test_every_command_runs_as_printed(photos, pipeline_folder, tmp_path, monkeypatch):
-    make_inputs(tmp_path, photos, pipeline_folder)
-    monkeypatch.chdir(tmp_path)
-    whole = [command for command in commands() if command not in NAMES]
+def known_start(command):
+    """Return the longest beginning in KNOWN of a command."""
+    fitting = [start for start in KNOWN if f"{command} ".startswith(f"{start} ")]
+    assert fitting, f"a page has a command that this test does not know: {command}"
+    return max(fitting, key=len)
+
+
+def shell_commands():
+    """Return the commands of all pages, but Python, pip and pytest, and names alone."""
+    found = []
+    for text in PAGES.values():
+        found += commands(text)
+    others = r"pip install|python -m pytest tests( -k cuda)?$"
+    found = [command for command in found if "\n" not in command and not re.match(others, command)]
+    return [command for command in found if command not in NAMES]
+
+
+def test_every_known_command_is_printed():
+    whole = shell_commands()
     for name in NAMES:
         assert any(command.startswith(name) for command in whole), name
-    seen = set()
-    for command in whole:
-        if re.match(r"pip install|python -m pytest tests( -k cuda)?$", command):
-            continue  # the next test
+    assert {known_start(command) for command in whole} == KNOWN.keys()
+
+
+@pytest.mark.parametrize("page", list(PAGES))
+def test_every_command_runs_as_printed(
+    page, photos, pipeline_folder, published, tmp_path, monkeypatch
+):
+    make_inputs(tmp_path, photos, pipeline_folder, published)
+    monkeypatch.chdir(tmp_path)
+    shell = shell_commands()
+    for command in BEFORE[page] + commands(PAGES[page]):
         if "\n" in command:
             exec(command, {})
             for path in re.findall(r'save\("(.*?)"\)', command):
                 assert (tmp_path / path).is_file(), command
-            continue
-        fitting = [start for start in KNOWN if f"{command} ".startswith(f"{start} ")]
-        assert fitting, f"the README has a command that this test does not know: {command}"
-        known = max(fitting, key=len)
-        seen.add(known)
-        more, says = KNOWN[known]
-        words = shlex.split(re.sub(r"\bNAME\b", "jpeg", command))
-        all_words = words + shlex.split(more)
-        start = time.time()
-        if words[0] == "torchrun":
-            output = torchrun(all_words, tmp_path)
-        else:
-            output = run(*all_words[1:], cwd=tmp_path)
-        assert re.search(says, output, re.S), (command, output)
-        for path in outputs(words):
-            times = [found.stat().st_mtime for found in tmp_path.glob(path)]
-            assert times, (command, path)
-            assert max(times) >= start - 1, (command, path)
-    assert seen == KNOWN.keys(), f"no longer in the README: {KNOWN.keys() - seen}"
+        elif command in shell:
+            run_small(command, tmp_path)
+
+
+def run_small(command, folder):
+    """Run a command with the flags that make it small, and look at what it says and writes."""
+    more, says = KNOWN[known_start(command)]
+    words = shlex.split(re.sub(r"\bNAME\b", "jpeg", command))
+    all_words = words + shlex.split(more)
+    start = time.time()
+    if words[0] == "torchrun":
+        output = torchrun(all_words, folder)
+    else:
+        output = run(*all_words[1:], cwd=folder)
+    print(f"{time.time() - start:.0f} s: {command}")
+    assert re.search(says, output, re.S), (command, output)
+    for path in outputs(words):
+        times = [found.stat().st_mtime for found in folder.glob(path)]
+        assert times, (command, path)
+        assert max(times) >= start - 1, (command, path)
 
 
 def test_the_install_and_test_command_is_the_one_that_ci_runs():
@@ -213,9 +245,34 @@ def test_the_install_and_test_command_is_the_one_that_ci_runs():
     found = subprocess.run(search, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
     *installs, tests = found.stdout.strip().split(" && ")
     assert tests == "python -m pytest tests"
-    assert all(part in commands() for part in (*installs, tests))
-    for command in commands():
+    readme = commands(PAGES["README.md"])
+    assert all(part in readme for part in (*installs, tests))
+    for command in readme:
         if command.startswith("pip install"):
             files = re.findall(r"-r (\S+)", command)
             assert command == "pip install " + " ".join(f"-r {file}" for file in files)
             assert all((ROOT / file).is_file() for file in files)
+
+
+def anchor(heading):
+    """Return GitHub's name of a heading, for links."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", list(PAGES))
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        name, _, part = target.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        assert file.is_file(), target
+        if file.suffix == ".md" and part:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            assert part in map(anchor, headings), target
+
+
+def test_the_lines_to_start_at_are_where_the_readme_says():
+    starts = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", PAGES["README.md"])
+    assert {file for _, file, _ in starts} == {f"{name}.py" for name in FILES}
+    for name, file, number in starts:
+        line = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(number) - 1]
+        assert re.match(rf"(def |class )?{name}\b", line), (file, number, line)
