@@ -27,6 +27,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+# torch's threads wait for each other by spinning, which starves other programs, and so each other.
+# Now they soon go to sleep instead. (OpenMP reads this when torch is imported.)
+os.environ.setdefault("GOMP_SPINCOUNT", "500")
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
