@@ -28,7 +28,7 @@ import model
 import train
 from conftest import ROOT
 from model import PRESETS, build_restorer
-from test_readme import README, commands
+from test_readme import PAGES, shell_commands
 from vae import PixelAE, save_weights
 
 COMMANDS = {
@@ -76,19 +76,20 @@ def test_help_explains_every_flag_and_fits_on_a_page():
 
 def test_every_flag_is_used_by_a_test():
     texts = [path.read_text() for path in (ROOT / "tests").glob("test_*.py")]
-    used = "\n".join(texts + commands())
+    used = "\n".join(texts + shell_commands())
     names = {name for _, action in ACTIONS for name in action.option_strings}
     assert len(names) > 50
     for name in sorted(names):
         assert re.search(rf"{name}\b(?![_-])", used), name
 
 
-def test_the_readme_has_no_other_flags():
+def test_the_pages_have_no_other_flags():
     names = {name for _, action in ACTIONS for name in action.option_strings}
-    names |= {"--quick", "--gpu"}  # of tests/bench.py
+    names |= {"--quick", "--gpu", "--threads", "--minutes", "--contestants", "--val"}  # of bench.py
     names |= {"--nproc_per_node", "--nnodes", "--max_restarts"}  # of torchrun
     names |= {"--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
-    assert set(re.findall(r"(?<![\w-])--\w+", README)) <= names
+    for page, text in PAGES.items():
+        assert set(re.findall(r"(?<![\w-])--\w+", text)) <= names, page
 
 
 # --------------------------------------------------------------------------------------------------
