@@ -23,6 +23,9 @@ from argparse import ArgumentTypeError
 from collections import Counter
 from pathlib import Path
 
+# threads that wait soon sleep instead of spinning, see train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "500")
+
 import numpy as np
 import torch
 import torch.nn.functional as F
