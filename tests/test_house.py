@@ -1,6 +1,7 @@
 """The house: which file imports which, what else it imports, and the lint."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -47,3 +48,14 @@ def test_ruff_finds_nothing():
     command += rules + ["--per-file-ignores", ",".join(ignores), "."]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", ["evaluate", "train"])
+def test_how_threads_wait_is_set_before_torch_is_imported(name):
+    """OpenMP reads it once, when torch loads it."""
+    lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    setting = lines.index('os.environ.setdefault("GOMP_SPINCOUNT", "500")')
+    importing = [i for i, line in enumerate(lines) if re.match("(import|from) torch", line)]
+    before = set(re.findall(r"^import (\w+)", "\n".join(lines[:setting]), re.M))
+    assert setting < min(importing)
+    assert before <= set(sys.stdlib_module_names)
