@@ -635,7 +635,8 @@ def train_tiny(flags, minutes, folder):
         lines = [json.loads(line) for line in text]
         return [line["images_per_second"] / batch for line in lines if "loss" in line]
 
-    steps = round(60 * minutes * statistics.mean(run(250, "speed")[1:]))
+    trial = 250 if minutes >= 1 else 100
+    steps = round(60 * minutes * statistics.mean(run(trial, "speed")[1:]))
     steps = max(100, 50 * (steps // 50))  # whole lines of the log
     real = sum(50 / rate for rate in run(steps, "run")) / 60
     return Pipeline.load(Path(folder, "run")), steps, real

@@ -30,6 +30,14 @@ SMALL = "--steps 4 --batch_size 4 --resolution 32 --val_every 4 --workers 0"
 # say. A command that is not here fails the test.
 KNOWN = {
     "python train.py": (f"{SMALL} --overwrite", r"PSNR [\d.]+ -> [\d.]+ dB"),
+    "python train.py --steps 4000 --conditioning none": (  # 20 steps for each validation picture
+        f"{SMALL} --overwrite --data photos.csv",
+        r"PSNR [\d.]+ -> [\d.]+ dB",
+    ),
+    "python train.py --steps 1000 --model out/prior": (
+        f"{SMALL} --overwrite --data photos.csv",
+        r"PSNR [\d.]+ -> [\d.]+ dB",
+    ),
     "python train.py --resume": ("--steps 6", r"step 6, .* PSNR [\d.]+ -> [\d.]+ dB"),
     "python train.py --data photos.csv --model mini": (
         f"{SMALL} --overwrite",
