@@ -366,7 +366,7 @@ class CsvPairs:
             reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             lines = [(reader.line_num, fields) for fields in reader]
         header = ",".join(reader.fieldnames)
-        if reader.fieldnames.count("image_path") != 1:
+        if "image_path" not in reader.fieldnames:
             wanted = "image_path,condition_image_path,caption"
             raise UserError(f"{path}: no column image_path in {header!r}; the header is {wanted}")
         for name in COLUMNS:
@@ -1471,6 +1471,8 @@ def match_folders(clean_folder, degraded_folder, out, pattern=""):
 
     pattern: "GT=NOISY" replaces the last GT in a clean picture's path by NOISY, which gives its
     partner's path. With a pattern, both folders may be the same one. Raises UserError."""
+    if Path(clean_folder).resolve() == Path(degraded_folder).resolve():
+        degraded_folder = clean_folder  # written alike, so that paths can be compared
     here, _, there = pattern.partition("=")
     if pattern and not (here and there):
         raise UserError(f"--pattern {pattern}: write CLEAN=DEGRADED, such as GT=NOISY")
@@ -1509,7 +1511,7 @@ def list_both(clean_folder, degraded_folder, word):
     word: what the path of a clean picture has, where the folders are one."""
     clean = list_images(clean_folder)
     degraded = list_images(degraded_folder)
-    if Path(clean_folder).resolve() == Path(degraded_folder).resolve():
+    if clean_folder == degraded_folder:
         if not word:
             raise UserError(f"{clean_folder}: two times the same folder; say with --pattern which")
         clean = [path for path in clean if word in path.relative_to(clean_folder).as_posix()]

@@ -7,6 +7,7 @@ import json
 import os
 import unicodedata
 from argparse import Namespace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -197,6 +198,7 @@ LAYOUTS = {
     "equal names": ("clean/a/1.png", "noisy/a/1.jpg", "clean", "noisy", ""),
     "GoPro": ("gopro/scene/sharp/1.png", "gopro/scene/blur/1.png", "gopro", "gopro", "sharp=blur"),
     "SIDD": ("sidd/01/01_GT_10.png", "sidd/01/01_NOISY_10.png", "sidd", "sidd", "GT=NOISY"),
+    "one folder written two ways": ("a/1_GT.png", "a/1_NOISY.png", "a", "a/../a", "GT=NOISY"),
     "DIV2K": ("HR/0001.png", "LR/X4/0001x4.png", "HR", "LR", ".png=x4.png"),
 }
 
@@ -205,7 +207,8 @@ LAYOUTS = {
 def test_two_folders_become_a_csv(layout, tmp_path, capsys):
     clean, degraded, first, second, pattern = LAYOUTS[layout]
     picture = coordinates(40, 40)
-    for name in (clean, degraded, clean.replace("1.png", "9.png").replace("10.", "19.")):
+    alone = Path(clean).with_name(f"9{Path(clean).name}")
+    for name in (clean, degraded, alone):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         picture.save(tmp_path / name)
     match_folders(tmp_path / first, tmp_path / second, tmp_path / "pairs.csv", pattern)
@@ -496,6 +499,7 @@ def test_a_linear_profile_is_not_srgb(tmp_path):
 
 def test_doubled_columns_are_refused(tmp_path):
     coordinates(40, 40).save(tmp_path / "a.png")
-    header = ["image_path", "caption", "caption"]
-    with pytest.raises(UserError, match="two columns caption"):
-        CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "x", "y")], header))
+    for name in ("caption", "image_path"):
+        header = ["image_path", name, "caption"]
+        with pytest.raises(UserError, match=f"two columns {name}"):
+            CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "x", "y")], header))
