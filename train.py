@@ -499,6 +499,20 @@ class BF16AdamW:
 # State: what the next step depends on. Randomness needs none (see seed_for).
 
 
+def prepare_restorer(restorer, config, args):
+    """Cast a restorer as it is trained, and set what saves memory or time."""
+    restorer.sana.checkpointing = args.checkpointing
+    if args.optimizer != "adamw":
+        restorer.sana.to(torch.bfloat16)
+    if config["lora"] and args.device.startswith("cuda"):
+        for p in restorer.parameters():
+            if not p.requires_grad:
+                p.data = p.data.bfloat16()
+    if args.compile:
+        for block in restorer.sana.transformer_blocks:
+            block.compile(dynamic=False)
+
+
 class State:
     """The weights, their moving average, AdamW's moments, and the number of steps done.
 
@@ -532,16 +546,7 @@ class State:
         weights = vae.trained_weights(module)
         fp32 = {name: shard(p.detach()).float().clone() for name, p in weights.items()}
         if isinstance(module, model.Restorer):
-            module.sana.checkpointing = args.checkpointing
-            if args.optimizer != "adamw":
-                module.sana.to(torch.bfloat16)
-            if config["lora"] and args.device.startswith("cuda"):
-                for p in module.parameters():
-                    if not p.requires_grad:
-                        p.data = p.data.bfloat16()
-            if args.compile:
-                for block in module.sana.transformer_blocks:
-                    block.compile(dynamic=False)
+            prepare_restorer(module, config, args)
         module.to(args.device)
         if WORLD > 1:
             shard_module(module, args.device)
@@ -1437,23 +1442,29 @@ def estimate_memory(config, args, autoencoder):
         "average": 4 * trained if args.ema_device == args.device else 0,
         "autoencoder": 0 if args.cache else sum(p.nbytes for p in autoencoder.parameters()),
     }
-    side = max([args.resolution] + [side for side, _ in args.curriculum or []])
-    batch = args.batch_size // WORLD // args.accumulate
-    grid = side // autoencoder.factor
-    latents = torch.empty(batch, autoencoder.channels, grid, grid, device="meta")
+    latents = largest_latents(args, autoencoder)
+    side = latents.shape[-1] * autoencoder.factor
     if config["stage"] == "decoder":
         count = sum(p.numel() for p in restorer.parameters())
         sizes["restorer"] = 0 if args.cache else (2 if half else 4) * count
-        pixels = torch.empty(batch, 3, side, side, device="meta")
+        pixels = torch.empty(len(latents), 3, side, side, device="meta")
         sizes["activations"] = saved_bytes(module, pixels, latents)
-    else:
-        half = args.optimizer != "adamw" or bf16_base
-        activations = activation_bytes(config, latents, half, args.checkpointing)
-        # one after the other: encoding a picture holds five tensors of its first stage at once
-        width = autoencoder.config["encoder_block_out_channels"][0]
-        encoding = 0 if args.cache else 4 * 5 * width * min(side, 2 * vae.TILE) ** 2
-        sizes["activations"] = max(activations, encoding)
+        return sizes
+    half = args.optimizer != "adamw" or bf16_base
+    activations = activation_bytes(config, latents, half, args.checkpointing)
+    # one after the other: encoding a picture holds five tensors of its first stage at once
+    width = autoencoder.config["encoder_block_out_channels"][0]
+    encoding = 0 if args.cache else 4 * 5 * width * min(side, 2 * vae.TILE) ** 2
+    sizes["activations"] = max(activations, encoding)
     return sizes
+
+
+def largest_latents(args, autoencoder):
+    """Return empty latents of a batch's part at the largest resolution, on the meta device."""
+    side = max([args.resolution] + [side for side, _ in args.curriculum or []])
+    count = args.batch_size // WORLD // args.accumulate
+    grid = side // autoencoder.factor
+    return torch.empty(count, autoencoder.channels, grid, grid, device="meta")
 
 
 def activation_bytes(config, latents, half, checkpointing):
