@@ -1289,7 +1289,7 @@ def parse_args():
     add = parser.add_argument_group("how to restore").add_argument
     add("--prompt", help='"Remove JPEG artifacts." (default: "", or the captions of --data)')
     steps, factor = between(int, 1, 1000), between(float, 0, 100)
-    add("--steps", type=steps, help="1 has the best PSNR (default 1 for tiny, mini; SANA 20)")
+    add("--steps", type=steps, help="few have the best PSNR (default 1 for tiny, mini; SANA 20)")
     add("--sampler", choices=list(SAMPLERS), default="euler", help="dpm: DPM-Solver++ 2M")
     add("--average", type=steps, default=1, metavar="K", help="mean of K answers (default 1)")
     add("--guidance", type=factor, default=1.0, help="prompt weight; see model.guided (default 1)")

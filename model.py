@@ -390,7 +390,9 @@ class Restorer(nn.Module):
             sana.patch_embed.proj = widen(sana.patch_embed.proj)
 
     def forward(self, latents, condition, timestep, text, text_mask=None):
-        """latents, condition [B, C, H, W], the rest as Sana.forward has it -> velocity."""
+        """latents, condition [B, C, H, W], timestep [B] = 1000 sigma -> velocity [B, C, H, W].
+
+        text, text_mask: the captions' embeddings, as Sana.forward takes them."""
         x = latents
         if self.conditioning != "none":
             x = torch.cat([latents, condition], dim=1)              # [B, 2C, H, W]
@@ -545,7 +547,7 @@ def sample_euler(velocity, noise, steps, shift=SHIFT):
 
     noise [B, C, H, W] -> the same shape. One step gives x0 as predicted from pure noise, the mean
     of all clean images that fit the condition: the best PSNR. More steps settle on one of them.
-    Sigmas are linspace(1, 0, steps + 1), shifted."""
+    Sigmas are linspace(1, 0, steps + 1), moved by shift_sigma."""
     x = noise
     sigmas = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
     for sigma, next_sigma in zip(sigmas, sigmas[1:]):

@@ -70,7 +70,7 @@ def make_parser():
     count, share, positive = between(int, 1), between(float, 0, 1), between(float, 0)
     add = parser.add_argument_group("model and optimizer").add_argument
     ways = ["projection", "widen", "none"]
-    add("--conditioning", choices=ways, help="how the condition enters, see model.Restorer")
+    add("--conditioning", choices=ways, help="see model.Restorer (SANA: projection; tiny: widen)")
     add("--lora", type=count, metavar="RANK", help="train low-rank changes alone, see model.LoRA")
     least = between(float, 1e-3)
     add("--lora_alpha", type=least, help="their factor is lora_alpha / RANK (default RANK)")
@@ -1118,6 +1118,7 @@ def train_step(state, batch, frozen, stop=()):
 def train(state, batches, val_set, run, log, frozen):
     """Do the steps that are left, with log, validation and checkpoints.
 
+    frozen: the models that are used but not trained. compute_gradients has the loss of a step.
     -> the signal that ended it before the last step, or None. Raises UserError."""
     args = state.args
     stop = catch_signals()
@@ -1398,7 +1399,8 @@ def main():
         batches.close()  # ends the workers
     report(state, run, len(val_set))
     if caught:
-        print(f"python train.py --resume {run} goes on")
+        stopped = f"stopped at step {state.step} of {args.steps}"
+        print(f"{stopped}: python train.py --resume {run} goes on")
     status = 128 + caught if caught else 0
     if WORLD > 1:
         # gloo's threads may still hold tensors, and would abort a Python that is shutting down
