@@ -998,7 +998,7 @@ def make_datasets(args, stages=None, kept=None):
     if not training:
         raise UserError(f"{args.data}: all rows share a picture or group with one held out")
     refuse_useless_flags(source, val_source)
-    print(f"{source.summary()}, {len(held_out)} held out ({val_source.path.name})")
+    print(f"{source.summary()}, {len(held_out)} for validation ({val_source.path.name})")
     shared = len(source) - len(training) - (0 if args.val_data else len(held_out))
     if shared > 0:
         print(f"{shared} more share a picture or group with those: they are not trained on")

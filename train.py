@@ -1118,7 +1118,7 @@ def train_step(state, batch, frozen, stop=()):
 def train(state, batches, val_set, run, log, frozen):
     """Do the steps that are left, with log, validation and checkpoints.
 
-    frozen: the models that are used but not trained. compute_gradients has the loss of a step.
+    frozen: the models that are used but not trained. restorer_objective has a step's loss.
     -> the signal that ended it before the last step, or None. Raises UserError."""
     args = state.args
     stop = catch_signals()
@@ -1558,7 +1558,7 @@ def report(state, run, count):
     else:
         psnr = f"PSNR {v['input_psnr']:.2f} -> {v['restored_psnr']:.2f} dB"
         scores = f"{psnr}, SSIM {v['input_ssim']:.3f} -> {v['restored_ssim']:.3f}"
-    print(f"step {v['step']}, {count} held-out images: {scores}")
+    print(f"validated at step {v['step']} on {count} images: {scores}")
     print(f"degraded | {method} | clean: {run}/samples/step_{v['step']:06d}.png")
     print(f"{run}/loss.png, log.jsonl, checkpoint step_{state.step:06d}")
 

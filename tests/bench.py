@@ -732,7 +732,7 @@ def bench_preset(quick):
             [str(word) for word in command], check=True, cwd=folder, capture_output=True, text=True
         ).stdout
         seconds = time.perf_counter() - before
-    result = [line for line in output.splitlines() if "held-out images" in line][0]
+    result = [line for line in output.splitlines() if "validated at" in line][0]
     print(f"tiny, {steps} steps on {WHERE.device}: {seconds:.0f} s; {result}")
 
 

@@ -243,7 +243,7 @@ def test_the_line_at_the_start_counts_rows(tmp_path, capsys):
     names = made_of(tmp_path, 20)
     rows = [(name, name if i < 12 else "", "x" if i < 5 else "") for i, name in enumerate(names)]
     train_set, val_set = make_datasets(flags(write_csv(tmp_path / "p.csv", rows)))
-    counts = "20 rows, 12 with a condition, 8 degraded on the fly, 5 with captions, 2 held out"
+    counts = "20 rows, 12 with a condition, 8 degraded on the fly, 5 with captions, 2 for validation"
     assert counts in capsys.readouterr().out
     assert (len(train_set), len(val_set)) == (18, 2)
 
@@ -313,7 +313,7 @@ def test_restoring_enlarges_as_training_did(tmp_path):
     write_csv(tmp_path / "v.csv", rows[10:])
     words = ["--data", "p.csv", "--val_data", "v.csv", "--val_count", 2, "--resolution", 32]
     output = run("train.py", *words, "--steps", 2, "--workers", 0, cwd=tmp_path)
-    assert "2 times smaller" in output and "2 held out (v.csv)" in output
+    assert "2 times smaller" in output and "2 for validation (v.csv)" in output
     assert "10 images" in output  # 10.png is one to validate with
     config = json.loads((tmp_path / "out/p/config.json").read_text())
     assert config["held_out"] == ["10.png,10x2.png", "11.png,11x2.png"]
