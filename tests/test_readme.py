@@ -38,7 +38,10 @@ KNOWN = {
         f"{SMALL} --overwrite --data photos.csv",
         r"PSNR [\d.]+ -> [\d.]+ dB",
     ),
-    "python train.py --resume": ("--steps 6", r"validated at step 6 on .* PSNR [\d.]+ -> [\d.]+ dB"),
+    "python train.py --resume": (
+        "--steps 6",
+        r"validated at step 6 on .* PSNR [\d.]+ -> [\d.]+ dB",
+    ),
     "python train.py --data photos.csv --model mini": (
         f"{SMALL} --overwrite",
         r"round trip PSNR [\d.]+ dB",
