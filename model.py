@@ -545,9 +545,9 @@ def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise, mean_weigh
 def sample_euler(velocity, noise, steps, shift=SHIFT):
     """Follow dx/dsigma = velocity(x, timestep) from noise at sigma = 1 to an image at sigma = 0.
 
-    noise [B, C, H, W] -> the same shape. One step gives x0 as predicted from pure noise, the mean
-    of all clean images that fit the condition: the best PSNR. More steps settle on one of them.
-    Sigmas are linspace(1, 0, steps + 1), moved by shift_sigma."""
+    noise [B, C, H, W] -> the same shape. One step gives x0 as predicted from pure noise, about the
+    mean of all clean images that fit the condition: the best PSNR. More steps settle on one of
+    them. Sigmas are linspace(1, 0, steps + 1), moved by shift_sigma."""
     x = noise
     sigmas = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
     for sigma, next_sigma in zip(sigmas, sigmas[1:]):
