@@ -1558,7 +1558,8 @@ def report(state, run, count):
     else:
         psnr = f"PSNR {v['input_psnr']:.2f} -> {v['restored_psnr']:.2f} dB"
         scores = f"{psnr}, SSIM {v['input_ssim']:.3f} -> {v['restored_ssim']:.3f}"
-    print(f"validated at step {v['step']} on {count} images: {scores}")
+    word = "validated" if v["step"] == state.step else "last validated"  # after a stop
+    print(f"{word} at step {v['step']} on {count} images: {scores}")
     print(f"degraded | {method} | clean: {run}/samples/step_{v['step']:06d}.png")
     print(f"{run}/loss.png, log.jsonl, checkpoint step_{state.step:06d}")
 

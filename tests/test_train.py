@@ -462,6 +462,11 @@ def test_sigterm_to_all_processes_of_a_run_saves_and_the_best_is_kept(photos_csv
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
     assert "--resume out/photos goes on" in output
+    step = int(latest.read_text().removeprefix("step_"))
+    assert f"stopped at step {step} of" in output
+    validated = step // 5 * 5
+    word = "validated" if validated == step else "last validated"
+    assert f"\n{word} at step {validated} on" in output
     assert "Traceback" not in errors
     with pytest.raises(ProcessLookupError):  # nobody is left
         os.killpg(process.pid, signal.SIGTERM)
