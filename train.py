@@ -3,8 +3,7 @@
     python train.py                                   the demo: it draws its own pictures
     python train.py --data pairs/pairs.csv            your own pairs (see data.py)
     python train.py --data photos.csv --degradations gaussian_noise:sigma=25
-    python train.py --data pairs/pairs.csv --model sana1.5-1.6b --out out/sana
-                                                      from pretrained SANA
+    python train.py --data pairs/pairs.csv --model sana1.5-1.6b --out out/sana    from SANA
     python train.py --data pairs/pairs.csv --model out/sana --stage decoder --out out/decoder
                                                       its decoder, shown the degraded picture
     python train.py --resume out/demo                 go on after Ctrl-C, as if never stopped
