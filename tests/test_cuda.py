@@ -175,6 +175,11 @@ def test_cuda_memory_is_what_the_estimate_says(lora, pipeline_folder):
     args.checkpointing = True
     spared = train.estimate_memory(config, args, autoencoder)
     assert spared["activations"] < sizes["activations"]
+    train.prepare_restorer(state.module, config, args)
+    assert state.module.sana.checkpointing
+    args.curriculum = [(args.resolution, 8), (2 * args.resolution, 2)]  # the largest counts
+    grown = train.estimate_memory(config, args, autoencoder)
+    assert grown["activations"] > 2 * spared["activations"]
 
 
 def test_cuda_a_pretrained_run_restores_in_bf16(pipeline_folder, photo, tmp_path):
