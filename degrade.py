@@ -362,6 +362,22 @@ class Parser(argparse.ArgumentParser):
 
         options |= {"description": description, "formatter_class": layout, "allow_abbrev": False}
         super().__init__(**options)
+        self.titles = {}  # {flag: title of its group}
+
+    def group(self, title):
+        """Return a function like add_argument. Its flags stand in a group of this title."""
+        group = self.add_argument_group(title)
+
+        def add(*names, **options):
+            self.titles[group.add_argument(*names, **options).dest] = title
+
+        return add
+
+    def refuse(self, given, title, reason):
+        """Raise UserError if a flag of a group was given. given: {name: value} of what was typed."""
+        for name in given:
+            if self.titles.get(name) == title:
+                raise UserError(f"--{name}: {reason}")
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} -h)")
