@@ -7,7 +7,7 @@ of the diffusion model.)
 
     python degrade.py photo.jpg noisy.png                      two random degradations
     python degrade.py photo.jpg noisy.png --only gaussian_noise:sigma=25
-    python degrade.py photo.jpg sheet.png --preview            all six, side by side
+    python degrade.py photo.jpg sheet.png --preview            all of them, side by side
 """
 import argparse
 import contextlib
@@ -47,20 +47,14 @@ def jpeg(image, rng, quality):
 
 def gaussian_blur(image, rng, kernel):
     """Blur like OpenCV's GaussianBlur with sigma 0, within one level. kernel: odd width, pixels."""
-    half = kernel // 2
     weights = gaussian_kernel(kernel)
-    levels = np.asarray(image)
-    margins = [(half, half), (half, half), (0, 0)]
-    padded = np.pad(levels, margins[: levels.ndim], "reflect")  # mirrors, does not repeat the edge
-    blurred = np.empty_like(levels)
-    strip = 32  # rows at a time: they stay in the processor's cache, which halves the time
-    for top in range(0, len(levels), strip):
-        x = padded[top : top + strip + 2 * half].astype(np.float32)  # [strip + 2*half, W + 2*half]
-        x = convolve_rows(x, weights)  # [strip, W + 2*half]
-        x = np.moveaxis(x, 1, 0)  # the other axis first
-        x = np.moveaxis(convolve_rows(x, weights), 0, 1)  # [strip, W]
-        blurred[top : top + strip] = x + np.float32(0.5)  # OpenCV rounds halves up
-    return Image.fromarray(blurred)
+    levels = np.asarray(image, np.float32)
+    height, width = levels.shape[:2]
+    margins = [(kernel // 2, kernel // 2)] * 2 + [(0, 0)]
+    x = np.pad(levels, margins[: levels.ndim], "reflect")  # mirrors, does not repeat the edge
+    x = sum(weights[k] * x[k : k + height] for k in range(kernel))  # down the columns
+    x = sum(weights[k] * x[:, k : k + width] for k in range(kernel))  # along the rows
+    return Image.fromarray((x + 0.5).astype(np.uint8))  # OpenCV rounds halves up
 
 
 def gaussian_kernel(width):
@@ -77,18 +71,6 @@ def gaussian_kernel(width):
         sigma = 0.3 * ((width - 1) * 0.5 - 1) + 0.8
         weights = np.exp(-0.5 * ((np.arange(width, dtype=np.float32) - width // 2) / sigma) ** 2)
     return weights / weights.sum()
-
-
-def convolve_rows(x, weights):
-    """Convolve along the first axis with a symmetric kernel: one product for two equal weights."""
-    half = len(weights) // 2
-    n = len(x) - 2 * half
-    y = weights[half] * x[half : half + n]
-    for k in range(half):
-        pair = x[k : k + n] + x[2 * half - k : 2 * half - k + n]
-        pair *= weights[k]
-        y += pair
-    return y
 
 
 def downscale(image, rng, factor):
@@ -120,7 +102,7 @@ class Strength:
 
     drawn: what a recipe draws from, uniformly: (5.0, 50.0) any number in between, (10, 40) an
     integer from 10 to 40, [3, 5, 7] one of these. legal: what a user may set: (lowest, highest)
-    any number in between, range(1, 101) one of these integers. All ends are inclusive."""
+    any number in between, range(1, 101) one of these integers. Ends of tuples are inclusive."""
 
     drawn: tuple | list
     legal: tuple | range
@@ -133,19 +115,23 @@ class Strength:
             return int(rng.integers(low, high + 1))
         return float(rng.uniform(low, high))
 
-    def check(self, value):
-        """Return a value that a user has set. Raises ValueError if it is not legal."""
-        whole = isinstance(self.legal, range)
-        if whole:
-            possible = value in self.legal
-            limits = f"one of {self.legal}"
-        else:
+    def parse(self, text):
+        """Return the number that a user has written. Raises ValueError if it is not legal."""
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if isinstance(self.legal, tuple):
             low, high = self.legal
-            possible = low <= value <= high
-            limits = f"a number from {low:g} to {high:g}"
-        if not possible:
-            raise ValueError(f"{value:g} is not possible; give {limits}")
-        return int(value) if whole else value
+            if low <= value <= high:
+                return value
+            kind = "a number"
+        else:
+            if value in self.legal:
+                return int(value)
+            low, high = self.legal[0], self.legal[-1]
+            kind = "an odd number" if self.legal.step == 2 else "a whole number"
+        raise ValueError(f"{text} is not possible; give {kind} from {low:.7g} to {high:.7g}")
 
 
 @dataclass(frozen=True)
@@ -159,24 +145,16 @@ class Degradation:
     phrases: tuple
 
     def draw_strengths(self, rng, given):
-        """Return all strengths: check those given and draw the others.
-
-        Raises ValueError if a given one is unknown or not legal."""
-        for key in given:
-            if key not in self.strengths:
-                raise ValueError(f"no strength {key!r}; there is {', '.join(self.strengths)}")
+        """Return all strengths: those given as they are, and the others drawn."""
         drawn = {}
         for key, strength in self.strengths.items():
-            if key in given:
-                drawn[key] = strength.check(given[key])
-            else:
-                drawn[key] = strength.draw(rng)
-        return drawn
+            drawn[key] = given[key] if key in given else strength.draw(rng)
+        return drawn | given  # one that is unknown: the function refuses it
 
     def __call__(self, image, rng, **given):
         """Degrade a PIL image. Modes other than "L" and "RGB" become RGB.
 
-        given: strengths; the others are drawn. Raises ValueError as draw_strengths does."""
+        given: strengths, which are not checked; the others are drawn."""
         if image.mode not in ("L", "RGB"):
             image = image.convert("RGB")
         return self.function(image, rng, **self.draw_strengths(rng, given))
@@ -245,7 +223,7 @@ def parse_degradations(words):
             if key not in known:
                 raise UserError(f"{word!r}: write it like {name}:{next(iter(known))}=NUMBER")
             try:
-                parsed[name][key] = known[key].check(float(value))
+                parsed[name][key] = known[key].parse(value)
             except ValueError as error:
                 raise UserError(f"{word!r}: {key}: {error}") from None
     return list(parsed.items())
@@ -281,7 +259,10 @@ def describe(recipe):
 def random_degradation(image, num_degradations=2, rng=None):
     """Apply distinct ones of the default five in random order, each of random strength.
 
-    rng: numpy Generator. None means default_rng(0), which always draws the same recipe."""
+    rng: numpy Generator. None means default_rng(0), which always draws the same recipe. Raises
+    ValueError for more than five."""
+    if num_degradations > len(DEFAULT_DEGRADATIONS):
+        raise ValueError(f"there are {len(DEFAULT_DEGRADATIONS)} degradations by default")
     rng = rng or np.random.default_rng(0)
     choices = parse_degradations(DEFAULT_DEGRADATIONS)
     return apply_recipe(image, draw_recipe(choices, num_degradations, rng), rng)
@@ -434,20 +415,22 @@ def fail(message):
 
 
 def contact_sheet(image, rng):
-    """Return a labelled sheet of the clean image and its six degradations, four to a row.
+    """Return a labelled sheet of the clean image and each degradation of it, four to a row.
 
     Shrinks image in place to at most 320 pixels a side."""
     image.thumbnail((320, 320))
     width, height = image.size
-    sheet = Image.new("RGB", (4 * width, 2 * height), "white")
-    tiles = [("clean", image)]
+    shown = [("clean", image)]
     for name in DEGRADATIONS:
         recipe = draw_recipe([(name, {})], 1, rng)
-        tiles.append((describe(recipe), apply_recipe(image, recipe, rng)))
-    for i, (label, tile) in enumerate(tiles):
-        tile = tile.copy()
-        ImageDraw.Draw(tile).text((4, 4), label, fill="white", stroke_width=2, stroke_fill="black")
-        sheet.paste(tile, (i % 4 * width, i // 4 * height))
+        shown.append((describe(recipe), apply_recipe(image, recipe, rng)))
+    rows = math.ceil(len(shown) / 4)
+    sheet = Image.new("RGB", (4 * width, rows * height), "white")
+    for i, (label, picture) in enumerate(shown):
+        left, top = i % 4 * width, i // 4 * height
+        sheet.paste(picture, (left, top))
+        place = left + 4, top + 4
+        ImageDraw.Draw(sheet).text(place, label, "white", stroke_width=2, stroke_fill="black")
     return sheet
 
 
@@ -456,10 +439,12 @@ def main():
     add = parser.add_argument
     add("image", help="picture to degrade")
     add("out", help="where to write the result (format by extension)")
-    add("--only", metavar="NAME", help="this degradation alone: jpeg, or jpeg:quality=20")
-    most = len(DEGRADATIONS)
-    add("--num_degradations", type=between(int, 1, most), default=2, help="how many (default 2)")
-    add("--preview", action="store_true", help="write a labelled sheet of all six instead")
+    choose = parser.add_mutually_exclusive_group().add_argument
+    most = len(DEFAULT_DEGRADATIONS)
+    text = f"how many, at most {most} (default 2): color_jitter is not drawn"
+    choose("--num_degradations", type=between(int, 1, most), metavar="N", help=text)
+    choose("--only", metavar="NAME", help="this degradation alone: jpeg, or jpeg:quality=20")
+    choose("--preview", action="store_true", help="write a labelled sheet of all of them instead")
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
@@ -475,7 +460,7 @@ def main():
         result = contact_sheet(image, rng)
     else:
         choices = parse_degradations([args.only] if args.only else DEFAULT_DEGRADATIONS)
-        recipe = draw_recipe(choices, args.num_degradations, rng)
+        recipe = draw_recipe(choices, args.num_degradations or 2, rng)
         result = apply_recipe(image, recipe, rng)
         print(f"{args.out}: {describe(recipe)}")
     try:

@@ -170,19 +170,58 @@ def test_recipes_can_be_written_down_and_read_back():
     assert degrade.parse_degradations(degrade.describe(recipe).split()) == recipe
 
 
-BAD_RECIPES = [
-    ["blur"],
-    ["jpeg:sigma=3"],
-    ["jpeg:quality=x"],
-    ["gaussian_blur:kernel=4"],
-    ["jpeg:quality=0"],
-    ["jpeg", "jpeg"],
-    ["downscale:factor=0.5"],
-    ["gaussian_noise:sigma=nan"],
-]
+BAD_RECIPES = {  # and what is said
+    "blur": "unknown degradation 'blur'; there are gaussian_noise",
+    "jpeg:sigma=3": "write it like jpeg:quality=NUMBER",
+    "jpeg:quality=x": "give a whole number from 1 to 100",
+    "jpeg:quality=0": "give a whole number from 1 to 100",
+    "jpeg:quality=20.5": "give a whole number from 1 to 100",
+    "gaussian_blur:kernel=4": "give an odd number from 1 to 999",
+    "downscale:factor=0.5": "give a number from 1 to 1000000",
+    "gaussian_noise:sigma=nan": "give a number from 0 to 1000000",
+    "poisson_noise:scale=inf": "give a number from 0.01 to 1000000",
+    "jpeg jpeg": "named twice",
+}
 
 
 @pytest.mark.parametrize("words", BAD_RECIPES)
 def test_bad_recipes_are_refused(words):
-    with pytest.raises(degrade.UserError):
-        degrade.parse_degradations(words)
+    with pytest.raises(degrade.UserError, match=BAD_RECIPES[words]):
+        degrade.parse_degradations(words.split())
+
+
+def test_what_a_script_asks_for_is_done_or_refused(photo, rng):
+    small = photo.crop((0, 0, 8, 8))
+    with pytest.raises(TypeError, match="sigma"):
+        degrade.DEGRADATIONS["jpeg"](small, rng, sigma=25)
+    with pytest.raises(ValueError, match="there are 5"):
+        degrade.random_degradation(small, num_degradations=6)
+
+
+BAD_COMMANDS = {
+    "--num_degradations 6": "a number from 1 to 5",
+    "--only jpeg --num_degradations 2": "not allowed with",
+    "--only jpeg --preview": "not allowed with",
+    "--preview --num_degradations 3": "not allowed with",
+}
+
+
+@pytest.mark.parametrize("words", BAD_COMMANDS)
+def test_flags_without_effect_are_refused(words, photo, tmp_path, monkeypatch):
+    photo.crop((0, 0, 8, 8)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["degrade.py", "a.png", "o.png", *words.split()])
+    with pytest.raises(degrade.UserError, match=BAD_COMMANDS[words]):
+        degrade.main()
+
+
+def test_the_sheet_shows_every_degradation(photo, rng, monkeypatch):
+    invert = degrade.Degradation(lambda image, rng: image.point(lambda x: 255 - x), {}, ("x",))
+    more = {"seventh": invert, "eighth": invert}
+    monkeypatch.setattr(degrade, "DEGRADATIONS", degrade.DEGRADATIONS | more)
+    small = photo.resize((60, 40))
+    sheet = degrade.contact_sheet(small, rng)
+    assert sheet.size == (4 * 60, 3 * 40)
+    below_label = 0, 20, 60, 40
+    last = sheet.crop((0, 80, 60, 120)).crop(below_label)
+    assert np.array_equal(levels(last), 255 - levels(small.crop(below_label)))
