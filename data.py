@@ -15,13 +15,11 @@ validation, no row of that group is trained on.
 import contextlib
 import csv
 import hashlib
-import io
 import json
 import os
 import signal
 import sys
 import unicodedata
-import warnings
 from argparse import ArgumentTypeError
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -30,15 +28,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import degrade
 import model
-from degrade import Parser, UserError, between, explain_errors, given_flags, run_script
-from vae import DCAE, PixelAE, atomic_write, file_digest, load_config, load_weights, read_json
+from degrade import Header, Parser, UserError, atomic_write, between, explain_errors, given_flags
+from degrade import open_opaque, run_script, say_notices
+from vae import DCAE, PixelAE, file_digest, load_config, load_weights, read_json
 from vae import resolve_model, resolve_vae, save_weights, write_text
 
 
@@ -52,19 +51,7 @@ def seed_for(seed, index, purpose):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures. Except in degrade.py, they are opened and saved here only.
-
-PROFILE = "its colour profile is converted to sRGB"
-GREY = "1", "L", "LA", "La"  # modes of one channel
-NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}  # what Pillow knows but cannot decode
-
-
-def picture_extensions(writable=False):
-    """Return the extensions of the formats that this Pillow reads, or writes: {".png", ...}."""
-    by_extension = Image.registered_extensions()
-    formats = (Image.SAVE if writable else Image.OPEN).keys() - NO_PICTURES
-    return {extension for extension, name in by_extension.items() if name in formats}
-
+# Pictures as tensors, and in folders.
 
 def to_tensor(image):
     """PIL image (alpha ignored) -> float tensor [3, H, W] in [-1, 1], RGB."""
@@ -88,154 +75,6 @@ def to_image(tensor):
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
-def open_image(path, notice=True, srgb=False):
-    """Open a picture and convert it as plain_image does. Raises UserError.
-
-    notice: print on stderr what is converted or left out. srgb: convert every colour profile to
-    sRGB; False: only CMYK."""
-    quiet = warnings.catch_warnings(action="ignore")
-    with explain_errors(path, "this picture"), quiet, Image.open(path) as image:
-        if image.format == "EPS":  # Pillow would have Ghostscript run it
-            raise ValueError("PostScript is a program, not a picture")
-        for trait in traits_of(image):
-            if notice and (srgb or trait != PROFILE):
-                print(f"{path}: {trait}", file=sys.stderr)
-        if is_deep(image) and image.mode in ("RGB", "RGBA"):
-            image = read_deep(image, path)
-        image.load()
-        if srgb or image.mode == "CMYK":
-            image = to_srgb(image)
-        return plain_image(image)
-
-
-def traits_of(image):
-    """Say what open_image converts or leaves out of an opened picture, by its header alone.
-
-    Raises ValueError for a TIFF that Pillow would misread."""
-    traits = []
-    planar = image.format == "TIFF" and raw_mode(image) in ("R", "G", "B", "A")
-    if planar and max(image.tag_v2.get(258, (8,))) > 8:  # bits a sample
-        raise ValueError("a planar TIFF of more than 8 bits; save it interleaved")
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a photo with a preview
-        traits.append("has several pages; only the first is used")
-    if is_deep(image):
-        traits.append("16 bits a channel are converted to 8 bits")
-    if profile_of(image):
-        traits.append(PROFILE)
-    return traits
-
-
-def is_deep(image):
-    """Say whether an opened picture has 16 bits a channel."""
-    return image.mode.startswith("I") or ";16" in raw_mode(image)
-
-
-def raw_mode(image):
-    """Return how an opened picture is stored, as Pillow names it: "RGB;16B"; "" if unknown."""
-    args = image.tile[0].args if image.tile else ""
-    if isinstance(args, tuple) and args:
-        args = args[0]
-    return args if isinstance(args, str) else ""
-
-
-def read_deep(image, path):
-    """Read 16-bit RGB or RGBA -> 8 bits, rounded.
-
-    Pillow keeps only the upper byte of each level. Reading the file once more, in the other byte
-    order, gives the lower bytes."""
-    order = raw_mode(image)[-1]
-    if order == "N":  # the machine's own
-        order = "L" if sys.byteorder == "little" else "B"
-    other = "B" if order == "L" else "L"
-    with Image.open(path) as again:
-        tiles = []
-        for tile in again.tile:
-            if isinstance(tile.args, str):
-                args = tile.args[:-1] + other
-            else:
-                args = (tile.args[0][:-1] + other, *tile.args[1:])
-            tiles.append(tile._replace(args=args))
-        again.tile = tiles
-        lower = np.array(again)
-    levels = np.array(image).astype(np.uint32) * 256 + lower
-    rounded = Image.fromarray(((levels + 128) // 257).astype(np.uint8), image.mode)
-    rounded.info = image.info
-    return rounded
-
-
-def profile_of(image):
-    """Return a picture's colour profile; None if it is missing, damaged, sRGB or of other channels.
-
-    Other channels: an RGB profile in a grey picture, for example."""
-    content = image.info.get("icc_profile")
-    if not content:
-        return None
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
-        name = ImageCms.getProfileDescription(profile)
-    except (ImageCms.PyCMSError, OSError):  # damaged: as without one
-        return None
-    space = "CMYK" if image.mode == "CMYK" else "RGB "
-    if image.mode in GREY or image.mode.startswith("I"):
-        space = "GRAY"
-    if profile.profile.xcolor_space != space:
-        return None
-    linear = "linear" in name.lower() or "g10" in name  # "Linear sRGB" is not sRGB
-    return None if "sRGB" in name and not linear else profile
-
-
-def to_srgb(image):
-    """Convert a picture from its colour profile to sRGB. The result carries no profile.
-
-    Where profile_of finds none, the colours stay as they are."""
-    profile = profile_of(image)
-    image.info.pop("icc_profile", None)
-    if not profile:
-        return image
-    if image.mode.startswith("I"):
-        image = grey_to_8_bits(image)
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if image.mode not in ("L", "RGB", "CMYK"):
-        image = image.convert("L" if image.mode in GREY else "RGB")
-    srgb = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), 0, "RGB")
-    converted = srgb.convert("L") if image.mode == "L" else srgb
-    converted.info.pop("icc_profile", None)
-    if alpha:
-        converted.putalpha(alpha)
-    return converted
-
-
-def plain_image(image):
-    """Turn a PIL image upright (EXIF orientation) -> L, LA, RGB or RGBA, 8 bits a channel.
-
-    16-bit grey is scaled. The argument may be modified. Raises UserError for floating-point pixels
-    and for levels outside 0..65535."""
-    with contextlib.suppress(Exception):  # damaged EXIF: leave it as stored
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F":
-        raise UserError("floating-point pixels have no fixed range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        return grey_to_8_bits(image)
-    mode = "L" if image.mode in GREY else "RGB"
-    return image.convert(mode + "A" if image.has_transparency_data else mode)
-
-
-def grey_to_8_bits(image):
-    """Scale 16-bit grey to L. Raises UserError for values beyond."""
-    image = image.convert("I")
-    low, high = image.getextrema()
-    if low < 0 or high > 65535:
-        raise UserError("its values go beyond 16 bits; save it with 8 or 16 bits")
-    table = [(level + 128) // 257 for level in range(65536)]
-    return image.point(table, "L")
-
-
-def save_image(image, path, **options):
-    """Write a picture, its format by extension. Raises UserError."""
-    with atomic_write(path) as partial:
-        image.save(partial, **options)
-
-
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
 
 
@@ -246,7 +85,7 @@ def list_images(folder):
     out, and their number is printed by extension."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder")
-    extensions = picture_extensions()
+    extensions = degrade.picture_extensions()
     found = []
     others = Counter()
     visited = set()  # a link may lead back
@@ -274,33 +113,6 @@ def list_images(folder):
 
 def is_hidden(name):
     return name.startswith(".") or name in SYSTEM_FOLDERS
-
-
-@dataclass
-class Header:
-    """What read_header finds. Only a picture that may be transparent is decoded for it."""
-
-    size: tuple  # (width, height), upright
-    turned: bool  # EXIF swaps the stored width and height
-    transparent: bool  # some pixel is
-    traits: list  # see traits_of
-    digest: str  # of the file's length and content, see file_digest
-
-
-def read_header(path):
-    """Look at a picture -> Header. Raises UserError."""
-    with explain_errors(path, "this picture"), Image.open(path) as image:
-        orientation = 1
-        if image.format != "PNG" or "exif" in image.info:  # else getexif would decode the PNG
-            orientation = image.getexif().get(0x0112, 1)
-        turned = orientation in (5, 6, 7, 8)
-        upright = image.format == "TIFF"  # Pillow has turned its size already
-        size = image.size[::-1] if turned and not upright else image.size
-        traits = traits_of(image)
-        transparent = image.has_transparency_data
-        if transparent:  # it has alpha, which may still be opaque everywhere
-            transparent = image.convert("RGBA").getchannel("A").getextrema()[0] < 255
-    return Header(size, turned, transparent, traits, file_digest(path))
 
 
 def write_csv(path, rows):
@@ -352,7 +164,7 @@ class CsvPairs:
         self.headers = read_headers(self.rows)
         self.enlarge = self.find_factor()
         self.keep_rows(self.check_header, skip_bad)
-        self.say_traits()
+        self.say_notices()
 
     def read_lines(self):
         """Read the CSV -> [(line number, {column: field})]."""
@@ -455,14 +267,13 @@ class CsvPairs:
 
         self.keep_rows(check, skip_bad)
 
-    def say_traits(self):
-        """Print what is converted in or left out of the pictures, one line for each kind."""
-        examples = {}
+    def say_notices(self):
+        """Print what is converted in the pictures, one line for each kind."""
+        notices = {}
         for path in paths_of(self.rows):
-            for trait in self.headers[path].traits:
-                examples.setdefault(trait, []).append(path)
-        for trait, paths in examples.items():
-            print(f"{self.path}: {len(paths)} pictures, such as {paths[0].name}: {trait}")
+            for text in self.headers[path].notices:
+                notices.setdefault(text, []).append(path)
+        say_notices(notices)
 
     def summary(self):
         """Say what is in the rows, in a line."""
@@ -504,8 +315,7 @@ class CsvPairs:
         """Return a picture, grey or RGB."""
         if path in self.pictures:
             return self.pictures[path]
-        image = open_image(path, notice=False, srgb=True)
-        image = image.convert(image.mode.rstrip("A"))
+        image = open_opaque(path)
         if self.bytes < CACHE_BYTES:
             self.pictures[path] = image
             self.bytes += len(image.mode) * image.width * image.height
@@ -524,7 +334,9 @@ def read_headers(rows):
 
     def look(path):
         try:
-            return read_header(path)
+            header = degrade.read_header(path)
+            header.digest = file_digest(path)
+            return header
         except UserError as error:
             return error
 
@@ -1437,6 +1249,7 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
         raise UserError(f"{out} holds the beginning of other pairs; choose another --out")
     write_text(begun, made_of)
     rows = [("image_path", "condition_image_path", "caption", "degradation")]
+    notices = {}
     for i, path in enumerate(tqdm(paths, unit="img", desc="pairs")):
         # of the content too: another folder with the same seed gets other noise
         rng = np.random.default_rng(seed_for(seed, f"{i} {file_digest(path)}", "pairs"))
@@ -1445,18 +1258,16 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
         name = f"{i:05d}_{path.stem}.png"
         if not (out / "condition" / name).exists():
             try:
-                if read_header(path).transparent:
-                    raise UserError(f"{path}: transparent pixels hide colours; save it without")
-                clean = open_image(path, srgb=True)
-                clean = clean.convert(clean.mode.rstrip("A"))
+                clean = open_opaque(path, notices)
             except UserError as error:
                 report_bad(error, skip_bad)
                 continue
-            save_image(clean, out / "clean" / name)
-            save_image(degrade.apply_recipe(clean, recipe, rng), out / "condition" / name)
+            degrade.save_image(clean, out / "clean" / name)
+            degrade.save_image(degrade.apply_recipe(clean, recipe, rng), out / "condition" / name)
         rows.append((f"clean/{name}", f"condition/{name}", caption, degrade.describe(recipe)))
     if len(rows) == 1:
         raise UserError(f"{photos}: no picture that can be read")
+    say_notices(notices)
     write_csv(out / "pairs.csv", rows)
     begun.unlink()
     left_out = len(paths) - len(rows) + 1

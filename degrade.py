@@ -14,12 +14,15 @@ import contextlib
 import io
 import math
 import os
+import re
 import sys
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageEnhance
 
 # --------------------------------------------------------------------------------------------------
 # The six degradations: plain functions of a grey ("L") or RGB image.
@@ -355,7 +358,7 @@ class Parser(argparse.ArgumentParser):
         return add
 
     def refuse(self, given, title, reason):
-        """Raise UserError if a flag of a group was given. given: {name: value} of what was typed."""
+        """Raise UserError if a flag of a group was given. given: {name: value} as typed."""
         for name in given:
             if self.titles.get(name) == title:
                 raise UserError(f"--{name}: {reason}")
@@ -387,6 +390,7 @@ def run_script(main):
     """Call main(). Report the user's and the machine's errors in one line, with exit status 2.
 
     Other errors are bugs and keep their traceback. Ctrl-C exits with status 130."""
+    warnings.filterwarnings("ignore", module="PIL")  # of odd files: open_image says what matters
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that it cannot encode
@@ -409,6 +413,196 @@ def run_script(main):
 def fail(message):
     print(f"error: {UserError(message)}"[:1000], file=sys.stderr)
     sys.exit(2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures and files. Once it is open, a picture is upright, has 8 bits a channel and is sRGB.
+
+GREY = "1", "L", "LA", "La"  # modes of one channel
+COLOR = "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"  # modes that become RGB without a loss
+NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}  # what Pillow knows but cannot decode
+TURNS = {  # {EXIF orientation: what turns the picture upright}
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG_EXIF = b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif"  # where a PNG may have EXIF
+
+
+@dataclass
+class Header:
+    """What a picture is once it is open. Checks of pairs and open_image both go by it."""
+
+    size: tuple  # (width, height), upright
+    mode: str  # L, LA, RGB or RGBA
+    orientation: int  # EXIF's, 1 to 8
+    notices: list  # texts: what is converted
+    transparent: bool = False  # some pixel is; only read_header looks
+
+    @property
+    def turned(self):
+        """Say whether width and height are stored the other way round."""
+        return self.orientation >= 5
+
+
+def read_header(path):
+    """Look at a picture -> Header. Only one that has alpha is decoded. Raises UserError."""
+    with explain_errors(path, "this picture"), Image.open(path) as image:
+        header = describe_picture(image)
+        if header.mode.endswith("A"):
+            header.transparent = image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    return header
+
+
+def open_image(path, notices=None):
+    """Open a picture -> PIL image of mode L, LA, RGB or RGBA, upright and sRGB. Raises UserError.
+
+    notices: {text: [paths]}; what is converted is added to it, see say_notices."""
+    with explain_errors(path, "this picture"), Image.open(path) as image:
+        header = describe_picture(image)
+        plain = plain_image(image, header)
+    for text in header.notices:
+        if notices is not None:
+            notices.setdefault(text, []).append(path)
+    return plain
+
+
+def open_opaque(path, notices=None):
+    """Open a picture -> L or RGB. Raises UserError also if a pixel is transparent."""
+    image = open_image(path, notices)
+    if image.mode.endswith("A") and image.getchannel("A").getextrema()[0] < 255:
+        hidden = "has transparent pixels, under which any colour may be hidden"
+        raise UserError(f"{path} {hidden}; put it on a background and save it as RGB")
+    return image.convert(image.mode.rstrip("A"))
+
+
+def say_notices(notices):
+    """Print what was converted in pictures: a line for each kind, with an example."""
+    for text, paths in notices.items():
+        count = f"{len(paths)} pictures, such as " if len(paths) > 1 else ""
+        print(f"{count}{paths[0]}: {text}", file=sys.stderr)
+
+
+def describe_picture(image):
+    """Return the Header of a PIL image, without decoding it. Raises UserError if it is refused."""
+    if image.format == "EPS":  # Pillow would have Ghostscript run it
+        raise UserError("PostScript is a program, not a picture; save it as PNG")
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a photo with a preview
+        raise UserError("it has several pages; save the page that you mean as PNG")
+    if has_deep_channels(image):
+        raise UserError("it has more than 8 bits a channel; save it as PNG with 8 bits a channel")
+    orientation = find_orientation(image)
+    size = image.size
+    if orientation >= 5 and image.format != "TIFF":  # Pillow itself turns a TIFF
+        size = size[::-1]
+    mode = "L" if image.mode in GREY else "RGB"
+    if image.has_transparency_data:
+        mode += "A"
+    profile, notice = find_profile(image)
+    notices = [notice] if notice else []
+    if not profile and image.mode not in GREY + COLOR:
+        notices.append(f"{image.mode} without a usable colour profile: its colours are approximate")
+    return Header(size, mode, orientation, notices)
+
+
+def has_deep_channels(image):
+    """Say whether a picture has more than 8 bits a channel, of which Pillow may keep 8."""
+    stored = getattr(image, "tile", [])
+    if image.mode[0] in "IF" or re.search(";16[BLN]|SGI16", str(stored)):
+        return True
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (8,))) > 8  # bits a sample
+    if image.format == "PPM" and stored and isinstance(stored[0].args, tuple):
+        return stored[0].args[1] > 255  # the largest level
+    return False
+
+
+def find_orientation(image):
+    """Return EXIF's orientation, 1 to 8. 1 is upright, and stands for a damaged or missing one."""
+    orientation = 1
+    with contextlib.suppress(Exception):
+        if image.format == "PNG" and "exif" not in image.info and image.filename:
+            content = Path(image.filename).read_bytes()
+            if not any(word in content for word in PNG_EXIF):
+                return 1  # getexif would decode the pixels, to look behind them
+        orientation = image.getexif().get(0x0112)
+    return orientation if orientation in TURNS else 1
+
+
+def find_profile(image):
+    """Return (the colour profile to convert from, what to say); None for each if there is none."""
+    content = image.info.get("icc_profile")
+    if not content:
+        return None, None
+    left_out = "its colour profile is damaged or not of its kind of picture; taken as sRGB"
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        name = ImageCms.getProfileDescription(profile)
+    except (ImageCms.PyCMSError, OSError):
+        return None, left_out
+    space = "CMYK" if image.mode == "CMYK" else "RGB "
+    if image.mode in GREY:
+        space = "GRAY"
+    if profile.profile.xcolor_space != space:
+        return None, left_out
+    linear = "linear" in name.lower() or "g10" in name  # "Linear sRGB" is not sRGB
+    if "sRGB" in name and not linear:
+        return None, None
+    return profile, "its colour profile is converted to sRGB"
+
+
+def plain_image(image, header):
+    """Convert a PIL image of any mode to what its header says. The result carries no metadata."""
+    plain = image.convert(header.mode)
+    profile, _ = find_profile(image)
+    if profile:
+        channels = image if image.mode == "CMYK" else plain.convert(header.mode.rstrip("A"))
+        srgb = ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(channels, profile, srgb, 0, "RGB")
+        converted = converted.convert(header.mode)
+        if header.mode.endswith("A"):
+            converted.putalpha(plain.getchannel("A"))
+        plain = converted
+    if header.orientation > 1 and image.format != "TIFF":
+        plain = plain.transpose(TURNS[header.orientation])
+    plain.info = {}
+    return plain
+
+
+def picture_extensions(writable=False):
+    """Return the extensions of the formats that this Pillow reads, or writes: {".png", ...}."""
+    by_extension = Image.registered_extensions()
+    formats = (Image.SAVE if writable else Image.OPEN).keys() - NO_PICTURES
+    return {extension for extension, name in by_extension.items() if name in formats}
+
+
+def save_image(image, path, **options):
+    """Write a picture, its format by extension. Raises UserError."""
+    with atomic_write(path) as partial:
+        image.save(partial, **options)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a temporary path beside path, and rename it to path if the block succeeds.
+
+    So path never holds half a file, and a failure leaves the old file in place. Raises UserError.
+    """
+    path = Path(path)
+    partial = path.parent / f".partial.{path.name}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except (OSError, ValueError) as error:  # ValueError: an unknown extension
+        raise UserError(f"cannot write {path}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -448,14 +642,9 @@ def main():
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
-    with explain_errors(args.image, "this picture"):
-        image = Image.open(args.image)
-        if image.format == "EPS" or image.mode[0] in "IF" or ";16" in str(image.tile):
-            raise ValueError("give a picture with 8 bits a channel")
-        if image.has_transparency_data:
-            raise ValueError("transparent pixels hide colours; save it without transparency")
-        image = ImageOps.exif_transpose(image)
-        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    notices = {}
+    image = open_opaque(args.image, notices)
+    say_notices(notices)
     if args.preview:
         result = contact_sheet(image, rng)
     else:
@@ -463,10 +652,7 @@ def main():
         recipe = draw_recipe(choices, args.num_degradations or 2, rng)
         result = apply_recipe(image, recipe, rng)
         print(f"{args.out}: {describe(recipe)}")
-    try:
-        result.save(args.out)
-    except ValueError as error:  # Pillow does not know the extension
-        raise UserError(f"cannot write {args.out}: {error}") from None
+    save_image(result, args.out)
 
 
 if __name__ == "__main__":

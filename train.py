@@ -42,7 +42,7 @@ import evaluate
 import model
 import vae
 from data import check_device, seed_for
-from degrade import Parser, UserError, between, explain_errors, given_flags, run_script
+from degrade import Parser, UserError, between, explain_errors, given_flags, run_script, save_image
 
 # Defaults that depend on the model and the stage. tiny works on pixels, mini on the latents of its
 # own autoencoder; all other models are pretrained.
@@ -956,7 +956,7 @@ def validate(state, dataset, run, frozen):
         metrics = evaluate.Metrics(["psnr", "ssim"])
         rows, pictures = evaluate.evaluate_pairs(dataset, methods, metrics, quiet=True)
         path = run / f"samples/step_{state.step:06d}.png"
-        data.save_image(evaluate.draw_grid(pictures), path)
+        save_image(evaluate.draw_grid(pictures), path)
         result = [{"step": state.step} | evaluate.validation_means(rows)]
         if state.config["stage"] == "restorer":
             result[0]["val_loss"] = validation_loss(pipeline, dataset, rows, args)
