@@ -8,8 +8,8 @@
 
 In Python: Pipeline.load("out/demo")("noisy.jpg").save("restored.png")
 
-Pictures may have any size and any mode but floating point. Grey stays grey, CMYK becomes RGB, 16
-bits become 8. Transparency and colour profile are kept. EXIF rotation is applied, the rest dropped.
+Pictures may have any size, and 8 bits a channel. Grey stays grey, all other modes become RGB, and
+colours sRGB. Transparency is kept, EXIF rotation is applied, the rest is dropped.
 """
 import contextlib
 import csv
@@ -35,11 +35,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from data import CsvPairs, PairedDataset, add_degradations_flag, add_device_flag
-from data import choose_vae, index_pictures, list_images, load_autoencoder, load_frozen, open_image
-from data import picture_extensions, plain_image, read_header, refuse_useless_flags, report_bad
-from data import save_image, seed_for, to_image, to_tensor
-from degrade import Parser, UserError, between, explain_errors, given_flags, parse_degradations
-from degrade import run_script
+from data import choose_vae, index_pictures, list_images, load_autoencoder, load_frozen
+from data import refuse_useless_flags, report_bad, seed_for, to_image, to_tensor
+from degrade import Parser, UserError, between, describe_picture, explain_errors, given_flags
+from degrade import open_image, parse_degradations, picture_extensions, plain_image, read_header
+from degrade import run_script, save_image, say_notices
 from model import SAMPLERS, guided, load_restorer
 from vae import PixelAE, blend_tiles, pad_to_multiple, write_text
 
@@ -523,14 +523,16 @@ class Pipeline:
     def __call__(self, picture, prompt="", **sampling):
         """Restore a path, a PIL image of any mode, or a uint8 array [H, W] or [H, W, 3].
 
-        -> PIL image, grey if it was grey, with its transparency and colour profile. sampling: the
-        arguments of restore. Raises UserError."""
+        -> PIL image, sRGB, grey if it was grey, with its transparency. sampling: the arguments of
+        restore. Raises UserError."""
         if isinstance(picture, np.ndarray):
             picture = Image.fromarray(picture)
         if isinstance(picture, Image.Image):
-            picture = plain_image(picture.copy())
+            picture = plain_image(picture, describe_picture(picture))
         else:
-            picture = open_image(picture)
+            notices = {}
+            picture = open_image(picture, notices)
+            say_notices(notices)
         if self.enlarge > 1:
             picture = ImageOps.scale(picture, self.enlarge, Image.Resampling.BICUBIC)
         pixels = to_tensor(picture)[None].to(next(self.restorer.parameters()).device)
@@ -538,10 +540,6 @@ class Pipeline:
         restored = finished_image(restored, picture.mode.startswith("L"))
         if picture.mode.endswith("A"):
             restored.putalpha(picture.getchannel("A"))
-        profile = picture.info.get("icc_profile") or b""
-        space = b"GRAY" if picture.mode.startswith("L") else b"RGB "
-        if profile[16:20] == space:  # not that of a CMYK file, which became RGB
-            restored.info["icc_profile"] = profile
         return restored
 
     @torch.no_grad()
@@ -619,9 +617,10 @@ def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **opti
     todo = [(path, out) for path, out in work if overwrite or not os.path.exists(out)]
     failed = 0
     shown = []
+    notices = {}
     for path, out in tqdm(todo, unit="img", desc="restore", disable=len(work) == 1):
         try:
-            picture = open_image(path)
+            picture = open_image(path, notices)
             restored = pipeline(picture, **options)
             save_restored(restored, out, quality)
         except UserError as error:
@@ -633,6 +632,7 @@ def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **opti
             before = picture.convert("RGB").resize(after.size, Image.Resampling.BICUBIC)
             difference = ImageChops.subtract(after, before, 0.5, 128)  # 2 * difference + 128
             shown.append([("input", before), ("restored", after), ("difference x 2", difference)])
+    say_notices(notices)
     if shown:
         save_image(draw_grid(shown), grid)
     where = work[0][1]
@@ -647,7 +647,7 @@ def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **opti
 def save_restored(image, path, quality):
     """Save a picture with its format's options. Drop alpha it cannot hold, and print that."""
     kind = Image.registered_extensions().get(path.suffix.lower())
-    options = {"icc_profile": image.info.get("icc_profile")}
+    options = {}
     if image.mode.endswith("A") and kind in ("JPEG", "MPO", "BMP", "DIB", "PPM", "PCX"):
         print(f"{path}: this format holds no transparency; saved without", file=sys.stderr)
         image = image.convert(image.mode.rstrip("A"))
@@ -1095,7 +1095,7 @@ def make_methods(args, pipeline, sampling, dataset):
             methods[name] = restoring_method(pipeline, captions, args.device, **options)
     if args.compare:
         outputs = match_outputs(args.compare, dataset.source)
-        methods["compared"] = lambda i, item: to_tensor(open_image(outputs[i], srgb=True))
+        methods["compared"] = lambda i, item: to_tensor(open_image(outputs[i]))
     return methods
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from degrade import UserError, explain_errors
+from degrade import UserError, atomic_write, explain_errors
 
 
 class PixelAE:
@@ -711,25 +711,6 @@ def ramp(length, overlap):
 # Files: written whole or not at all, weights loaded strictly.
 
 
-@contextlib.contextmanager
-def atomic_write(path):
-    """Yield a temporary path beside path, and rename it to path if the block succeeds.
-
-    So path never holds half a file, and a failure leaves the old file in place. Raises UserError.
-    """
-    path = Path(path)
-    partial = path.parent / f".partial.{path.name}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: an unknown extension
-        raise UserError(f"cannot write {path}: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
 def file_digest(path):
     """Return a file's length and a hash of its content, as text.
 
@@ -867,9 +848,13 @@ def save_weights(tensors, path, **about):
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as partial:
         partial.touch()
-        mode = partial.stat().st_mode  # the library makes a file that nobody else can read
-        save_file(contiguous, partial, metadata={"format": "pt"} | about)
-        partial.chmod(mode)
+        mode = partial.stat().st_mode
+        try:
+            save_file(contiguous, partial, metadata={"format": "pt"} | about)
+        except SafetensorError as error:  # a full disk, for example
+            raise OSError(error) from None
+        with contextlib.suppress(OSError):  # the library makes a file that nobody else can read
+            partial.chmod(mode)
 
 
 HUB = {  # short names of --model (SANA-Sprint itself has a guidance embedding: it is refused)

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import attacks
-from data import list_images, open_image
-from degrade import UserError
+from data import list_images
+from degrade import UserError, open_image
 from evaluate import LPIPS_TRUNK, list_work, read_published
 from model import Sana
 from test_commands import run

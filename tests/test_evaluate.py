@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import evaluate
@@ -16,6 +16,7 @@ from data import CsvPairs, PairedDataset, Prompts, seed_for, to_tensor
 from degrade import UserError
 from evaluate import Pipeline, draw_grid, psnr, restore_files, ssim, validation_means
 from model import PRESETS, build_restorer
+from test_degrade import display_p3
 from vae import PixelAE, blend_tiles, save_weights, tile_starts
 
 
@@ -222,8 +223,6 @@ def file_of_mode(mode):
 def picture_of_mode(photo, mode):
     """A 40x28 part of the photo in one of MODES."""
     part = photo.resize((120, 120)).crop((40, 20, 80, 48))
-    if mode == "I;16":
-        return Image.fromarray(np.asarray(part.convert("L")).astype(np.uint16) * 257)
     if mode == "P, transparent":
         palette = part.convert("P")
         palette.info["transparency"] = palette.getpixel((0, 0))
@@ -244,7 +243,6 @@ MODES = {
     "P, transparent": "RGBA",
     "CMYK": "RGB",
     "1": "L",
-    "I;16": "L",
 }
 
 
@@ -327,25 +325,30 @@ def test_a_file_that_is_no_picture_is_refused(loaded, tmp_path):
             loaded(tmp_path / name)
 
 
-def test_colour_profiles_stay_with_pictures_they_fit(tiny, photo, tmp_path):
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    profile_of_cmyk = profile[:16] + b"CMYK" + profile[20:]
+def test_what_is_restored_is_srgb_and_upright(tiny, photo, tmp_path, capsys):
+    """The first two profiles exchange red and green: without them, the pictures are others."""
     small = photo.resize((20, 14))
+    red, green, blue = small.split()
+    swapped = Image.merge("RGB", (green, red, blue))
     turned = Image.Exif()
     turned[0x0112] = 6
-    small.save(tmp_path / "rgb.png", icc_profile=profile)
-    small.convert("CMYK").save(tmp_path / "cmyk.tif", icc_profile=profile_of_cmyk)
-    small.save(tmp_path / "turned.jpg", exif=turned, icc_profile=profile)
-    names = "rgb.png", "cmyk.tif", "turned.jpg"
+    small.save(tmp_path / "plain.png")
+    swapped.save(tmp_path / "rgb.png", icc_profile=display_p3())
+    swapped.save(tmp_path / "turned.png", exif=turned, icc_profile=display_p3())
+    small.convert("CMYK").save(tmp_path / "cmyk.tif")
+    names = "plain.png", "rgb.png", "turned.png", "cmyk.tif"
     work = [(tmp_path / name, tmp_path / "out" / name) for name in names]
     assert restore_files(tiny, work) == 0
-    rgb, cmyk, turned = (Image.open(out) for _, out in work)
-    assert rgb.info["icc_profile"] == profile
-    assert turned.info["icc_profile"] == profile
+    said = capsys.readouterr().err.splitlines()[-2:]  # after the bar
+    assert said[0].startswith(f"2 pictures, such as {tmp_path / 'rgb.png'}: its colour profile is")
+    assert said[1].startswith(f"{tmp_path / 'cmyk.tif'}: CMYK without a usable colour profile")
+    plain, rgb, turned, cmyk = (Image.open(out) for _, out in work)
+    assert abs(levels(rgb) - levels(plain)).max() <= 2
     assert turned.size == (14, 20)
-    assert 0x0112 not in turned.getexif()
-    assert "icc_profile" not in cmyk.info
     assert cmyk.mode == "RGB"
+    for picture in (rgb, turned, cmyk):
+        assert "icc_profile" not in picture.info
+        assert 0x0112 not in picture.getexif()
 
 
 # --------------------------------------------------------------------------------------------------
