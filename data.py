@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import degrade
 import model
-from degrade import Parser, UserError, atomic_write, between, explain_errors, open_image
+from degrade import Parser, UserError, atomic_write, between, explain_errors, open_opaque
 from degrade import picture_extensions, read_header, run_script, save_image, say_notices
 from vae import file_digest, read_json, save_weights, write_json
 
@@ -315,8 +315,7 @@ class CsvPairs:
         """Return a picture, L or RGB."""
         if path in self.pictures:
             return self.pictures[path]
-        image = open_image(path)
-        image = image.convert(image.mode.rstrip("A"))
+        image = open_opaque(path)
         if self.bytes < CACHE_BYTES:
             self.pictures[path] = image
             self.bytes += len(image.mode) * image.width * image.height
@@ -348,7 +347,7 @@ def look_at(rows, decode=False):
         try:
             header = read_header(path)
             if decode:
-                open_image(path)
+                open_opaque(path)
             return header, file_digest(path), None
         except UserError as error:
             return None, None, error
@@ -1036,15 +1035,12 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
         caption = degrade.make_prompt([name for name, _ in recipe], rng)
         name = f"{i:05d}_{path.stem}.png"
         try:
-            if read_header(path).transparent:
-                raise UserError(f"{path}: transparent pixels hide colours; save it without")
-            clean = open_image(path, notices)
+            clean = open_opaque(path, notices)
         except UserError as error:
             if not skip_bad:
                 raise
             tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
-        clean = clean.convert(clean.mode.rstrip("A"))
         save_image(clean, out / "clean" / name)
         save_image(degrade.apply_recipe(clean, recipe, rng), out / "condition" / name)
         rows.append((f"clean/{name}", f"condition/{name}", caption, degrade.describe(recipe)))

@@ -586,6 +586,15 @@ def save_image(image, path, **options):
         image.save(partial, **options)
 
 
+def make_folder(path):
+    """Claim a folder by making it. Raises UserError if it is there already."""
+    try:
+        Path(path).mkdir(parents=True)
+    except OSError as error:
+        reason = "it exists already" if isinstance(error, FileExistsError) else error
+        raise UserError(f"cannot make the folder {path}: {reason}; choose another") from None
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a temporary path beside path, and rename it to path if the block succeeds.

@@ -1211,7 +1211,7 @@ def add_line(run, line):
     """Add a line to log.jsonl."""
     if RANK == 0:
         with open(run / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(vae.as_json(line) + "\n")
+            file.write(vae.strict_json(line) + "\n")
 
 
 def read_log(run):
@@ -1383,7 +1383,7 @@ def begin_files(run, state, stage, rows):
     lines = []
     if state.args.checkpoint:
         lines = [line for line in read_log(run) if line["step"] <= state.step]
-    vae.write_text(run / "log.jsonl", "".join(vae.as_json(line) + "\n" for line in lines))
+    vae.write_text(run / "log.jsonl", "".join(vae.strict_json(line) + "\n" for line in lines))
 
 
 def introduce(args, state, images):
