@@ -108,6 +108,21 @@ def test_tokenizer_gives_the_ids_of_the_tokenizers_library(tmp_path, split, merg
     assert len(used) > 300  # of 571: most merges are steps to longer ones
 
 
+def test_one_place_is_merged_at_a_time(tmp_path):
+    """Here abc can be made in two ways, and abca is learnt between them."""
+    merges = [("b", "c"), ("ab", "c"), ("abc", "a"), ("a", "bc")]
+    tokens = ["<unk>", "<bos>", "a", "b", "c", "ab", "bc", "abc", "abca"]
+    tokens += [f"<0x{byte:02X}>" for byte in range(256)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    peer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    peer.normalizer = normalizers.Replace(" ", "▁")
+    peer.add_special_tokens(["<bos>"])
+    (tmp_path / "tokenizer.json").write_text(peer.to_str())
+    ids = GemmaTokenizer(tmp_path).encode("abcabc")
+    assert ids == [vocab["<bos>"], *peer.encode("abcabc").ids]
+    assert ids == [vocab[token] for token in ("<bos>", "abca", "bc")]
+
+
 def test_tokenizers_of_another_kind_are_refused(tmp_path):
     spec = json.loads(peer_tokenizer(True).to_str())
     stripping = {"id": 9, "content": "x", "lstrip": True}
