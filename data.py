@@ -38,8 +38,8 @@ from tqdm import tqdm
 import degrade
 import model
 from degrade import Parser, UserError, between, explain_errors, given_flags, run_script
-from vae import DCAE, PixelAE, atomic_write, file_digest, load_config, load_weights, read_json
-from vae import resolve_model, resolve_vae, save_weights, write_text
+from vae import DCAE, PixelAE, atomic_write, file_digest, load_config, load_pretrained, load_weights
+from vae import read_json, resolve_model, resolve_vae, save_weights, write_text
 
 
 def seed_for(seed, index, purpose):
@@ -1128,7 +1128,7 @@ class Prompts:
         if not new or not self.folder:
             return
         dtype = torch.float32 if self.device == "cpu" else None  # a CPU is slow in bf16
-        gemma = model.Gemma2.from_pretrained(self.folder / "text_encoder", dtype).to(self.device)
+        gemma = load_pretrained(model.Gemma2, self.folder / "text_encoder", dtype).to(self.device)
         tokenizer = model.GemmaTokenizer(self.folder / "tokenizer")
         # one by one on a CPU: rounding does not depend on the batch, so resuming is exact
         batch_size = 1 if self.device == "cpu" else 8
@@ -1175,7 +1175,7 @@ def load_autoencoder(config, decoder=True):
         load_weights(autoencoder, Path(folder) / "ema.safetensors")
     else:
         folder = resolve_vae(config["vae"] or resolve_model(config["name"], ["vae"]))
-        autoencoder = DCAE.from_pretrained(folder, torch.float32)
+        autoencoder = load_pretrained(DCAE, folder, torch.float32)
     if decoder and config["decoder"]:
         autoencoder.add_skips(config["decoder"]["gains"])
         autoencoder.freeze_around_decoder(config["decoder"]["parts"])

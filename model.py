@@ -87,11 +87,6 @@ class Sana(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
         self.proj_out = nn.Linear(dim, c["patch_size"] ** 2 * c["out_channels"])
 
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        """Load a transformer/ folder of the hub. dtype None: as stored. Raises UserError."""
-        return load_pretrained(cls, folder, dtype)
-
     def forward(self, latents, timestep, text, text_mask=None):
         """Predict the velocity [B, C_out, H, W].
 
@@ -638,7 +633,7 @@ MODEL_DEFAULTS = {
     "lora": None,
     "decoder": None,
 }
-PRESETS = {
+PRESETS = {  # what "sana" leaves out is as in SANA_DEFAULTS
     # small enough to train from scratch on a laptop, on pixels instead of latents
     "tiny": MODEL_DEFAULTS | {
         "name": "tiny",
@@ -650,12 +645,10 @@ PRESETS = {
             "out_channels": 48,
             "num_layers": 4,
             "num_attention_heads": 3,
-            "attention_head_dim": 32,
             "num_cross_attention_heads": 3,
             "cross_attention_head_dim": 32,
             "cross_attention_dim": 96,
             "caption_channels": 256,
-            "mlp_ratio": 2.5,
             "qk_norm": "rms_norm_across_heads",
         },
     },
@@ -678,12 +671,10 @@ PRESETS = {
             "out_channels": 16,
             "num_layers": 6,
             "num_attention_heads": 4,
-            "attention_head_dim": 32,
             "num_cross_attention_heads": 4,
             "cross_attention_head_dim": 32,
             "cross_attention_dim": 128,
             "caption_channels": 256,
-            "mlp_ratio": 2.5,
             "qk_norm": "rms_norm_across_heads",
         },
     },
@@ -840,7 +831,7 @@ def initial_restorer(name, config, generator):
         restorer = build_restorer(config)
         restorer.sana.initialize(generator)
     else:
-        sana = Sana.from_pretrained(resolve_model(config["name"]) / "transformer", torch.float32)
+        sana = load_pretrained(Sana, resolve_model(config["name"]) / "transformer", torch.float32)
         restorer = Restorer(sana, config["conditioning"], config["prediction"], config["shift"])
     if config["lora"]:
         add_lora(restorer, generator=generator, **config["lora"])
@@ -1076,11 +1067,6 @@ class Gemma2(nn.Module):
         self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
         self.layers = nn.ModuleList([GemmaLayer(c) for _ in range(c["num_hidden_layers"])])
         self.norm = GemmaNorm(c["hidden_size"], c["rms_norm_eps"])
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        """Load a text_encoder/ folder. dtype None: as stored. Raises UserError."""
-        return load_pretrained(cls, folder, dtype)
 
     def forward(self, ids, mask):
         """ids, mask (True = a real token) [B, L], padded on the right -> [B, L, D].

@@ -435,11 +435,6 @@ class DCAE(nn.Module):
         self.factor = 2 ** (len(c["encoder_block_out_channels"]) - 1)
         self.gains = {}  # of the skips, by stage; see add_skips
 
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        """Load a checkpoint folder, frozen. dtype None: as stored. Raises UserError."""
-        return load_pretrained(cls, folder, dtype).requires_grad_(False)
-
     def forward(self, pixels, latents=None, weight=1.0):
         """Encode and decode pixels; or, given latents, decode those and show the decoder pixels.
 

@@ -17,6 +17,7 @@ from transformers import Gemma2Config, Gemma2Model
 from degrade import UserError
 from model import INSTRUCTION, Gemma2, GemmaTokenizer, Sana, encode_prompts, pad_text
 from pipeline import CORPUS, GEMMA, randomize, vocabulary
+from vae import load_pretrained
 
 # --------------------------------------------------------------------------------------------------
 # The tokenizer.
@@ -167,11 +168,11 @@ def test_gemma_computes_what_transformers_computes(tmp_path, change):
 
     with torch.no_grad():
         expected = compute(theirs)
-        got = Gemma2.from_pretrained(tmp_path)(ids, mask)[mask]
+        got = load_pretrained(Gemma2, tmp_path)(ids, mask)[mask]
         assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
         # in bf16 every rounding falls on the same place: bit for bit
         theirs = Gemma2Model.from_pretrained(tmp_path, dtype=torch.bfloat16, **eager)
-        half = Gemma2.from_pretrained(tmp_path, torch.bfloat16)(ids, mask)[mask]
+        half = load_pretrained(Gemma2, tmp_path, torch.bfloat16)(ids, mask)[mask]
         assert half.dtype == torch.bfloat16
         assert torch.equal(half, compute(theirs))
 
@@ -226,7 +227,7 @@ def encode_as_diffusers(pipeline, prompt):
 
 def encode_here(pipeline_folder, prompts):
     tokenizer = GemmaTokenizer(pipeline_folder / "tokenizer")
-    gemma = Gemma2.from_pretrained(pipeline_folder / "text_encoder")
+    gemma = load_pretrained(Gemma2, pipeline_folder / "text_encoder")
     return encode_prompts(tokenizer, gemma, prompts, batch_size=3)
 
 
@@ -246,7 +247,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(pipeline, pipeline_folder, cap
 def test_leaving_out_the_padding_changes_nothing(pipeline, pipeline_folder):
     """The velocity from 300 masked positions is that from the fewest that hold the batch."""
     prompts = ["  Remove NOISE\nand jpeg   artifacts. ", "a"]
-    sana = Sana.from_pretrained(pipeline_folder / "transformer")
+    sana = load_pretrained(Sana, pipeline_folder / "transformer")
     latents = torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(0))
     timestep = torch.tensor([300.0, 900.0])
     text, mask = pad_text(encode_here(pipeline_folder, prompts))
