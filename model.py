@@ -348,7 +348,7 @@ SHIFT = 3.0  # SANA's resolution shift (6 for its 4K model), see shift_sigma
 class Restorer(nn.Module):
     """SANA with a second input, the latent of the degraded image (the condition).
 
-    sana: takes C channels; an exported restorer takes 2C.
+    sana: takes and gives C channels. One that is widened already (an exported restorer) is refused.
     conditioning: how the condition enters.
       "projection"  a 1x1 convolution 2C -> C in front, identity on the noisy latent and zero on
                     the condition. Before training the output is the text-to-image model's, bit
@@ -360,7 +360,7 @@ class Restorer(nn.Module):
       "velocity"    noise - x0, as SANA's weights were trained.
       "residual"    x0 - condition, for training from scratch: a network that answers 0 returns its
                     input, not noise.
-    Raises ValueError for other options, and for options that do not fit sana."""
+    Raises ValueError."""
 
     def __init__(self, sana, conditioning="projection", prediction="velocity", shift=SHIFT):
         super().__init__()
@@ -368,20 +368,19 @@ class Restorer(nn.Module):
             raise ValueError(f"conditioning {conditioning!r} is not supported")
         if prediction not in ("velocity", "residual"):
             raise ValueError(f"prediction {prediction!r} is not supported")
+        channels, given = sana.config["out_channels"], sana.config["in_channels"]
+        if given != channels:
+            what = f"a transformer that takes {given} channels and gives {channels}"
+            raise ValueError(f"{what} is a restorer already (exported?); train its run further")
         self.sana = sana
         self.conditioning = conditioning
         self.prediction = prediction
         self.shift = shift
-        channels = sana.config["out_channels"]
-        widened = sana.config["in_channels"] != channels  # an exported restorer is
         if conditioning == "projection":
-            if widened:
-                raise ValueError("this model takes the condition already: --conditioning widen")
             self.projection = Projection(channels)
-        if conditioning == "none" and widened:
-            raise ValueError("this model takes a condition: --conditioning widen")
-        if conditioning == "widen" and not widened:
+        if conditioning == "widen":
             sana.patch_embed.proj = widen(sana.patch_embed.proj)
+            sana.config["in_channels"] = 2 * channels
 
     def forward(self, latents, condition, timestep, text, text_mask=None):
         """latents, condition [B, C, H, W], timestep [B] = 1000 sigma -> velocity [B, C, H, W].
@@ -902,12 +901,13 @@ def export(path, out, weights="ema"):
 
     Its in_channels is 2C (C without a condition): the latent, then the condition. The projection P
     and the patch embedding W that follows it become one linear map: W(Px) = (WP)x."""
-    restorer, about = load_restorer(path, weights)
-    merge_lora(restorer)
     out = Path(out)
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a model already; choose another folder")
-    config = restorer.sana.config
+    restorer, about = load_restorer(path, weights)
+    if about["stage"] == "decoder" and weights == "model":
+        raise UserError(f"--weights model: {path} is a decoder; give the run of its restorer")
+    merge_lora(restorer)
     tensors = restorer.sana.state_dict()
     if restorer.conditioning == "projection":
         w = tensors["patch_embed.proj.weight"]                      # [D, C, patch, patch]
@@ -915,15 +915,15 @@ def export(path, out, weights="ema"):
         product = torch.einsum("dcyx,ck->dkyx", w.double(), p.double())
         tensors["patch_embed.proj.weight"] = product.to(w.dtype)    # [D, 2C, patch, patch]
     channels = tensors["patch_embed.proj.weight"].shape[1]
-    notes = {"_class_name": Sana.CLASS, "_prediction": restorer.prediction}
-    notes["_shift"] = restorer.shift
+    config = restorer.sana.config | {"_class_name": Sana.CLASS, "in_channels": channels}
     save_weights(tensors, out / "diffusion_pytorch_model.safetensors")
-    config = notes | config | {"in_channels": channels}
     write_text(out / "config.json", json.dumps(config, indent=1))
     count = sum(t.numel() for t in tensors.values())
     print(f"{out}: {count / 1e6:.2f} M parameters, in_channels {channels}")
+    meaning = {"velocity": "noise - x0", "residual": "x0 - condition, which is no velocity"}
+    print(f"it predicts {meaning[restorer.prediction]}; sample with shift {restorer.shift:g}")
     if about["stage"] == "decoder":
-        print("the decoder is not in it: it is no part of diffusers' AutoencoderDC")
+        print("this is its restorer: the decoder is no part of diffusers' AutoencoderDC")
 
 
 # --------------------------------------------------------------------------------------------------
