@@ -13,7 +13,6 @@ noise, and the velocity is dx/dsigma = noise - x0. (Some texts call the clean fr
 the two trains against the pretrained weights.)
 """
 import hashlib
-import heapq
 import json
 import math
 import os
@@ -91,11 +90,6 @@ class Sana(nn.Module):
         self.transformer_blocks = nn.ModuleList([SanaBlock(c) for _ in range(c["num_layers"])])
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
         self.proj_out = nn.Linear(dim, c["patch_size"] ** 2 * c["out_channels"])
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        """Load a transformer/ folder of the hub. dtype None: as stored. Raises UserError."""
-        return load_pretrained(cls, folder, dtype)
 
     def forward(self, latents, timestep, text, text_mask=None):
         """Predict the velocity [B, C_out, H, W].
@@ -358,7 +352,7 @@ SHIFT = 3.0  # SANA's resolution shift (6 for its 4K model), see shift_sigma
 class Restorer(nn.Module):
     """SANA with a second input, the latent of the degraded image (the condition).
 
-    sana: takes C channels; an exported restorer takes 2C.
+    sana: takes and gives C channels. One that is widened already (an exported restorer) is refused.
     conditioning: how the condition enters.
       "projection"  a 1x1 convolution 2C -> C in front, identity on the noisy latent and zero on
                     the condition. Before training the output is the text-to-image model's, bit
@@ -370,7 +364,7 @@ class Restorer(nn.Module):
       "velocity"    noise - x0, as SANA's weights were trained.
       "residual"    x0 - condition, for training from scratch: a network that answers 0 returns its
                     input, not noise.
-    Raises ValueError for other options, and for options that do not fit sana."""
+    Raises ValueError."""
 
     def __init__(self, sana, conditioning="projection", prediction="velocity", shift=SHIFT):
         super().__init__()
@@ -378,20 +372,19 @@ class Restorer(nn.Module):
             raise ValueError(f"conditioning {conditioning!r} is not supported")
         if prediction not in ("velocity", "residual"):
             raise ValueError(f"prediction {prediction!r} is not supported")
+        channels, given = sana.config["out_channels"], sana.config["in_channels"]
+        if given != channels:
+            what = f"a transformer that takes {given} channels and gives {channels}"
+            raise ValueError(f"{what} is a restorer already (exported?); train its run further")
         self.sana = sana
         self.conditioning = conditioning
         self.prediction = prediction
         self.shift = shift
-        channels = sana.config["out_channels"]
-        widened = sana.config["in_channels"] != channels  # an exported restorer is
         if conditioning == "projection":
-            if widened:
-                raise ValueError("this model takes the condition already: --conditioning widen")
             self.projection = Projection(channels)
-        if conditioning == "none" and widened:
-            raise ValueError("this model takes a condition: --conditioning widen")
-        if conditioning == "widen" and not widened:
+        if conditioning == "widen":
             sana.patch_embed.proj = widen(sana.patch_embed.proj)
+            sana.config["in_channels"] = 2 * channels
 
     def forward(self, latents, condition, timestep, text, text_mask=None):
         """latents, condition [B, C, H, W], timestep [B] = 1000 sigma -> velocity [B, C, H, W].
@@ -649,7 +642,7 @@ MODEL_DEFAULTS = {
     "base": False,
     "decoder": None,
 }
-PRESETS = {
+PRESETS = {  # what "sana" leaves out is as in SANA_DEFAULTS
     # small enough to train from scratch on a laptop, on pixels instead of latents
     "tiny": MODEL_DEFAULTS | {
         "name": "tiny",
@@ -661,12 +654,10 @@ PRESETS = {
             "out_channels": 48,
             "num_layers": 4,
             "num_attention_heads": 3,
-            "attention_head_dim": 32,
             "num_cross_attention_heads": 3,
             "cross_attention_head_dim": 32,
             "cross_attention_dim": 96,
             "caption_channels": 256,
-            "mlp_ratio": 2.5,
             "qk_norm": "rms_norm_across_heads",
         },
     },
@@ -689,12 +680,10 @@ PRESETS = {
             "out_channels": 16,
             "num_layers": 6,
             "num_attention_heads": 4,
-            "attention_head_dim": 32,
             "num_cross_attention_heads": 4,
             "cross_attention_head_dim": 32,
             "cross_attention_dim": 128,
             "caption_channels": 256,
-            "mlp_ratio": 2.5,
             "qk_norm": "rms_norm_across_heads",
         },
     },
@@ -988,12 +977,13 @@ def export(path, out, weights="ema"):
 
     Its in_channels is 2C (C without a condition): the latent, then the condition. The projection P
     and the patch embedding W that follows it become one linear map: W(Px) = (WP)x."""
-    restorer, about = load_restorer(path, weights)
-    merge_lora(restorer)
     out = Path(out)
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a model already; choose another folder")
-    config = restorer.sana.config
+    restorer, about = load_restorer(path, weights)
+    if about["stage"] == "decoder" and weights == "model":
+        raise UserError(f"--weights model: {path} is a decoder; give the run of its restorer")
+    merge_lora(restorer)
     tensors = restorer.sana.state_dict()
     if restorer.conditioning == "projection":
         w = tensors["patch_embed.proj.weight"]                      # [D, C, patch, patch]
@@ -1001,15 +991,15 @@ def export(path, out, weights="ema"):
         product = torch.einsum("dcyx,ck->dkyx", w.double(), p.double())
         tensors["patch_embed.proj.weight"] = product.to(w.dtype)    # [D, 2C, patch, patch]
     channels = tensors["patch_embed.proj.weight"].shape[1]
-    notes = {"_class_name": Sana.CLASS, "_prediction": restorer.prediction}
-    notes["_shift"] = restorer.shift
+    config = restorer.sana.config | {"_class_name": Sana.CLASS, "in_channels": channels}
     save_weights(tensors, out / "diffusion_pytorch_model.safetensors")
-    config = notes | config | {"in_channels": channels}
     write_text(out / "config.json", json.dumps(config, indent=1))
     count = sum(t.numel() for t in tensors.values())
     print(f"{out}: {count / 1e6:.2f} M parameters, in_channels {channels}")
+    meaning = {"velocity": "noise - x0", "residual": "x0 - condition, which is no velocity"}
+    print(f"it predicts {meaning[restorer.prediction]}; sample with shift {restorer.shift:g}")
     if about["stage"] == "decoder":
-        print("the decoder is not in it: it is no part of diffusers' AutoencoderDC")
+        print("this is its restorer: the decoder is no part of diffusers' AutoencoderDC")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1042,11 +1032,12 @@ class GemmaTokenizer:
             self.bytes = [self.vocab[f"<0x{byte:02X}>"] for byte in range(256)]
             self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
             self.bos = self.added["<bos>"]
-            self.merges = {}  # (left id, right id) -> (rank, merged id)
+            self.ranks = {}  # (left id, right id) -> rank
+            self.merged = []  # by rank, the id of left + right
             for rank, merge in enumerate(spec["model"]["merges"]):
                 left, right = merge.split(" ") if isinstance(merge, str) else merge
-                pair = self.vocab[left], self.vocab[right]
-                self.merges[pair] = rank, self.vocab[left + right]
+                self.ranks[self.vocab[left], self.vocab[right]] = rank
+                self.merged.append(self.vocab[left + right])
             longest_first = sorted(self.added, key=len, reverse=True)
             self.pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
@@ -1070,37 +1061,22 @@ class GemmaTokenizer:
         return ids
 
     def merge(self, ids):
-        """Merge neighbours in the order of their ranks.
+        """Merge two neighbours at a time: the pair of the lowest rank, at its leftmost place.
 
-        The tokens are a linked list, in which a merge writes the left one and drops the right one.
-        The candidates are a heap. One that an earlier merge has overtaken is skipped."""
-        before = list(range(-1, len(ids) - 1))
-        after = list(range(1, len(ids) + 1))
-        heap = []
-
-        def consider(left, right):
-            if left >= 0 and right < len(ids) and (ids[left], ids[right]) in self.merges:
-                rank, merged = self.merges[ids[left], ids[right]]
-                heapq.heappush(heap, (rank, left, merged))
-
-        for i in range(len(ids) - 1):
-            consider(i, i + 1)
-        while heap:
-            _, left, merged = heapq.heappop(heap)
-            right = after[left]
-            if right == len(ids):
-                continue
-            _, now = self.merges.get((ids[left], ids[right]), (None, None))
-            if now != merged:
-                continue
-            ids[left] = merged
-            ids[right] = None
-            after[left] = after[right]
-            if after[left] < len(ids):
-                before[after[left]] = left
-            consider(before[left], left)
-            consider(left, after[left])
-        return [token for token in ids if token is not None]
+        (GPT-2's loop merges all places of a pair at once. Where a token can be made in several
+        ways, as in Gemma's vocabulary, that gives other tokens.) 10,000 merges take seconds."""
+        never = len(self.merged)
+        ranks = [self.ranks.get(pair, never) for pair in zip(ids, ids[1:])]
+        while True:
+            best = min(ranks, default=never)
+            if best == never:
+                return ids
+            i = ranks.index(best)
+            ids[i : i + 2] = [self.merged[best]]
+            del ranks[i]
+            for left in (i - 1, i):  # the pairs of the new token
+                if 0 <= left < len(ranks):
+                    ranks[left] = self.ranks.get((ids[left], ids[left + 1]), never)
 
 
 def check_tokenizer(spec):
@@ -1167,11 +1143,6 @@ class Gemma2(nn.Module):
         self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
         self.layers = nn.ModuleList([GemmaLayer(c) for _ in range(c["num_hidden_layers"])])
         self.norm = GemmaNorm(c["hidden_size"], c["rms_norm_eps"])
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        """Load a text_encoder/ folder. dtype None: as stored. Raises UserError."""
-        return load_pretrained(cls, folder, dtype)
 
     def forward(self, ids, mask):
         """ids, mask (True = a real token) [B, L], padded on the right -> [B, L, D].
