@@ -48,8 +48,12 @@ from vae import PixelAE, blend_tiles, pad_to_multiple, write_text
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio, dB: 10 log10(range^2 / mse) over all pixels and channels."""
-    return 10 * torch.log10(4 / (a.double() - b.double()).square().flatten(1).mean(1))
+    """Peak signal-to-noise ratio, dB: 10 log10(range^2 / mse) over all pixels and channels.
+
+    It ends at 100 dB, which equal pictures have too: all means are finite, over the same pictures.
+    """
+    mse = (a.double() - b.double()).square().flatten(1).mean(1)
+    return (10 * torch.log10(4 / mse)).clamp(max=100)
 
 
 def ssim(a, b):
@@ -753,53 +757,26 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None):
     return rows, pictures
 
 
-def validation_means(rows):
-    """Average each column of scores, for validations that are compared with each other.
-
-    A picture that equals the clean one counts as 100 dB, not as infinite. So all methods and all
-    validations are averaged over the same pictures. Only those too small for a metric (nan), which
-    does not depend on the method, are left out."""
-    means = {}
-    for key, value in rows[0].items():
-        if isinstance(value, float):
-            means[key] = mean([min(row[key], 100.0) for row in rows if not math.isnan(row[key])])
-    return means
+def scored(rows, column):
+    """Return the values of a column without nan: pictures too small for a metric have no score."""
+    return [row[column] for row in rows if not math.isnan(row[column])]
 
 
 def mean(values):
     return sum(values) / len(values) if values else math.nan
 
 
-def left_out(rows, key):
-    """Return {index of a row: why it is left out of all means of a metric}.
-
-    A row is left out if any method has no finite value there, so that all means are over the same
-    pictures. A method that is infinite on all rows (it returns the clean pictures) is ignored."""
-    columns = []
-    for name in rows[0]:
-        if name.endswith(f"_{key}") and any(row[name] != math.inf for row in rows):
-            columns.append(name)
-    reasons = {}
-    for i, row in enumerate(rows):
-        for name in columns:
-            if math.isnan(row[name]):
-                reasons[i] = "too small"
-            elif math.isinf(row[name]):
-                reasons[i] = "identical to the clean one"
-    return reasons
-
-
-def counted_rows(rows, key):
-    """Return the rows over which all means of a metric are taken."""
-    reasons = left_out(rows, key)
-    return [row for i, row in enumerate(rows) if i not in reasons]
+def means(rows):
+    """Average each column of scores over the rows that have a value."""
+    columns = [name for name, value in rows[0].items() if isinstance(value, float)]
+    return {name: mean(scored(rows, name)) for name in columns}
 
 
 def bootstrap(values, resamples=1000):
     """Return the 95% interval of a mean (percentile bootstrap, Efron 1979), nan below 2 values."""
-    values = torch.tensor([v for v in values if math.isfinite(v)], dtype=torch.float64)
     if len(values) < 2:
         return math.nan, math.nan
+    values = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(len(values), (resamples, len(values)), generator=generator)
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
@@ -807,17 +784,14 @@ def bootstrap(values, resamples=1000):
 
 
 def summarize(rows, methods, metrics):
-    """Return {method: {metric: {"mean", "low", "high"}, ..., "fid": distance}}.
-
-    The means of a metric are over the same pictures for all methods, see left_out."""
-    summary = {name: {} for name in methods}
-    for key in metrics.names:
-        counted = counted_rows(rows, key)
-        for name in methods:
-            values = [row[f"{name}_{key}"] for row in counted]
+    """Return {method: {metric: {"mean", "low", "high"}, ..., "fid": distance}}."""
+    summary = {}
+    for name in methods:
+        summary[name] = {}
+        for key in metrics.names:
+            values = scored(rows, f"{name}_{key}")
             low, high = bootstrap(values)
             summary[name][key] = {"mean": mean(values), "low": low, "high": high}
-    for name in methods:
         summary[name]["fid"] = metrics.fid.distance("clean", name) if metrics.fid else math.nan
     return summary
 
@@ -888,47 +862,39 @@ def print_summary(rows, summary, shares, metrics):
     groups = Counter()
     for row in rows:
         groups.update(set(row["degradation"]))
-    counted = {key: counted_rows(rows, key) for key in metrics.names}
     for group, count in sorted(groups.items()):
-        print_row(f"with {group} ({count})", degradation_cells(counted, group, methods))
-    print_notes(rows, metrics)
+        some = means([row for row in rows if group in row["degradation"]])
+        print_row(f"with {group} ({count})", group_cells(some, methods, metrics.names))
+    print_notes(rows, summary, metrics)
 
 
-def degradation_cells(counted, group, methods):
-    """Format the means of all methods over a group, for each metric: "20.44 -> 28.76".
-
-    counted: {metric: its counted_rows}."""
+def group_cells(values, methods, keys):
+    """Format {column: mean} of a group, all methods in a cell for each metric: "20.44 -> 28.76"."""
     cells = []
-    for key, rows in counted.items():
-        some = [row for row in rows if group in row["degradation"]]
-        means = []
+    for key in keys:
+        texts = []
         for method in methods:
-            value = mean([row[f"{method}_{key}"] for row in some])
-            means.append("n/a" if math.isnan(value) else f"{value:.{DIGITS[key]}f}")
-        cells.append(" -> ".join(means))
+            value = values[f"{method}_{key}"]
+            texts.append("n/a" if math.isnan(value) else f"{value:.{DIGITS[key]}f}")
+        cells.append(" -> ".join(texts))
     return cells
 
 
-def print_notes(rows, metrics):
-    """Say what the table leaves out."""
+def print_notes(rows, methods, metrics):
+    """Say below the table what its means do not show."""
     for name, reason in metrics.missing.items():
         print(f"{name.upper()}: n/a ({reason})")
     if metrics.fid and len(rows) < 2048:
         print(f"FID of {len(rows)} images is too high: compare it only at the same number of them")
-    for key, reasons in count_left_out(rows, metrics).items():
-        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        if listed:
-            some = f"{sum(reasons.values())} of {len(rows)} images"
-            print(f"{METRICS[key]}: {some} are in none of its means: {listed}")
-
-
-def count_left_out(rows, metrics):
-    """Return {metric: {reason: how many images are left out of its means for it}}."""
-    counts = {}
     for key in metrics.names:
-        if key not in metrics.missing:
-            counts[key] = dict(Counter(left_out(rows, key).values()))
-    return counts
+        small = len(rows) - len(scored(rows, f"input_{key}"))
+        if small and key not in metrics.missing:
+            print(f"{METRICS[key]}: {small} of {len(rows)} images are too small for it")
+    if "psnr" in metrics.names:
+        equal = {name: sum(row[f"{name}_psnr"] == 100 for row in rows) for name in methods}
+        listed = ", ".join(f"{name} {count}" for name, count in equal.items() if count)
+        if listed:
+            print(f"PSNR ends at 100 dB, where pictures are equal to the clean ones: {listed}")
 
 
 def relative_name(path, source):
@@ -1118,11 +1084,10 @@ def decoder_methods(args, pipeline, sampling, captions):
     }
 
 
-def write_json(report, path):
-    """Write strict JSON, which has no special numbers: nan becomes null, inf a text."""
-    spelled = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}
-    report = json.loads(json.dumps(report), parse_constant=spelled.get)
-    write_text(path, json.dumps(report, indent=1))
+def write_json(path, content):
+    """Write strict JSON, which has no special numbers: what is not finite becomes null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda word: None)
+    write_text(path, json.dumps(content, indent=1))
 
 
 def measure(args, pipeline, sampling):
@@ -1172,10 +1137,9 @@ def measure(args, pipeline, sampling):
         "methods": summary,
         "share_of_the_way": shares,
         "missing": metrics.missing,
-        "left_out": count_left_out(rows, metrics),
         "images": rows,
     }
-    write_json(report, out / "scores.json")
+    write_json(out / "scores.json", report)
     if args.sweep:
         draw_sweep(args.sweep, summary, metrics, out / "sweep.png")
     print(f"{out}: scores.csv, scores.json, grid.png")

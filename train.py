@@ -957,7 +957,7 @@ def validate(state, dataset, run, frozen):
         rows, pictures = evaluate.evaluate_pairs(dataset, methods, metrics, quiet=True)
         path = run / f"samples/step_{state.step:06d}.png"
         data.save_image(evaluate.draw_grid(pictures), path)
-        result = [{"step": state.step} | evaluate.validation_means(rows)]
+        result = [{"step": state.step} | evaluate.means(rows)]
         if state.config["stage"] == "restorer":
             result[0]["val_loss"] = validation_loss(pipeline, dataset, rows, args)
     if WORLD > 1:

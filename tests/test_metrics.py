@@ -46,7 +46,7 @@ def test_psnr_and_ssim_are_scikit_images_on_200_sizes_and_contents(photo):
         size, sigma = rng.integers(11, 160, 2), 10 ** rng.uniform(-0.5, 2.5)
         clean, noisy, a, b = pair(photo, size, sigma, seed)
         if np.array_equal(clean, noisy):
-            assert psnr(a, b) == math.inf
+            assert psnr(a, b) == 100
             assert ssim(a, b) == 1
             continue
         expected_psnr = peak_signal_noise_ratio(clean, noisy)
@@ -288,7 +288,7 @@ def test_what_is_scored_is_what_is_saved(photo):
     """0.3 levels above the clean image round to it; what is beyond white is white."""
     clean = to_tensor(photo.resize((64, 64)))
     metrics = Metrics(["psnr", "ssim"])
-    assert metrics(clean, clean + 0.3 / 127.5, "x") == {"psnr": math.inf, "ssim": 1.0}
+    assert metrics(clean, clean + 0.3 / 127.5, "x") == {"psnr": 100.0, "ssim": 1.0}
     white = to_tensor(to_image(torch.ones_like(clean)))
     expected = psnr(white[None], clean[None]).item()
     beyond = metrics(clean, torch.full_like(clean, 3.0), "x")
@@ -303,5 +303,4 @@ def test_the_bootstrap_covers_the_mean_19_times_of_20():
         low, high = bootstrap(values.tolist(), 300)
         hits += low < 30 < high
     assert 178 <= hits <= 199
-    assert bootstrap([1.0, 2.0, 3.0]) == bootstrap([1.0, math.inf, 2.0, 3.0])
     assert all(math.isnan(end) for end in bootstrap([5.0]))
