@@ -4,7 +4,8 @@
     python evaluate.py --checkpoint out/demo --input photos/ --output restored/      names are kept
     python evaluate.py --checkpoint out/demo --data val/pairs.csv         table, CSV, JSON, pictures
     python evaluate.py --checkpoint out/demo --data val/pairs.csv --sweep 1,2,4,8,20
-    python evaluate.py --data val/pairs.csv --compare others/        score another program's outputs
+    python evaluate.py --data theirs.csv                  score the conditions as they are: those of
+                      another program, which python data.py match CLEAN THEIRS --out theirs.csv lists
 
 In Python: Pipeline.load("out/demo")("noisy.jpg").save("restored.png")
 
@@ -35,8 +36,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from data import CsvPairs, PairedDataset, add_degradations_flag, add_device_flag
-from data import choose_vae, index_pictures, list_images, load_autoencoder, load_frozen, open_image
-from data import picture_extensions, plain_image, read_header, refuse_useless_flags, report_bad
+from data import choose_vae, list_images, load_autoencoder, load_frozen, open_image
+from data import picture_extensions, plain_image, refuse_useless_flags, report_bad
 from data import save_image, seed_for, to_image, to_tensor
 from degrade import Parser, UserError, between, explain_errors, given_flags, parse_degradations
 from degrade import run_script
@@ -711,8 +712,8 @@ def writable_work(work, writable):
 # Measuring. A method is a function (i, item of the data set) -> its picture [3, H, W].
 
 
-def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None):
-    """Score {name: method} on each pair, and the degraded picture itself as "input".
+def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, condition="input"):
+    """Score {name: method} on each pair, and the condition itself, under the name condition.
 
     -> rows [{"image": i, "condition": "", "degradation": [name, ...], "input_psnr", "NAME_psnr",
     ...}], and the labelled pictures of the first eight pairs, as draw_grid takes them. save: called
@@ -731,7 +732,7 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None):
         except UserError as error:
             report_bad(error, dataset.skip_bad)
             continue
-        outputs = {"input": item["condition"]}
+        outputs = {condition: item["condition"]}
         for name, method in methods.items():
             outputs[name] = method(i, item)
         row = {"image": i, "condition": "", "degradation": dataset.name_degradations(i)}
@@ -806,7 +807,7 @@ def shares_of_the_way(summary, names):
     the plain autoencoder. A decoder that sees the degraded image may reach a share above 1."""
     shares = {}
     for method, scores in summary.items():
-        if method in ("input", *BESIDE) or "ceiling" not in summary:
+        if method in ("input", "conditions", *BESIDE) or "ceiling" not in summary:
             continue
         shares[method] = {}
         for key in names:
@@ -887,7 +888,7 @@ def print_notes(rows, methods, metrics):
     if metrics.fid and len(rows) < 2048:
         print(f"FID of {len(rows)} images is too high: compare it only at the same number of them")
     for key in metrics.names:
-        small = len(rows) - len(scored(rows, f"input_{key}"))
+        small = len(rows) - len(scored(rows, f"{next(iter(methods))}_{key}"))
         if small and key not in metrics.missing:
             print(f"{METRICS[key]}: {small} of {len(rows)} images are too small for it")
     if "psnr" in metrics.names:
@@ -903,56 +904,6 @@ def relative_name(path, source):
         return Path(os.path.relpath(path, source.path.parent)).as_posix()
     except ValueError:  # on another drive
         return path.as_posix()
-
-
-def match_outputs(folder, source):
-    """Find another program's picture for each row of a CsvPairs -> [path]. Raises UserError.
-
-    Its path in folder is that of the condition, or else of the clean picture, relative to the
-    CSV's folder or to a folder below. If there is none, the name must be unique in folder.
-    Extensions may differ. Raises also if its size is not that of the clean picture."""
-    by_path, by_name = index_pictures(list_images(folder), folder)
-    outputs = []
-    taken = {}
-    for row in source.rows:
-        where = f"{source.path}, line {row.line}"
-        names = [relative_name(path, source) for path in (row.condition, row.clean) if path]
-        found = find_output(names, by_path, by_name)
-        if not found:
-            problem = f"nothing is named like {names[0]}"
-            alike = by_name.get(Path(names[0]).stem)
-            if alike:
-                problem = f"{alike[0]} and {alike[1]} are both named like {names[0]}"
-            raise UserError(f"--compare {folder}: {problem} ({where})")
-        if len(found) > 1:
-            both = f"{found[0]} and {found[1]} differ only in extension"
-            raise UserError(f"--compare {folder}: {both} ({where}); take one away")
-        size, wanted = read_header(found[0]).size, source.headers[row.clean].size
-        if size != wanted:
-            sizes = f"{size[0]}x{size[1]}, the pair is {wanted[0]}x{wanted[1]}"
-            raise UserError(f"--compare: {found[0]}: {sizes} ({where})")
-        other = taken.setdefault(found[0], row)
-        if (other.condition or other.clean) != (row.condition or row.clean):
-            both = f"line {other.line} and line {row.line} of {source.path}"
-            advice = "name the pictures as the CSV has them, with their folders"
-            raise UserError(f"--compare {folder}: {found[0]} fits {both}; {advice}")
-        outputs.append(found[0])
-    return outputs
-
-
-def find_output(names, by_path, by_name):
-    """Return the pictures at one of these paths or at its end, else the only one of its name."""
-    for name in names:
-        parts = Path(name).with_suffix("").parts
-        for start in range(len(parts)):
-            found = by_path.get(Path(*parts[start:]))
-            if found:
-                return found
-    for name in names:
-        alike = by_name.get(Path(name).stem, [])
-        if len(alike) == 1:
-            return alike
-    return []
 
 
 def ceiling_method(autoencoder, device, encoded="clean", weight=None):
@@ -1059,9 +1010,6 @@ def make_methods(args, pipeline, sampling, dataset):
             name = f"steps_{steps}" if args.sweep else "restored"
             options = sampling | {"steps": steps}
             methods[name] = restoring_method(pipeline, captions, args.device, **options)
-    if args.compare:
-        outputs = match_outputs(args.compare, dataset.source)
-        methods["compared"] = lambda i, item: to_tensor(open_image(outputs[i], srgb=True))
     return methods
 
 
@@ -1090,6 +1038,17 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=1))
 
 
+def check_conditions(source):
+    """Raise UserError if the conditions of a CsvPairs cannot be scored as they are."""
+    if source.enlarge > 1:
+        sizes = f"the conditions are {source.enlarge} times smaller than the clean pictures"
+        raise UserError(f"{source.path}: {sizes}; without --checkpoint they need the same size")
+    for row in source.rows:
+        if not row.condition:
+            where = f"{source.path}, line {row.line}"
+            raise UserError(f"{where}: no condition to score; name one, or give --checkpoint")
+
+
 def measure(args, pipeline, sampling):
     """Do what --data asks: print the table, write scores.csv, scores.json and grid.png.
 
@@ -1097,7 +1056,9 @@ def measure(args, pipeline, sampling):
     source = CsvPairs(args.data, args.skip_bad)
     refuse_useless_flags(source)
     print(source.summary())
-    if pipeline and pipeline.enlarge != source.enlarge:
+    if not pipeline:
+        check_conditions(source)
+    elif pipeline.enlarge != source.enlarge:
         factors = f"{pipeline.enlarge} times in training, {source.enlarge} times here"
         print(f"conditions were enlarged {factors}")
     names = picture_names(source) if args.save_pictures else []
@@ -1108,7 +1069,8 @@ def measure(args, pipeline, sampling):
     weights = args.lpips_weights, args.fid_weights
     metrics = Metrics(args.metrics, args.y_channel, *weights, args.device, args.crop_border)
     methods = make_methods(args, pipeline, sampling, dataset)
-    restored = [name for name in methods if name not in ("compared", *BESIDE)]
+    restored = [name for name in methods if name not in BESIDE]
+    condition = "input" if pipeline else "conditions"
 
     def save(row, item, outputs):
         index = row["image"]
@@ -1126,8 +1088,8 @@ def measure(args, pipeline, sampling):
     for name in ("scores.json", "grid.png", "sweep.png"):  # of other scores
         (out / name).unlink(missing_ok=True)
     with open_scores(out / "scores.csv") as write:
-        rows, pictures = evaluate_pairs(dataset, methods, metrics, save=save)
-    summary = summarize(rows, ["input", *methods], metrics)
+        rows, pictures = evaluate_pairs(dataset, methods, metrics, save=save, condition=condition)
+    summary = summarize(rows, [condition, *methods], metrics)
     shares = shares_of_the_way(summary, metrics.names)
     print_summary(rows, summary, shares, metrics)
     save_image(draw_grid(pictures), out / "grid.png")
@@ -1274,7 +1236,6 @@ def parse_args():
     add("--y_channel", action="store_true", help="PSNR and SSIM of luma alone (BT.601)")
     add("--lpips_weights", nargs=2, metavar=("TRUNK", "HEADS"), help="local files")
     add("--fid_weights", metavar="FILE", help="local file of FID's Inception")
-    add("--compare", metavar="FOLDER", help="also score another program's pictures")
     add("--sweep", type=step_list, default=[], metavar="STEPS,...", help="compare step counts")
     add("--save_pictures", action="store_true", help="keep the restored pictures, in pictures/")
     border = "pixels at each side that are not scored (default 0)"
@@ -1286,8 +1247,6 @@ def parse_args():
         raise UserError("--input needs --output: where to write the restored picture")
     if args.input and not args.checkpoint:
         raise UserError("--input needs --checkpoint: what to restore with")
-    if not args.checkpoint and not args.compare:
-        raise UserError("--data needs --checkpoint or --compare: what to measure")
     refuse_idle_flags(args)
     if args.sweep and not {"psnr", "ssim"} <= set(args.metrics):
         raise UserError("--sweep draws LPIPS or SSIM over PSNR: --metrics needs psnr and ssim")
@@ -1297,7 +1256,7 @@ def parse_args():
 RESTORING = ["--prompt", "--steps", "--sampler", "--average", "--guidance", "--condition_guidance"]
 RESTORING += ["--weights", "--model", "--vae", "--sweep", "--save_pictures", "--decoder_weight"]
 MEASURING = ["--degradations", "--skip_bad", "--metrics", "--y_channel", "--lpips_weights"]
-MEASURING += ["--fid_weights", "--compare", "--sweep", "--save_pictures", "--crop_border"]
+MEASURING += ["--fid_weights", "--sweep", "--save_pictures", "--crop_border"]
 
 
 def refuse_idle_flags(args):

@@ -121,7 +121,6 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "checkpoint": ["absent", "file", "photos"],
     "clean": ["absent", "file"],
     "clip": NO_FACTOR,
-    "compare": ["absent", "file"],
     "condition_dropout": NO_SHARE,
     "condition_guidance": NO_FACTOR,
     "conditioning": NO_CHOICE,
@@ -228,7 +227,7 @@ def in_process(module, words, patch):
             signal.signal(name, handler)
 
 
-MEASURING = {"metrics", "lpips_weights", "fid_weights", "compare", "sweep", "degradations", "data"}
+MEASURING = {"metrics", "lpips_weights", "fid_weights", "sweep", "degradations", "data"}
 MEASURING.add("crop_border")
 
 

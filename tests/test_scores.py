@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import degrade
 import evaluate
 from data import to_image, to_tensor
@@ -120,109 +121,67 @@ def test_means_and_their_intervals():
     assert one["mean"] == 20 and math.isnan(one["low"])
 
 
-def test_the_table_counts_equal_pictures_and_those_too_small(command, tmp_path, capsys):
-    """Of four outputs one is perfect; one pair is too small for SSIM."""
-    write_pairs(tmp_path, ["0.png", "1.png", "2.png", "3.png"])
+def test_the_table_says_which_pictures_are_too_small(command, tmp_path, capsys):
+    write_pairs(tmp_path, ["0.png", "1.png"])
     for name in ("clean", "noisy"):
-        path = tmp_path / name / "3.png"
+        path = tmp_path / name / "1.png"
         Image.open(path).crop((0, 0, 9, 32)).save(path)
-    for i, levels in enumerate([4, 0, 2, 4]):
-        clean = Image.open(tmp_path / f"clean/{i}.png")
-        save(brighter(clean, levels), tmp_path / f"others/{i}.png")
-    command("--data", "pairs.csv", "--compare", "others", "--metrics", "psnr", "ssim")
+    command("--data", "pairs.csv", "--metrics", "psnr", "ssim")
     output = capsys.readouterr().out
-    assert "PSNR ends at 100 dB, where pictures are equal to the clean ones: compared 1" in output
-    assert "SSIM: 1 of 4 images are too small for it" in output
+    assert "SSIM: 1 of 2 images are too small for it" in output
+    assert "100 dB" not in output
     text = (tmp_path / "out/evaluation/scores.json").read_text()
     report = json.loads(text, parse_constant=lambda word: pytest.fail(word))
-    psnr = {name: scores["psnr"]["mean"] for name, scores in report["methods"].items()}
-    assert psnr["input"] == pytest.approx(db(8))
-    assert psnr["compared"] == pytest.approx((2 * db(4) + db(2) + 100) / 4)
-    assert report["images"][1]["compared_psnr"] == 100
-    assert report["images"][3]["compared_ssim"] is None
+    assert report["images"][1]["conditions_ssim"] is None
 
 
-def test_groups_of_degradations_are_named_as_they_are(command, tmp_path, capsys):
+def test_groups_of_degradations_are_named_as_they_are(command, tmp_path, run_folder, capsys):
     write_pairs(tmp_path, ["0.png", "1.png"], "motion blur")
-    save(picture(0), tmp_path / "others/0.png")
-    save(brighter(picture(1), 4), tmp_path / "others/1.png")
-    command("--data", "pairs.csv", "--compare", "others", "--metrics", "psnr")
+    command("--data", "pairs.csv", "--metrics", "psnr", "--checkpoint", run_folder)
     output = capsys.readouterr().out
     group = [line for line in output.splitlines() if line.startswith("with ")]
     assert len(group) == 1
     assert group[0].split(")")[0] == "with motion blur (2"
-    assert group[0].split(")")[1].strip() == f"{db(8):.2f} -> {(100 + db(4)) / 2:.2f}"
     rows = read_csv(tmp_path / "out/evaluation/scores.csv")
+    restored = sum(float(row["restored_psnr"]) for row in rows) / 2
+    assert group[0].split(")")[1].strip() == f"{db(8):.2f} -> {restored:.2f}"
     assert [row["degradation"] for row in rows] == ["motion blur"] * 2
 
 
 # --------------------------------------------------------------------------------------------------
-# --compare.
+# Without a checkpoint: the conditions as they are, such as another program's outputs.
 
 
-def compare_scores(command, folder, *words):
-    words = "--data", "pairs.csv", "--compare", "others", "--metrics", "psnr", *words
-    command(*words, "--overwrite")
-    return [float(row["compared_psnr"]) for row in read_csv(folder / "out/evaluation/scores.csv")]
-
-
-@pytest.mark.parametrize("below", ["others/noisy", "others", "others/clean"])
-def test_pictures_are_matched_by_their_paths(command, tmp_path, below):
-    """Two scenes have pictures of one name."""
-    write_pairs(tmp_path, ["a/0.png", "b/0.png"])
-    save(picture(0), tmp_path / below / "a/0.tif")
-    save(brighter(picture(1), 4), tmp_path / below / "b/0.bmp")
-    assert compare_scores(command, tmp_path) == [100, pytest.approx(db(4))]
-
-
-def test_a_name_that_only_one_picture_has_is_found_in_any_folder(command, tmp_path):
-    write_pairs(tmp_path, ["x.png", "y.png"])
-    save(brighter(picture(0), 2), tmp_path / "others/deep/down/x.png")
-    save(brighter(picture(1), 4), tmp_path / "others/y.png")
-    assert compare_scores(command, tmp_path) == pytest.approx([db(2), db(4)])
-
-
-def test_the_clean_name_is_taken_where_the_degraded_one_is_not_there(command, tmp_path):
-    save(picture(0), tmp_path / "clean/x.png")
-    save(picture(1), tmp_path / "noisy/x_noisy.png")
-    save(brighter(picture(0), 4), tmp_path / "others/x.png")
-    (tmp_path / "pairs.csv").write_text(
-        "image_path,condition_image_path\nclean/x.png,noisy/x_noisy.png\n"
+def test_another_programs_pictures_are_scored_as_they_are(command, tmp_path, monkeypatch, capsys):
+    """Listed by data.py match, in another format. One of three is perfect."""
+    for i, levels in enumerate([4, 0, 2]):
+        save(picture(i), tmp_path / f"clean/deep/{i}.png")
+        save(brighter(picture(i), levels), tmp_path / f"theirs/deep/{i}.tif")
+    monkeypatch.setattr(sys, "argv", "data.py match clean theirs --out theirs.csv".split())
+    data.main()
+    command("--data", "theirs.csv", "--metrics", "psnr", "ssim")
+    assert "PSNR ends at 100 dB, where pictures are equal to the clean ones: conditions 1" in (
+        capsys.readouterr().out
     )
-    assert compare_scores(command, tmp_path) == [pytest.approx(db(4))]
+    report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
+    assert list(report["methods"]) == ["conditions"]
+    expected = [db(4), 100, db(2)]
+    assert [row["conditions_psnr"] for row in report["images"]] == pytest.approx(expected)
+    assert report["methods"]["conditions"]["psnr"]["mean"] == pytest.approx(sum(expected) / 3)
+    rows = read_csv(tmp_path / "out/evaluation/scores.csv")
+    assert [float(row["conditions_psnr"]) for row in rows] == pytest.approx(expected)
 
 
-COMPARE_REFUSED = [  # pictures in others/, and what the line says
-    (["a/0.png"], ["nothing is named like noisy/b/1.png", "pairs.csv, line 3"]),
-    (["a/0.png", "a/0.bmp", "b/1.png"], ["0.png", "0.bmp", "extension", "line 2"]),
-    (["0.png"], ["nothing is named like noisy/b/1.png"]),
-    (["a/0.png", "p/1.png", "q/1.png"], ["p/1.png", "q/1.png", "both named like", "line 3"]),
-]
-
-
-@pytest.mark.parametrize("names, says", COMPARE_REFUSED)
-def test_what_cannot_be_matched_is_refused(command, tmp_path, names, says):
-    write_pairs(tmp_path, ["a/0.png", "b/1.png"])
-    for name in names:
-        save(picture(0), tmp_path / "others" / name)
-    with pytest.raises(UserError) as error:
-        compare_scores(command, tmp_path)
-    assert all(word in str(error.value) for word in says), error.value
-
-
-def test_a_picture_that_fits_two_rows_is_refused(command, tmp_path):
-    write_pairs(tmp_path, ["a/0.png", "b/0.png"])
-    save(picture(0), tmp_path / "others/0.png")
-    with pytest.raises(UserError, match=r"others/0.png fits line 2 and line 3 of pairs.csv"):
-        compare_scores(command, tmp_path)
-
-
-def test_two_rows_of_one_condition_share_a_picture(command, tmp_path):
+def test_conditions_that_are_not_there_or_smaller_are_not_scored(command, tmp_path):
     write_pairs(tmp_path, ["0.png"])
     with open(tmp_path / "pairs.csv", "a") as file:
-        file.write("clean/0.png,noisy/0.png,other words,\n")
-    save(brighter(picture(0), 4), tmp_path / "others/0.png")
-    assert compare_scores(command, tmp_path) == pytest.approx([db(4), db(4)])
+        file.write("clean/0.png,,,\n")
+    with pytest.raises(UserError, match="pairs.csv, line 3: no condition to score"):
+        command("--data", "pairs.csv", "--metrics", "psnr")
+    save(picture(0, 20, 16), tmp_path / "noisy/0.png")
+    with pytest.raises(UserError, match="2 times smaller than the clean pictures; without --check"):
+        command("--data", "pairs.csv", "--metrics", "psnr")
+    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,31 +204,22 @@ def test_scores_are_kept_when_measuring_ends_early(command, tmp_path, monkeypatc
     (tmp_path / "o").mkdir()
     for name in ("scores.csv", "scores.json"):
         (tmp_path / "o" / name).write_text("of another evaluation")
-    words = "--data", "pairs.csv", "--compare", "clean", "--metrics", "psnr", "--output", "o"
+    words = "--data", "pairs.csv", "--metrics", "psnr", "--output", "o"
     with pytest.raises(end):
         command(*words, "--overwrite")
     assert "scores.csv has the scores of 2 images" in capsys.readouterr().err
     rows = read_csv(tmp_path / "o/scores.csv")
-    columns = ["image", "condition", "degradation", "input_psnr", "compared_psnr"]
+    columns = ["image", "condition", "degradation", "conditions_psnr"]
     assert [list(row) for row in rows] == [columns] * 2
     first = list(rows[0].values())
     assert first[:3] == ["clean/0.png", "noisy/0.png", "jpeg; downscale"]
     assert float(first[3]) == pytest.approx(db(8))
-    assert first[4] == "100.0"
     assert not (tmp_path / "o/scores.json").exists()
-
-
-def test_nothing_is_left_if_nothing_was_measured(command, tmp_path, monkeypatch):
-    write_pairs(tmp_path, ["0.png"])
-    save(picture(0, 41), tmp_path / "others/0.png")
-    with pytest.raises(UserError, match="41x32, the pair is 40x32"):
-        command("--data", "pairs.csv", "--compare", "others", "--metrics", "psnr")
-    assert not (tmp_path / "out/evaluation/scores.csv").exists()
 
 
 def test_a_second_evaluation_writes_elsewhere(command, tmp_path):
     write_pairs(tmp_path, ["0.png"])
-    words = "--data", "pairs.csv", "--compare", "clean", "--metrics", "psnr"
+    words = "--data", "pairs.csv", "--metrics", "psnr"
     for _ in range(3):
         command(*words)
     folders = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -356,19 +306,6 @@ def test_two_pictures_of_one_name_are_not_saved(command, run_folder, tmp_path):
     command(*words)
 
 
-def test_a_border_is_not_scored(command, tmp_path):
-    write_pairs(tmp_path, ["0.png"])
-    output = brighter(picture(0), 4)
-    output.paste((0, 0, 0), (0, 0, 40, 3))
-    save(output, tmp_path / "others/0.png")
-    assert compare_scores(command, tmp_path)[0] < 20
-    cut = compare_scores(command, tmp_path, "--crop_border", 3)
-    assert cut == [pytest.approx(db(4))]
-    assert compare_scores(command, tmp_path, "--crop_border", 10) == [pytest.approx(db(4))]
-    with pytest.raises(UserError, match=r"pairs.csv, line 2: .*--crop_border 11"):
-        compare_scores(command, tmp_path, "--crop_border", 11)
-
-
 def test_the_border_is_cut_from_all_that_is_scored(published):
     """Pictures that differ in their borders alone are alike for SSIM, LPIPS and FID too."""
     weights = (published["alex"], published["alex heads"]), published["inception"]
@@ -383,21 +320,6 @@ def test_the_border_is_cut_from_all_that_is_scored(published):
     assert torch.equal(metrics.fid.sets["x"][1], metrics.fid.sets["cut"][1])
     smaller = metrics(clean[:, :, :70], framed[:, :, :70], "y")
     assert math.isnan(smaller["lpips"])
-
-
-def test_the_border_is_cut_for_fid_in_the_whole_command(command, published, tmp_path):
-    write_pairs(tmp_path, ["0.png", "1.png", "2.png"])
-    for i in range(3):
-        framed = Image.new("RGB", (40, 32), "white")
-        framed.paste(picture(i).crop((4, 4, 36, 28)), (4, 4))
-        save(framed, tmp_path / f"others/{i}.png")
-    words = "--data", "pairs.csv", "--compare", "others", "--metrics", "psnr", "fid"
-    words += "--fid_weights", published["inception"]
-    for border in (0, 4):
-        command(*words, "--crop_border", border, "--overwrite")
-        report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
-        distance = report["methods"]["compared"]["fid"]
-        assert distance < 1e-4 if border else distance > 0.01
 
 
 # --------------------------------------------------------------------------------------------------
@@ -429,12 +351,11 @@ def test_weights_and_the_files_that_name_a_checkpoint(command, run_folder, tmp_p
 
 DATA = "--data pairs.csv --checkpoint RUN"
 INPUT = "--input a.png --output o.png --checkpoint RUN"
-COMPARE = "--data pairs.csv --compare clean"
+ALONE = "--data pairs.csv"
 IDLE = [
     (f"{DATA} --quality 80", "--quality goes with --input"),
     (f"{DATA} --grid=g.png", "--grid goes with --input"),
     (f"{INPUT} --sweep 1,2", "--sweep goes with --data"),
-    (f"{INPUT} --compare clean", "--compare goes with --data"),
     (f"{INPUT} --metrics psnr", "--metrics goes with --data"),
     (f"{INPUT} --y_channel", "--y_channel goes with --data"),
     (f"{INPUT} --lpips_weights a b", "--lpips_weights goes with --data"),
@@ -444,20 +365,20 @@ IDLE = [
     (f"{INPUT} --crop_border 2", "--crop_border goes with --data"),
     (f"{INPUT} --skip_bad", "--skip_bad goes with --data"),
     (f"{DATA} --sweep 1,2 --steps 1", "--steps has no effect beside --sweep"),
-    (f"{COMPARE} --prompt x", "--prompt needs --checkpoint"),
-    (f"{COMPARE} --steps 1", "--steps needs --checkpoint"),
-    (f"{COMPARE} --sampler euler", "--sampler needs --checkpoint"),
-    (f"{COMPARE} --average 1", "--average needs --checkpoint"),
-    (f"{COMPARE} --guidance 1", "--guidance needs --checkpoint"),
-    (f"{COMPARE} --condition_guidance=1", "--condition_guidance needs --checkpoint"),
-    (f"{COMPARE} --weights ema", "--weights needs --checkpoint"),
-    (f"{COMPARE} --model x", "--model needs --checkpoint"),
-    (f"{COMPARE} --sweep 1", "--sweep needs --checkpoint"),
-    (f"{COMPARE} --save_pictures", "--save_pictures needs --checkpoint"),
-    (f"{COMPARE} --metrics psnr --lpips_weights a b", "--lpips_weights has no effect"),
-    (f"{COMPARE} --metrics psnr --fid_weights a", "--fid_weights has no effect"),
-    (f"{COMPARE} --metrics lpips --y_channel", "--y_channel has no effect"),
-    (f"{COMPARE} --degradations jpeg", "--degradations"),
+    (f"{ALONE} --prompt x", "--prompt needs --checkpoint"),
+    (f"{ALONE} --steps 1", "--steps needs --checkpoint"),
+    (f"{ALONE} --sampler euler", "--sampler needs --checkpoint"),
+    (f"{ALONE} --average 1", "--average needs --checkpoint"),
+    (f"{ALONE} --guidance 1", "--guidance needs --checkpoint"),
+    (f"{ALONE} --condition_guidance=1", "--condition_guidance needs --checkpoint"),
+    (f"{ALONE} --weights ema", "--weights needs --checkpoint"),
+    (f"{ALONE} --model x", "--model needs --checkpoint"),
+    (f"{ALONE} --sweep 1", "--sweep needs --checkpoint"),
+    (f"{ALONE} --save_pictures", "--save_pictures needs --checkpoint"),
+    (f"{ALONE} --metrics psnr --lpips_weights a b", "--lpips_weights has no effect"),
+    (f"{ALONE} --metrics psnr --fid_weights a", "--fid_weights has no effect"),
+    (f"{ALONE} --metrics lpips --y_channel", "--y_channel has no effect"),
+    (f"{ALONE} --degradations jpeg", "--degradations"),
 ]
 
 
@@ -512,7 +433,7 @@ def test_names_that_the_terminal_cannot_encode(command, run_folder, tmp_path, mo
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
     degrade.run_script(lambda: None)  # as every script begins
-    command("--data", "pairs.csv", "--compare", "clean", "--metrics", "psnr", "--output", "模")
+    command("--data", "pairs.csv", "--metrics", "psnr", "--output", "模")
     command("--checkpoint", run_folder, "--input", "模.png", "--output", "糊.png")
     terminal.seek(0)
     printed = terminal.read()
