@@ -3,7 +3,7 @@
     python evaluate.py --checkpoint out/demo --input noisy.jpg --output restored.jpg
     python evaluate.py --checkpoint out/demo --input photos/ --output restored/      names are kept
     python evaluate.py --checkpoint out/demo --data val/pairs.csv         table, CSV, JSON, pictures
-    python evaluate.py --checkpoint out/demo --data val/pairs.csv --sweep 1,2,4,8,20
+    python evaluate.py --checkpoint out/demo --data val/pairs.csv --steps 1 2 4 8 20
     python evaluate.py --data theirs.csv                  score the conditions as they are: those of
                       another program, which python data.py match CLEAN THEIRS --out theirs.csv lists
 
@@ -1006,8 +1006,8 @@ def make_methods(args, pipeline, sampling, dataset):
             methods = decoder_methods(args, pipeline, sampling, captions)
         else:
             methods["ceiling"] = ceiling_method(pipeline.autoencoder, args.device)
-        for steps in args.sweep or [args.steps]:
-            name = f"steps_{steps}" if args.sweep else "restored"
+        for steps in args.steps:
+            name = f"steps_{steps}" if len(args.steps) > 1 else "restored"
             options = sampling | {"steps": steps}
             methods[name] = restoring_method(pipeline, captions, args.device, **options)
     return methods
@@ -1052,7 +1052,7 @@ def check_conditions(source):
 def measure(args, pipeline, sampling):
     """Do what --data asks: print the table, write scores.csv, scores.json and grid.png.
 
-    With --sweep also sweep.png, with --save_pictures also pictures/."""
+    With several --steps also sweep.png, with --save_pictures also pictures/."""
     source = CsvPairs(args.data, args.skip_bad)
     refuse_useless_flags(source)
     print(source.summary())
@@ -1080,7 +1080,7 @@ def measure(args, pipeline, sampling):
             row["condition"] = relative_name(pair.condition, source)
         if args.save_pictures:
             for name in restored:
-                folder = out / "pictures" / (name if args.sweep else "")
+                folder = out / "pictures" / (name if len(restored) > 1 else "")
                 save_image(finished_image(outputs[name], item["grey"]), folder / names[index])
         write(row | {"degradation": "; ".join(row["degradation"])})
 
@@ -1102,9 +1102,11 @@ def measure(args, pipeline, sampling):
         "images": rows,
     }
     write_json(out / "scores.json", report)
-    if args.sweep:
-        draw_sweep(args.sweep, summary, metrics, out / "sweep.png")
-    print(f"{out}: scores.csv, scores.json, grid.png")
+    written = "scores.csv, scores.json, grid.png"
+    if len(restored) > 1 and "psnr" in metrics.names and len(metrics.names) > 1:
+        draw_sweep({name: summary[name] for name in restored}, metrics, out / "sweep.png")
+        written += ", sweep.png"
+    print(f"{out}: {written}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1172,25 +1174,18 @@ def draw_chart(draw, top, title, points, log_scale, labels):
         draw.text((x + 6, y - 12), label, fill="black")
 
 
-def draw_sweep(steps, summary, metrics, path):
+def draw_sweep(summary, metrics, path):
     """Draw LPIPS (SSIM if it is missing) over PSNR, a point for each number of steps."""
     key = "lpips" if metrics.lpips else "ssim"
     points = []
-    for count in steps:
-        scores = summary[f"steps_{count}"]
+    for scores in summary.values():
         points.append((scores["psnr"]["mean"], scores[key]["mean"]))
+    labels = [name.removeprefix("steps_") for name in summary]
     title = f"{METRICS[key]} over PSNR (dB), by sampling steps"
-    draw_charts([(title, points, False, [str(count) for count in steps])], path)
+    draw_charts([(title, points, False, labels)], path)
 
 
 # --------------------------------------------------------------------------------------------------
-
-
-def step_list(text):
-    """argparse type of --sweep: "1,2,4" -> [1, 2, 4]."""
-    if not all(part.isdecimal() and 1 <= int(part) <= 1000 for part in text.split(",")):
-        raise ArgumentTypeError(f"{text}: write numbers of steps, such as 1,2,4,8,20")
-    return [int(part) for part in text.split(",")]
 
 
 def picture_path(text):
@@ -1215,7 +1210,8 @@ def parse_args():
     add = parser.add_argument_group("how to restore").add_argument
     add("--prompt", help='"Remove JPEG artifacts." (default: "", or the captions of --data)')
     steps, factor = between(int, 1, 1000), between(float, 0, 100)
-    add("--steps", type=steps, help="few have the best PSNR (default 1 for tiny, mini; SANA 20)")
+    text = "few have the best PSNR (default 1 for tiny, mini; SANA 20); with --data several compare"
+    add("--steps", type=steps, nargs="+", metavar="N", help=text)
     add("--sampler", choices=list(SAMPLERS), default="euler", help="dpm: DPM-Solver++ 2M")
     add("--average", type=steps, default=1, metavar="K", help="mean of K answers (default 1)")
     add("--guidance", type=factor, default=1.0, help="prompt weight; see model.guided (default 1)")
@@ -1236,7 +1232,6 @@ def parse_args():
     add("--y_channel", action="store_true", help="PSNR and SSIM of luma alone (BT.601)")
     add("--lpips_weights", nargs=2, metavar=("TRUNK", "HEADS"), help="local files")
     add("--fid_weights", metavar="FILE", help="local file of FID's Inception")
-    add("--sweep", type=step_list, default=[], metavar="STEPS,...", help="compare step counts")
     add("--save_pictures", action="store_true", help="keep the restored pictures, in pictures/")
     border = "pixels at each side that are not scored (default 0)"
     add("--crop_border", type=between(int, 0), default=0, metavar="N", help=border)
@@ -1248,15 +1243,15 @@ def parse_args():
     if args.input and not args.checkpoint:
         raise UserError("--input needs --checkpoint: what to restore with")
     refuse_idle_flags(args)
-    if args.sweep and not {"psnr", "ssim"} <= set(args.metrics):
-        raise UserError("--sweep draws LPIPS or SSIM over PSNR: --metrics needs psnr and ssim")
+    if args.input and len(args.steps or []) > 1:
+        raise UserError("--steps: several numbers compare them on --data; give --input one")
     return args
 
 
 RESTORING = ["--prompt", "--steps", "--sampler", "--average", "--guidance", "--condition_guidance"]
-RESTORING += ["--weights", "--model", "--vae", "--sweep", "--save_pictures", "--decoder_weight"]
+RESTORING += ["--weights", "--model", "--vae", "--save_pictures", "--decoder_weight"]
 MEASURING = ["--degradations", "--skip_bad", "--metrics", "--y_channel", "--lpips_weights"]
-MEASURING += ["--fid_weights", "--sweep", "--save_pictures", "--crop_border"]
+MEASURING += ["--fid_weights", "--save_pictures", "--crop_border"]
 
 
 def refuse_idle_flags(args):
@@ -1267,8 +1262,6 @@ def refuse_idle_flags(args):
     else:
         reason = "goes with --input, not with --data; leave it out"
         reasons |= dict.fromkeys(["--enlarge", "--quality", "--grid"], reason)
-        if args.sweep:
-            reasons["--steps"] = "has no effect beside --sweep, which names the steps; leave it out"
         if not args.checkpoint:
             reasons |= dict.fromkeys(RESTORING, "needs --checkpoint: what to restore with")
         if "lpips" not in args.metrics:
@@ -1291,14 +1284,14 @@ def main():
     if args.checkpoint:
         about = args.model, args.weights, args.enlarge, args.vae
         pipeline = Pipeline.load(args.checkpoint, args.device, *about)
-        args.steps = args.steps or pipeline.steps  # --steps is never 0
+        args.steps = args.steps or [pipeline.steps]
         if args.model and pipeline.config["autoencoder"]:
             raise UserError("--model: this checkpoint is of no pretrained model; leave it out")
         if "--decoder_weight" in given_flags() and not pipeline.seeing:
             reason = "this checkpoint has no decoder that sees the degraded image; leave it out"
             raise UserError(f"--decoder_weight: {reason}")
     sampling = {
-        "steps": args.steps,
+        "steps": args.steps and args.steps[0],
         "sampler": args.sampler,
         "seed": args.seed,
         "guidance": args.guidance,

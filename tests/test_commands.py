@@ -106,7 +106,7 @@ def test_pairs_train_evaluate(photos, tmp_path):
     rows = read_csv(tmp_path / "out/evaluation/scores.csv")
     report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
     assert len(rows) == len(report["images"]) == report["count"] == 12
-    assert report["flags"]["steps"] == 2
+    assert report["flags"]["steps"] == [2]
     assert (tmp_path / "out/evaluation/grid.png").is_file()
 
     # the numbers are those of the pictures, and so are their means
@@ -136,7 +136,7 @@ def test_pairs_train_evaluate(photos, tmp_path):
 
 
 def test_the_context_of_a_score(restore, photos, published, tmp_path):
-    """Sweep, ceiling, all metrics from local files, intervals."""
+    """Several steps, ceiling, all metrics from local files, intervals."""
     (tmp_path / "six").mkdir()
     for i in range(6):
         (tmp_path / f"six/{i:02d}.png").symlink_to(photos / f"{i:02d}.png")
@@ -146,7 +146,7 @@ def test_the_context_of_a_score(restore, photos, published, tmp_path):
     weights += ["--fid_weights", published["inception"]]
     others = ["--data", "pairs/pairs.csv"]
     sampling = ["--average", 2, "--guidance", 1.5, "--condition_guidance", 1.1]
-    output = run(*restore, *others, *weights, *sampling, "--sweep", "1,3", cwd=tmp_path)
+    output = run(*restore, *others, *weights, *sampling, "--steps", 1, 3, cwd=tmp_path)
     assert "FID of 6 images is too high" in output
     assert Image.open(tmp_path / "out/evaluation/sweep.png").size == (640, 240)
     report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
@@ -320,10 +320,8 @@ BAD_INPUT = [  # a command, and what the one line has to say
     ("evaluate.py --checkpoint RUN --input PHOTO --output o.jpg --quality 0", ["--quality"]),
     ("evaluate.py --checkpoint RUN --data absent.csv", ["absent.csv"]),
     ("evaluate.py --data small.csv", ["small.csv, line 2", "--checkpoint"]),
-    ("evaluate.py --checkpoint RUN --data small.csv --sweep 1,x", ["--sweep", "1,2,4,8,20"]),
-    ("evaluate.py --checkpoint RUN --data small.csv --sweep 0", ["--sweep"]),
-    ("evaluate.py --data small.csv --sweep 1,2", ["--sweep needs --checkpoint"]),
-    ("evaluate.py --checkpoint RUN --data small.csv --sweep 1 --metrics psnr", ["psnr and ssim"]),
+    ("evaluate.py --checkpoint RUN --data small.csv --steps 1 x", ["--steps"]),
+    ("evaluate.py --data small.csv --steps 1 2", ["--steps needs --checkpoint"]),
     ("evaluate.py --checkpoint RUN --data small.csv --average 0", ["--average"]),
     (
         "evaluate.py --checkpoint RUN --data small.csv --metrics fid --fid_weights bad.csv",

@@ -111,7 +111,6 @@ NO_CURRICULUM = [
     *("x", "32", "32:", "32:x", "0:5", "32:0", "-32:5", "32:-5", "32:5,", "32:1e3", "nan:5"),
     *("1000000000:5", "32:5,1000000000:5"),
 ]
-NO_SWEEP = ["x", "0", "-1", "1,", ",1", "1.5", "1,x", "1;2", "nan", "99999"]
 WRONG = {  # by flag or positional; "file" holds no picture, table or run, "photos" is a folder
     "accumulate": NO_COUNT,
     "average": [*NO_COUNT, "1001"],
@@ -169,7 +168,6 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "sigma_mean": ["x", "nan", "", "1,5", "-11", "11", "-inf", "inf"],
     "stage": NO_CHOICE,
     "steps": NO_COUNT,
-    "sweep": NO_SWEEP,
     "val_count": NO_COUNT,
     "val_data": ["absent.csv", "file", "photos"],
     "val_every": NO_COUNT,
@@ -227,7 +225,7 @@ def in_process(module, words, patch):
             signal.signal(name, handler)
 
 
-MEASURING = {"metrics", "lpips_weights", "fid_weights", "sweep", "degradations", "data"}
+MEASURING = {"metrics", "lpips_weights", "fid_weights", "degradations", "data"}
 MEASURING.add("crop_border")
 
 

@@ -291,10 +291,13 @@ def test_restored_pictures_are_saved_under_their_names(command, run_folder, tmp_
     assert row["condition"] == "../noisy/a/0.png"
     assert Image.open(pictures / "noisy/a/0.png").tobytes() == expected.tobytes()
 
-    command(*words, "--save_pictures", "--sweep", "1,2")
+    command(*words, "--save_pictures", "--steps", 1, 2)
     swept = tmp_path / "out/evaluation-2/pictures"
     for steps in (1, 2):
         assert (swept / f"steps_{steps}/noisy/a/0.png").is_file()
+    assert Image.open(swept.parent / "sweep.png").size == (640, 240)
+    methods = json.loads((swept.parent / "scores.json").read_text())["methods"]
+    assert list(methods) == ["input", "ceiling", "steps_1", "steps_2"]
 
 
 def test_two_pictures_of_one_name_are_not_saved(command, run_folder, tmp_path):
@@ -355,7 +358,7 @@ ALONE = "--data pairs.csv"
 IDLE = [
     (f"{DATA} --quality 80", "--quality goes with --input"),
     (f"{DATA} --grid=g.png", "--grid goes with --input"),
-    (f"{INPUT} --sweep 1,2", "--sweep goes with --data"),
+    (f"{INPUT} --steps 1 2", "--steps: several numbers"),
     (f"{INPUT} --metrics psnr", "--metrics goes with --data"),
     (f"{INPUT} --y_channel", "--y_channel goes with --data"),
     (f"{INPUT} --lpips_weights a b", "--lpips_weights goes with --data"),
@@ -364,7 +367,6 @@ IDLE = [
     (f"{INPUT} --save_pictures", "--save_pictures goes with --data"),
     (f"{INPUT} --crop_border 2", "--crop_border goes with --data"),
     (f"{INPUT} --skip_bad", "--skip_bad goes with --data"),
-    (f"{DATA} --sweep 1,2 --steps 1", "--steps has no effect beside --sweep"),
     (f"{ALONE} --prompt x", "--prompt needs --checkpoint"),
     (f"{ALONE} --steps 1", "--steps needs --checkpoint"),
     (f"{ALONE} --sampler euler", "--sampler needs --checkpoint"),
@@ -373,7 +375,6 @@ IDLE = [
     (f"{ALONE} --condition_guidance=1", "--condition_guidance needs --checkpoint"),
     (f"{ALONE} --weights ema", "--weights needs --checkpoint"),
     (f"{ALONE} --model x", "--model needs --checkpoint"),
-    (f"{ALONE} --sweep 1", "--sweep needs --checkpoint"),
     (f"{ALONE} --save_pictures", "--save_pictures needs --checkpoint"),
     (f"{ALONE} --metrics psnr --lpips_weights a b", "--lpips_weights has no effect"),
     (f"{ALONE} --metrics psnr --fid_weights a", "--fid_weights has no effect"),
