@@ -4,8 +4,8 @@
     python evaluate.py --checkpoint out/demo --input photos/ --output restored/      names are kept
     python evaluate.py --checkpoint out/demo --data val/pairs.csv         table, CSV, JSON, pictures
     python evaluate.py --checkpoint out/demo --data val/pairs.csv --steps 1 2 4 8 20
-    python evaluate.py --data theirs.csv                  score the conditions as they are: those of
-                      another program, which python data.py match CLEAN THEIRS --out theirs.csv lists
+    python evaluate.py --data theirs.csv        score another program's pictures, as conditions: see
+                                                python data.py match CLEAN THEIRS --out theirs.csv
 
 In Python: Pipeline.load("out/demo")("noisy.jpg").save("restored.png")
 
@@ -14,13 +14,11 @@ bits become 8. Transparency and colour profile are kept. EXIF rotation is applie
 """
 import contextlib
 import csv
-import glob
 import json
 import math
 import os
 import pickle
 import sys
-from argparse import ArgumentTypeError
 from collections import Counter
 from pathlib import Path
 
@@ -30,7 +28,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "500")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
@@ -92,16 +90,6 @@ def ssim(a, b):
     c2 = (0.03 * 2) ** 2
     score = (2 * product + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
     return score.flatten(1).mean(1)
-
-
-def luma(x):
-    """RGB [B, 3, H, W] in [-1, 1] -> Y of ITU-R BT.601 [B, 1, H, W].
-
-    Y has levels 16 to 235, scaled as pixels are: 0 to 255 become [-1, 1]. Super-resolution papers
-    score this channel."""
-    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=x.device)
-    y = torch.einsum("bchw,c->bhw", (x.double() + 1) / 2, weights) + 16
-    return y[:, None] / 127.5 - 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -406,22 +394,11 @@ class Metrics:
     """Compute those of "psnr", "ssim", "lpips", "fid" that are in names.
 
     missing: {name: why} of metrics whose weights cannot be fetched; the others are still computed.
-    y_channel: PSNR and SSIM of luma. lpips_weights: local files (trunk, heads). fid_weights: a
-    local file. crop_border: how many pixels at each side are not scored."""
+    lpips_weights: local files (trunk, heads). fid_weights: a local file."""
 
-    def __init__(
-        self,
-        names,
-        y_channel=False,
-        lpips_weights=None,
-        fid_weights=None,
-        device="cpu",
-        crop_border=0,
-    ):
+    def __init__(self, names, lpips_weights=None, fid_weights=None, device="cpu"):
         self.names = [name for name in METRICS if name in names]
-        self.y_channel = y_channel
         self.device = device
-        self.crop_border = crop_border
         self.lpips = None
         self.fid = None
         self.missing = {}
@@ -439,26 +416,19 @@ class Metrics:
             except OSError as error:
                 self.missing["fid"] = f"{reason}: {error}; --fid_weights takes a local file"
 
-    def cut(self, x):
-        """[..., H, W] -> without the border that does not count."""
-        n = self.crop_border
-        return x[..., n : x.shape[-2] - n, n : x.shape[-1] - n]
-
     @torch.no_grad()
     def __call__(self, clean, image, name):
         """Score a picture [3, H, W], rounded to 8 bits as when it is saved -> {metric: value}.
 
         nan where a metric is missing or the picture too small for it. name: the set of
         FID that the picture is added to."""
-        a, b = self.cut(to_tensor(to_image(image))[None]), self.cut(clean[None])
+        a, b = to_tensor(to_image(image))[None], clean[None]
         side = min(b.shape[2:])
         values = dict.fromkeys(METRICS, math.nan)
         if self.lpips and side >= 64:
             values["lpips"] = self.lpips(a.to(self.device), b.to(self.device)).item()
         if self.fid:
             self.fid.add(name, a.to(self.device))
-        if self.y_channel:
-            a, b = luma(a), luma(b)
         values["psnr"] = psnr(a, b).item()
         if side >= 11:
             values["ssim"] = ssim(a, b).item()
@@ -559,16 +529,14 @@ class Pipeline:
         seed=0,
         guidance=1.0,
         condition_guidance=1.0,
-        average=1,
         decoder_weight=1.0,
     ):
         """Restore degraded pixels [B, 3, H, W] in [-1, 1] of any size, with a caption each.
 
         -> the same shape, clipped to [-1, 1]. The noise depends on seed and size alone, not on the
         rest of the batch. steps None: self.steps. guidance, condition_guidance: see model.guided.
-        average: how many results, from different noise, are averaged. decoder_weight: how much a
-        decoder that sees the degraded image adds from it, 0 to 1. Raises ValueError for pixels that
-        are not floats in [-1, 1]."""
+        decoder_weight: how much a decoder that sees the degraded image adds from it, 0 to 1. Raises
+        ValueError for pixels that are not floats in [-1, 1]."""
         if not (pixels.is_floating_point() and pixels.abs().max() <= 1):  # nan fails this, too
             raise ValueError("pixels: give floats in [-1, 1], as data.to_tensor makes them")
         restorer, autoencoder, f = self.restorer, self.autoencoder, self.autoencoder.factor
@@ -576,36 +544,32 @@ class Pipeline:
         unit = f * restorer.sana.config["patch_size"]
         pixels = pad_to_multiple(pixels, unit)
         size = pixels.shape[2:]
-        noises = []
-        for k in range(average):
-            generator = torch.Generator().manual_seed(seed_for(seed, k, "restore"))
-            shape = autoencoder.channels, size[0] // f, size[1] // f
-            noises.append(torch.randn(shape, generator=generator).to(pixels))
+        generator = torch.Generator().manual_seed(seed_for(seed, 0, "restore"))
+        shape = autoencoder.channels, size[0] // f, size[1] // f
+        noise = torch.randn(shape, generator=generator).to(pixels)
         self.prompts.prepare([*captions, ""])
         prompt = self.embed(captions, pixels.device)
         empty = self.embed([""] * len(captions), pixels.device)
         steps = self.steps if steps is None else steps
 
-        def restore_part(index):
+        def restore_tile(index):
             condition = autoencoder.encode(pixels[index])           # [B, C, h, w]
-            velocity = guided(restorer, condition, prompt, empty, guidance, condition_guidance)
-            rows = slice(index[1].start // f, index[1].stop // f)
-            columns = slice(index[2].start // f, index[2].stop // f)
-            total = 0
-            for noise in noises:
+            latents = condition
+            if steps > 0:
+                velocity = guided(restorer, condition, prompt, empty, guidance, condition_guidance)
+                rows = slice(index[1].start // f, index[1].stop // f)
+                columns = slice(index[2].start // f, index[2].stop // f)
                 start = noise[:, rows, columns].expand_as(condition)
-                x0 = condition
-                if steps > 0:
-                    x0 = SAMPLERS[sampler](velocity, start, steps, restorer.shift)
-                seen = [pixels[index], decoder_weight] if self.seeing else []
-                total = total + autoencoder.decode(x0, *seen)       # [B, 3, h*f, w*f]
-            return total / average
+                latents = SAMPLERS[sampler](velocity, start, steps, restorer.shift)
+            if self.seeing:
+                return autoencoder.decode(latents, pixels[index], decoder_weight)
+            return autoencoder.decode(latents)                      # [B, 3, h*f, w*f]
 
         # DC-AE's latents are small: one piece (encode and decode split into tiles by themselves)
         tile = max(size)
         if isinstance(autoencoder, PixelAE):
             tile = PIXEL_TILE // unit * unit
-        restored = blend_tiles(restore_part, size, tile, OVERLAP // unit * unit)
+        restored = blend_tiles(restore_tile, size, tile, OVERLAP // unit * unit)
         return restored[..., :height, :width].clamp(-1, 1)
 
     def embed(self, captions, device):
@@ -614,32 +578,20 @@ class Pipeline:
         return self.restorer.sana.caption_keys_values(text.to(device)), mask.to(device)
 
 
-def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **options):
+def restore_files(pipeline, work, overwrite=False, quality=95, **options):
     """Restore [(picture, output path)] -> how many failed. A failure does not stop the others.
 
     Existing outputs are kept unless overwrite is set. If work is one picture, its failure raises
-    UserError. grid: where to save a picture that shows the first eight: input | restored |
-    difference. options: passed to pipeline."""
+    UserError. options: passed to pipeline."""
     # os.path.exists is False for a name that is too long; writing it fails later
     todo = [(path, out) for path, out in work if overwrite or not os.path.exists(out)]
     failed = 0
-    shown = []
     for path, out in tqdm(todo, unit="img", desc="restore", disable=len(work) == 1):
         try:
-            picture = open_image(path)
-            restored = pipeline(picture, **options)
-            save_restored(restored, out, quality)
+            save_restored(pipeline(path, **options), out, quality)
         except UserError as error:
             report_bad(error, len(work) > 1)
             failed += 1
-            continue
-        if grid and len(shown) < 8:
-            after = restored.convert("RGB")
-            before = picture.convert("RGB").resize(after.size, Image.Resampling.BICUBIC)
-            difference = ImageChops.subtract(after, before, 0.5, 128)  # 2 * difference + 128
-            shown.append([("input", before), ("restored", after), ("difference x 2", difference)])
-    if shown:
-        save_image(draw_grid(shown), grid)
     where = work[0][1]
     if len(work) > 1:
         where = os.path.commonpath([out.parent for _, out in work])
@@ -662,50 +614,29 @@ def save_restored(image, path, quality):
 
 
 def list_work(sources, target):
-    """Files, folders and patterns -> [(picture, where the restored one goes)]. Raises UserError."""
+    """Files and folders -> [(picture, where the restored one goes)]. Raises UserError."""
     target = Path(target)
-    writable = picture_extensions(writable=True)
-    found = []
-    for source in sources:
-        matches = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
-        if not matches:
-            raise UserError(f"--input {source}: no such file or folder")
-        found += [Path(match) for match in matches]
     work = []
-    for path in found:
+    for path in map(Path, sources):
         if path.is_dir():
             if target.resolve().is_relative_to(path.resolve()):
                 raise UserError(f"--output {target} lies inside --input {path}; choose another")
             for picture in list_images(path):
                 work.append((picture, target / picture.relative_to(path)))
-        elif target.is_dir() or len(found) > 1:
+        elif not path.exists():
+            raise UserError(f"--input {path}: no such file or folder")
+        elif target.is_dir() or len(sources) > 1:
             work.append((path, target / path.name))
-        elif target.suffix.lower() in writable:
-            work.append((path, target))
         else:
-            raise UserError(f"--output {target}: give a file name with a picture's extension: .png")
-    work = writable_work(work, writable)
+            work.append((path, target))
     for path, out in work:
+        if out.suffix.lower() not in picture_extensions(writable=True):
+            raise UserError(f"{out}: no format that can be written; restore it apart, as a .png")
         if out.resolve() == path.resolve():
             raise UserError(f"--output {out} would write over the input; choose another")
     if len({out for _, out in work}) < len(work):
         raise UserError(f"--output {target}: two inputs have the same name; restore them apart")
     return work
-
-
-def writable_work(work, writable):
-    """Return work with .png in place of extensions that Pillow reads but does not write."""
-    changed = []
-    as_png = []
-    for path, out in work:
-        if out.suffix.lower() not in writable:
-            out = out.with_suffix(".png")
-            as_png.append(path)
-        changed.append((path, out))
-    if as_png:
-        some = f"{len(as_png)} picture(s), such as {as_png[0]}"
-        print(f"{some}, are of a format that cannot be written: restored as .png")
-    return changed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -725,10 +656,6 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, condition=
     for i in bar:
         try:
             item = dataset.draw(i)
-            if metrics.crop_border and min(item["clean"].shape[1:]) < 2 * metrics.crop_border + 11:
-                where = dataset.source.load(dataset.rows[i])[2]
-                least = "11 pixels have to be left of each side with --crop_border"
-                raise UserError(f"{where}: {least} {metrics.crop_border}, the picture is too small")
         except UserError as error:
             report_bad(error, dataset.skip_bad)
             continue
@@ -740,12 +667,12 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, condition=
         for name, output in outputs.items():
             scores = metrics(item["clean"], output, name)
             row |= {f"{name}_{key}": value for key, value in scores.items()}
-            if name not in ("ceiling", "seeing_ceiling"):
+            if name != "ceiling":
                 shown = "degraded" if name == "input" else name
                 label = f"{shown} {scores.get('psnr', math.nan):.2f} dB"
                 labelled.append((label, to_image(output)))
         if metrics.fid:
-            metrics.fid.add("clean", metrics.cut(item["clean"])[None].to(metrics.device))
+            metrics.fid.add("clean", item["clean"][None].to(metrics.device))
         rows.append(row)
         if save:
             save(row, item, outputs)
@@ -797,26 +724,7 @@ def summarize(rows, methods, metrics):
     return summary
 
 
-BESIDE = "ceiling", "seeing_ceiling", "control", "plain"  # what stands beside a restorer's scores
-
-
-def shares_of_the_way(summary, names):
-    """Return {method: {metric: how far it came from the input (0) to the ceiling (1)}}.
-
-    The ceiling is the clean picture, encoded and decoded: what a perfect restorer would score with
-    the plain autoencoder. A decoder that sees the degraded image may reach a share above 1."""
-    shares = {}
-    for method, scores in summary.items():
-        if method in ("input", "conditions", *BESIDE) or "ceiling" not in summary:
-            continue
-        shares[method] = {}
-        for key in names:
-            start = summary["input"][key]["mean"]
-            way = summary["ceiling"][key]["mean"] - start
-            gone = scores[key]["mean"] - start
-            possible = math.isfinite(way) and math.isfinite(gone) and way != 0
-            shares[method][key] = gone / way if possible else math.nan
-    return shares
+BESIDE = "ceiling", "control", "plain"  # what stands beside a restorer's scores
 
 
 DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
@@ -824,7 +732,6 @@ LABELS = {
     "input": "degraded input",
     "ceiling": "ceiling: autoencoder alone",
     # of a decoder that sees the degraded image
-    "seeing_ceiling": "ceiling: this decoder",
     "control": "control: input's own latents",
     "plain": "restored, plain decoder",
 }
@@ -842,12 +749,9 @@ def print_row(label, cells):
     print(f"{label:30}" + "".join(f" {text:26}" for text in cells))
 
 
-def print_summary(rows, summary, shares, metrics):
-    """Print the table: methods, share of the way, each degradation."""
-    titles = []
-    for key in metrics.names:
-        of_luma = metrics.y_channel and key != "lpips"
-        titles.append(METRICS[key] + (" (Y)" if of_luma else ""))
+def print_summary(rows, summary, metrics):
+    """Print the table: a line for each method, then for each degradation."""
+    titles = [METRICS[key] for key in metrics.names]
     if metrics.fid:
         titles.append("FID")
     print_row(f"{len(rows)} images, mean (95%)", titles)
@@ -856,10 +760,7 @@ def print_summary(rows, summary, shares, metrics):
         if metrics.fid:
             cells.append(f"{scores['fid']:.2f}")
         print_row(LABELS.get(method, method), cells)
-    for method, share in shares.items():
-        cells = ["n/a" if math.isnan(value) else f"{value:.0%}" for value in share.values()]
-        print_row(f"{method}: share of the way", cells)
-    methods = [method for method in summary if method not in ("ceiling", "seeing_ceiling", "plain")]
+    methods = [method for method in summary if method not in ("ceiling", "plain")]
     groups = Counter()
     for row in rows:
         groups.update(set(row["degradation"]))
@@ -891,11 +792,12 @@ def print_notes(rows, methods, metrics):
         small = len(rows) - len(scored(rows, f"{next(iter(methods))}_{key}"))
         if small and key not in metrics.missing:
             print(f"{METRICS[key]}: {small} of {len(rows)} images are too small for it")
-    if "psnr" in metrics.names:
-        equal = {name: sum(row[f"{name}_psnr"] == 100 for row in rows) for name in methods}
-        listed = ", ".join(f"{name} {count}" for name, count in equal.items() if count)
-        if listed:
-            print(f"PSNR ends at 100 dB, where pictures are equal to the clean ones: {listed}")
+    counts = []
+    for name in methods:
+        count = sum(row.get(f"{name}_psnr") == 100 for row in rows)
+        counts += [f"{name} {count}"] if count else []
+    if counts:
+        print("PSNR ends at 100 dB, where pictures equal the clean ones:", ", ".join(counts))
 
 
 def relative_name(path, source):
@@ -906,18 +808,14 @@ def relative_name(path, source):
         return path.as_posix()
 
 
-def ceiling_method(autoencoder, device, encoded="clean", weight=None):
-    """Make the method that encodes a picture of the pair and decodes it again.
-
-    encoded: which picture, "clean" or "condition". weight: how much the decoder adds from the
-    condition, 0 to 1; None: it does not see it."""
+def ceiling_method(autoencoder, device):
+    """Make the method that encodes the clean picture and decodes it again."""
 
     def method(i, item):
-        picture = item[encoded][None].to(device)
-        seen = [] if weight is None else [item["condition"][None].to(device), weight]
+        clean = item["clean"][None].to(device)
         with torch.no_grad():
-            pixels = autoencoder.decode(autoencoder.encode(picture), *seen)
-        pixels = pixels[0, :, : picture.shape[2], : picture.shape[3]]
+            pixels = autoencoder.decode(autoencoder.encode(clean))
+        pixels = pixels[0, :, : clean.shape[2], : clean.shape[3]]
         return to_tensor(finished_image(pixels, item["grey"]))
 
     return method
@@ -1016,18 +914,15 @@ def make_methods(args, pipeline, sampling, dataset):
 def decoder_methods(args, pipeline, sampling, captions):
     """Return what a decoder that sees the degraded image is compared with: {name: method}.
 
-    ceiling: the round trip of the clean picture through the original autoencoder. seeing_ceiling:
-    the same with this decoder. control: this decoder on the condition's own latents; if it scores
-    as well as the restorer, the transformer adds nothing. plain: restored with the original
-    decoder."""
+    ceiling: the round trip of the clean picture through the original autoencoder. control: this
+    decoder on the condition's own latents; if it scores as well as the restorer, the transformer
+    adds nothing. plain: restored with the original decoder."""
     plain = load_autoencoder(pipeline.config, decoder=False).to(args.device)
     restore = Pipeline(pipeline.restorer, plain, pipeline.prompts)
-    autoencoder = pipeline.autoencoder
-    weight = args.decoder_weight
+    unchanged = sampling | {"steps": 0}
     return {
         "ceiling": ceiling_method(plain, args.device),
-        "seeing_ceiling": ceiling_method(autoencoder, args.device, "clean", weight),
-        "control": ceiling_method(autoencoder, args.device, "condition", weight),
+        "control": restoring_method(pipeline, captions, args.device, **unchanged),
         "plain": restoring_method(restore, captions, args.device, **sampling),
     }
 
@@ -1066,8 +961,7 @@ def measure(args, pipeline, sampling):
     choices = parse_degradations(args.degradations)
     fixed = {"training": False, "seed": args.seed, "skip_bad": args.skip_bad}
     dataset = PairedDataset(source, None, choices, **fixed)
-    weights = args.lpips_weights, args.fid_weights
-    metrics = Metrics(args.metrics, args.y_channel, *weights, args.device, args.crop_border)
+    metrics = Metrics(args.metrics, args.lpips_weights, args.fid_weights, args.device)
     methods = make_methods(args, pipeline, sampling, dataset)
     restored = [name for name in methods if name not in BESIDE]
     condition = "input" if pipeline else "conditions"
@@ -1090,14 +984,12 @@ def measure(args, pipeline, sampling):
     with open_scores(out / "scores.csv") as write:
         rows, pictures = evaluate_pairs(dataset, methods, metrics, save=save, condition=condition)
     summary = summarize(rows, [condition, *methods], metrics)
-    shares = shares_of_the_way(summary, metrics.names)
-    print_summary(rows, summary, shares, metrics)
+    print_summary(rows, summary, metrics)
     save_image(draw_grid(pictures), out / "grid.png")
     report = {
         "flags": vars(args),
         "count": len(rows),
         "methods": summary,
-        "share_of_the_way": shares,
         "missing": metrics.missing,
         "images": rows,
     }
@@ -1188,18 +1080,12 @@ def draw_sweep(summary, metrics, path):
 # --------------------------------------------------------------------------------------------------
 
 
-def picture_path(text):
-    if Path(text).suffix.lower() not in picture_extensions(writable=True):
-        raise ArgumentTypeError(f"{text}: give a file name with a picture's extension: .png")
-    return text
-
-
 def parse_args():
     parser = Parser(__doc__, usage="python evaluate.py [flags]")
     add = parser.add_argument
     add("--checkpoint", help="run folder of train.py, its file best or latest, or a step folder")
     add("--weights", choices=["ema", "model"], default="ema", help="averaged (default), or last")
-    add("--input", nargs="+", help="pictures, folders, or patterns such as 'photos/**/*.jpg'")
+    add("--input", nargs="+", help="pictures or folders to restore")
     text = "restored picture or folder; folder of scores (default: a new one in out)"
     add("--output", help=text)
     add("--overwrite", action="store_true", help="write over what --output holds already")
@@ -1213,7 +1099,6 @@ def parse_args():
     text = "few have the best PSNR (default 1 for tiny, mini; SANA 20); with --data several compare"
     add("--steps", type=steps, nargs="+", metavar="N", help=text)
     add("--sampler", choices=list(SAMPLERS), default="euler", help="dpm: DPM-Solver++ 2M")
-    add("--average", type=steps, default=1, metavar="K", help="mean of K answers (default 1)")
     add("--guidance", type=factor, default=1.0, help="prompt weight; see model.guided (default 1)")
     add("--condition_guidance", type=factor, default=1.0, help="see model.guided (default 1)")
     text = "how much the decoder sees of the degraded picture, after --stage decoder (default 1)"
@@ -1222,19 +1107,15 @@ def parse_args():
     add = parser.add_argument_group("with --input").add_argument
     add("--enlarge", type=between(int, 1, 16), help="enlarge first (default: as in training)")
     add("--quality", type=between(int, 1, 100), default=95, help="of JPEG and WebP (default 95)")
-    add("--grid", type=picture_path, metavar="FILE", help="draw input | restored | difference")
     group = parser.add_argument_group("with --data")
     add_degradations_flag(group)
     add = group.add_argument
     add("--skip_bad", action="store_true", help="leave out rows that cannot be read")
     names = [*METRICS, "fid"]
     add("--metrics", nargs="+", choices=names, default=names, help="default: all four")
-    add("--y_channel", action="store_true", help="PSNR and SSIM of luma alone (BT.601)")
     add("--lpips_weights", nargs=2, metavar=("TRUNK", "HEADS"), help="local files")
     add("--fid_weights", metavar="FILE", help="local file of FID's Inception")
     add("--save_pictures", action="store_true", help="keep the restored pictures, in pictures/")
-    border = "pixels at each side that are not scored (default 0)"
-    add("--crop_border", type=between(int, 0), default=0, metavar="N", help=border)
     args = parser.parse_args()
     if bool(args.input) == bool(args.data):
         raise UserError("give --input (pictures to restore) or --data (pairs to measure on)")
@@ -1248,10 +1129,10 @@ def parse_args():
     return args
 
 
-RESTORING = ["--prompt", "--steps", "--sampler", "--average", "--guidance", "--condition_guidance"]
+RESTORING = ["--prompt", "--steps", "--sampler", "--guidance", "--condition_guidance"]
 RESTORING += ["--weights", "--model", "--vae", "--save_pictures", "--decoder_weight"]
-MEASURING = ["--degradations", "--skip_bad", "--metrics", "--y_channel", "--lpips_weights"]
-MEASURING += ["--fid_weights", "--save_pictures", "--crop_border"]
+MEASURING = ["--degradations", "--skip_bad", "--metrics", "--lpips_weights"]
+MEASURING += ["--fid_weights", "--save_pictures"]
 
 
 def refuse_idle_flags(args):
@@ -1261,15 +1142,13 @@ def refuse_idle_flags(args):
         reasons |= dict.fromkeys(MEASURING, "goes with --data, not with --input; leave it out")
     else:
         reason = "goes with --input, not with --data; leave it out"
-        reasons |= dict.fromkeys(["--enlarge", "--quality", "--grid"], reason)
+        reasons |= dict.fromkeys(["--enlarge", "--quality"], reason)
         if not args.checkpoint:
             reasons |= dict.fromkeys(RESTORING, "needs --checkpoint: what to restore with")
         if "lpips" not in args.metrics:
             reasons["--lpips_weights"] = "has no effect: --metrics leaves out lpips"
         if "fid" not in args.metrics:
             reasons["--fid_weights"] = "has no effect: --metrics leaves out fid"
-        if not {"psnr", "ssim"} & set(args.metrics):
-            reasons["--y_channel"] = "has no effect: --metrics leaves out psnr and ssim"
     for flag, reason in reasons.items():
         if flag in given_flags():
             raise UserError(f"{flag} {reason}")
@@ -1296,14 +1175,13 @@ def main():
         "seed": args.seed,
         "guidance": args.guidance,
         "condition_guidance": args.condition_guidance,
-        "average": args.average,
         "decoder_weight": args.decoder_weight,
     }
     if args.data:
         measure(args, pipeline, sampling)
         return
     options = sampling | {"prompt": args.prompt or ""}
-    if restore_files(pipeline, work, args.overwrite, args.quality, args.grid, **options):
+    if restore_files(pipeline, work, args.overwrite, args.quality, **options):
         sys.exit(1)
 
 

@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio
 
 import data
@@ -113,7 +112,6 @@ NO_CURRICULUM = [
 ]
 WRONG = {  # by flag or positional; "file" holds no picture, table or run, "photos" is a folder
     "accumulate": NO_COUNT,
-    "average": [*NO_COUNT, "1001"],
     "batch_size": NO_COUNT,
     "cache": ["absent", "file"],
     "caption_dropout": NO_SHARE,
@@ -123,7 +121,6 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "condition_dropout": NO_SHARE,
     "condition_guidance": NO_FACTOR,
     "conditioning": NO_CHOICE,
-    "crop_border": NO_INDEX,
     "curriculum": NO_CURRICULUM,
     "data": ["absent.csv", "file", "photos"],
     "decoder_parts": NO_CHOICE,
@@ -137,7 +134,6 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "enlarge": [*NO_COUNT, "17"],
     "epochs": NO_COUNT,
     "fid_weights": ["absent", "file"],
-    "grid": ["g.xyz", "g"],
     "guidance": NO_FACTOR,
     "image": ["absent.png", "file", "photos"],
     "input": ["absent.png", "absent/*.png", "file"],
@@ -226,7 +222,6 @@ def in_process(module, words, patch):
 
 
 MEASURING = {"metrics", "lpips_weights", "fid_weights", "degradations", "data"}
-MEASURING.add("crop_border")
 
 
 def words_for(command, name, value):
@@ -516,7 +511,6 @@ def test_flags_of_restoring_reach_the_sampler(place, tmp_path, monkeypatch):
         {"sampler": "dpm"},
         {"guidance": 2.5},
         {"condition_guidance": 1.5},
-        {"average": 2},
     ]
     for i, change in enumerate(changes):
         how = {"steps": 2, "prompt": "Remove JPEG artifacts."} | change
@@ -564,15 +558,11 @@ def test_metrics_and_the_captions(scores, monkeypatch):
     assert captions == ["Fix it."] * 3
 
 
-def test_y_channel_and_weights_of_lpips(scores, published):
+def test_weights_of_lpips(scores, published):
     a, b = (np.asarray(Image.open(f"photos/{i}.png")) for i in (0, 1))
     rows = scores("--metrics", "psnr")
     expected = peak_signal_noise_ratio(a, b)
     assert float(rows[0]["input_psnr"]) == pytest.approx(expected, abs=1e-4)
-    rows = scores("--metrics", "psnr", "--y_channel")
-    expected = peak_signal_noise_ratio(rgb2ycbcr(a)[..., 0], rgb2ycbcr(b)[..., 0], data_range=255)
-    assert float(rows[0]["input_psnr"]) == pytest.approx(expected, abs=1e-4)
-
     weights = published["alex"], published["alex heads"]
     rows = scores("--metrics", "lpips", "--lpips_weights", *weights)
     lpips = evaluate.LPIPS(*(evaluate.read_published(None, path) for path in weights))
