@@ -617,14 +617,15 @@ def list_work(sources, target):
     """Files and folders -> [(picture, where the restored one goes)]. Raises UserError."""
     target = Path(target)
     work = []
-    for path in map(Path, sources):
+    for source in sources:
+        path = Path(source)
+        if not os.path.exists(source):
+            raise UserError(f"--input {source}: no such file or folder")
         if path.is_dir():
             if target.resolve().is_relative_to(path.resolve()):
                 raise UserError(f"--output {target} lies inside --input {path}; choose another")
             for picture in list_images(path):
                 work.append((picture, target / picture.relative_to(path)))
-        elif not path.exists():
-            raise UserError(f"--input {path}: no such file or folder")
         elif target.is_dir() or len(sources) > 1:
             work.append((path, target / path.name))
         else:
@@ -832,46 +833,32 @@ def restoring_method(pipeline, captions, device, **sampling):
     return method
 
 
-@contextlib.contextmanager
-def open_scores(path):
-    """Yield a function that writes a row, {column: value}, to a CSV immediately.
+def claim_folder(output):
+    """Make the folder of the scores, --output or the next free one, and return it.
 
-    If measuring ends early, the rows written so far stay, and their number is printed. A file
-    without rows is removed."""
-    count = 0
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-
-        def write(row):
-            nonlocal count
-            if count == 0:
-                writer.writerow(row)
-            writer.writerow(row.values())
-            file.flush()
-            count += 1
-
-        try:
-            yield write
-        except BaseException:  # Ctrl-C too
-            if count:
-                tqdm.write(f"{path} has the scores of {count} images", file=sys.stderr)
-            else:
-                file.close()  # Windows removes no open file
-                path.unlink()
-            raise
-
-
-def choose_output(output, overwrite):
-    """Return the folder of the scores: --output, or the next free one. Raises UserError."""
-    if output and (Path(output) / "scores.csv").exists() and not overwrite:
-        advice = "choose another --output, or give --overwrite"
-        raise UserError(f"--output {output} holds scores already; {advice}")
+    Making it claims it: of two evaluations that start at once, each has its own."""
     out = Path(output or "out/evaluation")
+    out.parent.mkdir(parents=True, exist_ok=True)
     number = 1
-    while not overwrite and (out / "scores.csv").exists():
-        number += 1
-        out = Path(f"out/evaluation-{number}")
-    return out
+    while True:
+        try:
+            out.mkdir()
+            return out
+        except FileExistsError:
+            if output:
+                raise UserError(f"--output {output} exists already; name a new folder") from None
+            number += 1
+            out = Path(f"out/evaluation-{number}")
+
+
+def append_row(path, row):
+    """Append {column: value} to a CSV; the columns stand in its first line."""
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(row)
+        writer.writerow(row.values())
 
 
 def picture_names(source):
@@ -892,22 +879,22 @@ def picture_names(source):
     return names
 
 
-def make_methods(args, pipeline, sampling, dataset):
+def make_methods(args, pipeline, dataset):
     """Return the methods that the flags ask for: {name: method}."""
-    methods = {}
-    if pipeline:
-        captions = [dataset.plan(i)[2] for i in range(len(dataset))]
-        if args.prompt is not None:
-            captions = [args.prompt] * len(dataset)
-        pipeline.prompts.prepare([*captions, ""])
-        if pipeline.seeing:
-            methods = decoder_methods(args, pipeline, sampling, captions)
-        else:
-            methods["ceiling"] = ceiling_method(pipeline.autoencoder, args.device)
-        for steps in args.steps:
-            name = f"steps_{steps}" if len(args.steps) > 1 else "restored"
-            options = sampling | {"steps": steps}
-            methods[name] = restoring_method(pipeline, captions, args.device, **options)
+    captions = [dataset.plan(i)[2] for i in range(len(dataset))]
+    if args.prompt is not None:
+        captions = [args.prompt] * len(dataset)
+    pipeline.prompts.prepare([*captions, ""])
+    steps = args.steps or [pipeline.steps]
+    sampling = sampling_options(args) | {"steps": steps[0]}
+    if pipeline.seeing:
+        methods = decoder_methods(args, pipeline, sampling, captions)
+    else:
+        methods = {"ceiling": ceiling_method(pipeline.autoencoder, args.device)}
+    for count in steps:
+        name = f"steps_{count}" if len(steps) > 1 else "restored"
+        options = sampling | {"steps": count}
+        methods[name] = restoring_method(pipeline, captions, args.device, **options)
     return methods
 
 
@@ -944,25 +931,27 @@ def check_conditions(source):
             raise UserError(f"{where}: no condition to score; name one, or give --checkpoint")
 
 
-def measure(args, pipeline, sampling):
-    """Do what --data asks: print the table, write scores.csv, scores.json and grid.png.
+def measure(args, out):
+    """Do what --data asks: print the table, write scores.csv, scores.json and grid.png to out.
 
     With several --steps also sweep.png, with --save_pictures also pictures/."""
     source = CsvPairs(args.data, args.skip_bad)
     refuse_useless_flags(source)
     print(source.summary())
-    if not pipeline:
+    pipeline = None
+    if args.checkpoint:
+        pipeline = load_pipeline(args)
+    else:
         check_conditions(source)
-    elif pipeline.enlarge != source.enlarge:
+    if pipeline and pipeline.enlarge != source.enlarge:
         factors = f"{pipeline.enlarge} times in training, {source.enlarge} times here"
         print(f"conditions were enlarged {factors}")
     names = picture_names(source) if args.save_pictures else []
-    out = Path(args.output)
     choices = parse_degradations(args.degradations)
     fixed = {"training": False, "seed": args.seed, "skip_bad": args.skip_bad}
     dataset = PairedDataset(source, None, choices, **fixed)
     metrics = Metrics(args.metrics, args.lpips_weights, args.fid_weights, args.device)
-    methods = make_methods(args, pipeline, sampling, dataset)
+    methods = make_methods(args, pipeline, dataset) if pipeline else {}
     restored = [name for name in methods if name not in BESIDE]
     condition = "input" if pipeline else "conditions"
 
@@ -976,13 +965,10 @@ def measure(args, pipeline, sampling):
             for name in restored:
                 folder = out / "pictures" / (name if len(restored) > 1 else "")
                 save_image(finished_image(outputs[name], item["grey"]), folder / names[index])
-        write(row | {"degradation": "; ".join(row["degradation"])})
+        done = "; ".join(row["degradation"])
+        append_row(out / "scores.csv", row | {"degradation": done})
 
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("scores.json", "grid.png", "sweep.png"):  # of other scores
-        (out / name).unlink(missing_ok=True)
-    with open_scores(out / "scores.csv") as write:
-        rows, pictures = evaluate_pairs(dataset, methods, metrics, save=save, condition=condition)
+    rows, pictures = evaluate_pairs(dataset, methods, metrics, save=save, condition=condition)
     summary = summarize(rows, [condition, *methods], metrics)
     print_summary(rows, summary, metrics)
     save_image(draw_grid(pictures), out / "grid.png")
@@ -1086,9 +1072,8 @@ def parse_args():
     add("--checkpoint", help="run folder of train.py, its file best or latest, or a step folder")
     add("--weights", choices=["ema", "model"], default="ema", help="averaged (default), or last")
     add("--input", nargs="+", help="pictures or folders to restore")
-    text = "restored picture or folder; folder of scores (default: a new one in out)"
+    text = "restored picture or folder; new folder of scores (default: the next in out)"
     add("--output", help=text)
-    add("--overwrite", action="store_true", help="write over what --output holds already")
     add("--data", metavar="CSV", help="pairs to measure on")
     add("--model", help="where a pretrained model's autoencoder and text encoder are now")
     add("--vae", help="another DC-AE with the same encoder: a folder, short name or hub id")
@@ -1105,6 +1090,7 @@ def parse_args():
     add("--decoder_weight", type=between(float, 0, 1), default=1.0, metavar="W", help=text)
     add("--seed", type=between(int, 0), default=0, help="of all noise (default 0)")
     add = parser.add_argument_group("with --input").add_argument
+    add("--overwrite", action="store_true", help="restore again what --output holds already")
     add("--enlarge", type=between(int, 1, 16), help="enlarge first (default: as in training)")
     add("--quality", type=between(int, 1, 100), default=95, help="of JPEG and WebP (default 95)")
     group = parser.add_argument_group("with --data")
@@ -1142,7 +1128,7 @@ def refuse_idle_flags(args):
         reasons |= dict.fromkeys(MEASURING, "goes with --data, not with --input; leave it out")
     else:
         reason = "goes with --input, not with --data; leave it out"
-        reasons |= dict.fromkeys(["--enlarge", "--quality"], reason)
+        reasons |= dict.fromkeys(["--overwrite", "--enlarge", "--quality"], reason)
         if not args.checkpoint:
             reasons |= dict.fromkeys(RESTORING, "needs --checkpoint: what to restore with")
         if "lpips" not in args.metrics:
@@ -1154,33 +1140,39 @@ def refuse_idle_flags(args):
             raise UserError(f"{flag} {reason}")
 
 
+def load_pipeline(args):
+    """Load --checkpoint. Raises UserError for a flag that has no effect on it."""
+    about = args.model, args.weights, args.enlarge, args.vae
+    pipeline = Pipeline.load(args.checkpoint, args.device, *about)
+    if args.model and pipeline.config["autoencoder"]:
+        raise UserError("--model: this checkpoint is of no pretrained model; leave it out")
+    if "--decoder_weight" in given_flags() and not pipeline.seeing:
+        reason = "this checkpoint has no decoder that sees the degraded image; leave it out"
+        raise UserError(f"--decoder_weight: {reason}")
+    return pipeline
+
+
+def sampling_options(args):
+    """Return the arguments of Pipeline.restore that flags set, but steps."""
+    names = ["sampler", "seed", "guidance", "condition_guidance", "decoder_weight"]
+    return {name: getattr(args, name) for name in names}
+
+
 def main():
     args = parse_args()
     if args.data:
-        args.output = str(choose_output(args.output, args.overwrite))
-    work = list_work(args.input, args.output) if args.input else []
-    pipeline = None
-    if args.checkpoint:
-        about = args.model, args.weights, args.enlarge, args.vae
-        pipeline = Pipeline.load(args.checkpoint, args.device, *about)
-        args.steps = args.steps or [pipeline.steps]
-        if args.model and pipeline.config["autoencoder"]:
-            raise UserError("--model: this checkpoint is of no pretrained model; leave it out")
-        if "--decoder_weight" in given_flags() and not pipeline.seeing:
-            reason = "this checkpoint has no decoder that sees the degraded image; leave it out"
-            raise UserError(f"--decoder_weight: {reason}")
-    sampling = {
-        "steps": args.steps and args.steps[0],
-        "sampler": args.sampler,
-        "seed": args.seed,
-        "guidance": args.guidance,
-        "condition_guidance": args.condition_guidance,
-        "decoder_weight": args.decoder_weight,
-    }
-    if args.data:
-        measure(args, pipeline, sampling)
+        out = claim_folder(args.output)
+        try:
+            measure(args, out)
+        finally:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # if nothing was written
         return
-    options = sampling | {"prompt": args.prompt or ""}
+    work = list_work(args.input, args.output)
+    pipeline = load_pipeline(args)
+    options = sampling_options(args) | {"prompt": args.prompt or ""}
+    if args.steps:
+        options["steps"] = args.steps[0]
     if restore_files(pipeline, work, args.overwrite, args.quality, **options):
         sys.exit(1)
 

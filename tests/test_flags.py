@@ -531,9 +531,9 @@ def scores(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
 
     def measure(*flags):
-        out = tmp_path / "out"
+        out = tmp_path / f"scores{len(list(tmp_path.iterdir()))}"
         words = ["--checkpoint", "run", "--data", "pairs.csv", "--output", out, *flags]
-        in_process(evaluate, [*words, "--overwrite"], monkeypatch)
+        in_process(evaluate, words, monkeypatch)
         with open(out / "scores.csv", newline="") as file:
             return list(csv.DictReader(file))
 

@@ -1,5 +1,6 @@
 """What the table and the files of evaluate.py --data say, and which flags it refuses."""
 
+import contextlib
 import csv
 import io
 import json
@@ -179,33 +180,26 @@ def test_conditions_that_are_not_there_or_smaller_are_not_scored(command, tmp_pa
     save(picture(0, 20, 16), tmp_path / "noisy/0.png")
     with pytest.raises(UserError, match="2 times smaller than the clean pictures; without --check"):
         command("--data", "pairs.csv", "--metrics", "psnr")
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 # --------------------------------------------------------------------------------------------------
 # The files that are written.
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, UserError])
-def test_scores_are_kept_when_measuring_ends_early(command, tmp_path, monkeypatch, capsys, end):
-    names = ["0.png", "1.png", "2.png"]
-    write_pairs(tmp_path, names, "jpeg:quality=20 downscale:factor=2")
+def test_scores_are_kept_when_measuring_ends_early(command, tmp_path, monkeypatch):
+    write_pairs(tmp_path, ["0.png", "1.png", "2.png"], "jpeg:quality=20 downscale:factor=2")
     draw = evaluate.PairedDataset.draw
 
     def fail(dataset, i):
         if i == 2:
             assert len(read_csv(tmp_path / "o/scores.csv")) == 2  # already
-            raise end("stop")
+            raise KeyboardInterrupt
         return draw(dataset, i)
 
     monkeypatch.setattr(evaluate.PairedDataset, "draw", fail)
-    (tmp_path / "o").mkdir()
-    for name in ("scores.csv", "scores.json"):
-        (tmp_path / "o" / name).write_text("of another evaluation")
-    words = "--data", "pairs.csv", "--metrics", "psnr", "--output", "o"
-    with pytest.raises(end):
-        command(*words, "--overwrite")
-    assert "scores.csv has the scores of 2 images" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        command("--data", "pairs.csv", "--metrics", "psnr", "--output", "o")
     rows = read_csv(tmp_path / "o/scores.csv")
     columns = ["image", "condition", "degradation", "conditions_psnr"]
     assert [list(row) for row in rows] == [columns] * 2
@@ -215,22 +209,31 @@ def test_scores_are_kept_when_measuring_ends_early(command, tmp_path, monkeypatc
     assert not (tmp_path / "o/scores.json").exists()
 
 
-def test_a_second_evaluation_writes_elsewhere(command, tmp_path):
+def test_each_evaluation_claims_a_folder(command, tmp_path, monkeypatch):
     write_pairs(tmp_path, ["0.png"])
     words = "--data", "pairs.csv", "--metrics", "psnr"
     for _ in range(3):
         command(*words)
     folders = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert folders == ["evaluation", "evaluation-2", "evaluation-3"]
+    evaluate_pairs = evaluate.evaluate_pairs
+
+    def begin_another(*arguments, **options):
+        monkeypatch.setattr(evaluate, "evaluate_pairs", evaluate_pairs)
+        for second in (["--output", "mine"], []):
+            with contextlib.suppress(UserError):
+                command(*words, *second)
+        return evaluate_pairs(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "evaluate_pairs", begin_another)
     command(*words, "--output", "mine")
-    (tmp_path / "mine/scores.csv").write_text("kept")
-    with pytest.raises(UserError, match="--output mine holds scores already.*--overwrite"):
-        command(*words, "--output", "mine")
-    assert (tmp_path / "mine/scores.csv").read_text() == "kept"
-    command(*words, "--output", "mine", "--overwrite")
     assert len(read_csv(tmp_path / "mine/scores.csv")) == 1
-    command(*words, "--overwrite")
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert (tmp_path / "out/evaluation-4/scores.json").is_file()
+    with pytest.raises(UserError, match="--output mine exists already; name a new folder"):
+        command(*words, "--output", "mine")
+    (tmp_path / "file").write_text("")
+    with pytest.raises((UserError, OSError)):
+        command(*words, "--output", "file/below")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -338,6 +341,7 @@ DATA = "--data pairs.csv --checkpoint RUN"
 INPUT = "--input a.png --output o.png --checkpoint RUN"
 ALONE = "--data pairs.csv"
 IDLE = [
+    (f"{DATA} --overwrite", "--overwrite goes with --input"),
     (f"{DATA} --quality 80", "--quality goes with --input"),
     (f"{INPUT} --steps 1 2", "--steps: several numbers"),
     (f"{INPUT} --metrics psnr", "--metrics goes with --data"),
@@ -367,7 +371,7 @@ def test_a_flag_without_an_effect_is_refused(command, tmp_path, run_folder, word
     with pytest.raises(UserError) as error:
         command(*words.replace("RUN", str(run_folder)).split())
     assert str(error.value).startswith(says)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "o.png").exists()
+    assert not list(tmp_path.glob("out/*")) and not (tmp_path / "o.png").exists()
 
 
 # --------------------------------------------------------------------------------------------------
