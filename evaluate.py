@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import sys
+from argparse import SUPPRESS, Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -33,12 +34,11 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data import CsvPairs, PairedDataset, add_degradations_flag, add_device_flag
-from data import choose_vae, list_images, load_autoencoder, load_frozen, open_image
-from data import picture_extensions, plain_image, refuse_useless_flags, report_bad
-from data import save_image, seed_for, to_image, to_tensor
-from degrade import Parser, UserError, between, explain_errors, given_flags, parse_degradations
-from degrade import run_script
+from data import CsvPairs, PairedDataset, check_device, list_images, load_autoencoder, load_frozen
+from data import open_image, picture_extensions, plain_image, report_bad, save_image, seed_for
+from data import to_image, to_tensor
+from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, explain_errors
+from degrade import parse_degradations, run_script
 from model import SAMPLERS, guided, load_restorer
 from vae import PixelAE, blend_tiles, pad_to_multiple, write_text
 
@@ -471,21 +471,20 @@ class Pipeline:
         self.seeing = bool(getattr(autoencoder, "gains", None))
 
     @classmethod
-    def load(cls, path, device="cpu", model=None, weights="ema", enlarge=None, vae=None):
+    def load(cls, path, device="cpu", model=None, weights="ema", enlarge=None):
         """Load a run of train.py or one of its checkpoints. Raises UserError.
 
         path may also be the file `best` or `latest` of a run, which names a checkpoint. model:
         where autoencoder and text encoder are now, if not where they were in training. weights:
         "ema", the averaged ones, or "model", the last ones. enlarge: by which factor a picture is
-        enlarged before it is restored; None: as the conditions were in training. vae: another DC-AE
-        with the same encoder. On a GPU a pretrained SANA is loaded in bf16, as it was trained."""
+        enlarged before it is restored; None: as the conditions were in training. On a GPU a
+        pretrained SANA is loaded in bf16, as it was trained."""
         path = Path(path)
         if path.name in ("best", "latest") and path.is_file():
             path = path.parent / path.read_text(errors="replace").strip()
         restorer, config = load_restorer(path, weights, model)
         if model:
             config["name"] = model
-        choose_vae(config, vae)
         if enlarge is None:
             enlarge = config["enlarge"]
         if str(device).startswith("cuda") and not config["autoencoder"]:
@@ -936,7 +935,9 @@ def measure(args, out):
 
     With several --steps also sweep.png, with --save_pictures also pictures/."""
     source = CsvPairs(args.data, args.skip_bad)
-    refuse_useless_flags(source)
+    if args.degradations and all(row.condition for row in source.rows):
+        paired = f"every row of {args.data} has a condition, nothing is degraded here"
+        raise UserError(f"--degradations: {paired}; leave it out")
     print(source.summary())
     pipeline = None
     if args.checkpoint:
@@ -947,7 +948,8 @@ def measure(args, out):
         factors = f"{pipeline.enlarge} times in training, {source.enlarge} times here"
         print(f"conditions were enlarged {factors}")
     names = picture_names(source) if args.save_pictures else []
-    choices = parse_degradations(args.degradations)
+    degradations = args.degradations or DEFAULT_DEGRADATIONS
+    choices = parse_degradations(degradations)
     fixed = {"training": False, "seed": args.seed, "skip_bad": args.skip_bad}
     dataset = PairedDataset(source, None, choices, **fixed)
     metrics = Metrics(args.metrics, args.lpips_weights, args.fid_weights, args.device)
@@ -973,7 +975,7 @@ def measure(args, out):
     print_summary(rows, summary, metrics)
     save_image(draw_grid(pictures), out / "grid.png")
     report = {
-        "flags": vars(args),
+        "flags": vars(args) | {"degradations": degradations},
         "count": len(rows),
         "methods": summary,
         "missing": metrics.missing,
@@ -1066,87 +1068,105 @@ def draw_sweep(summary, metrics, path):
 # --------------------------------------------------------------------------------------------------
 
 
-def parse_args():
-    parser = Parser(__doc__, usage="python evaluate.py [flags]")
+DEFAULTS = {
+    "checkpoint": None,
+    "input": None,
+    "data": None,
+    "output": None,
+    "seed": 0,
+    # how to restore
+    "weights": "ema",
+    "model": None,
+    "prompt": None,
+    "steps": None,  # those of the checkpoint
+    "sampler": "euler",
+    "guidance": 1.0,
+    "condition_guidance": 1.0,
+    "decoder_weight": None,  # 1
+    # with --input
+    "overwrite": False,
+    "enlarge": None,  # as in training
+    "quality": 95,
+    # with --data
+    "degradations": None,  # degrade.DEFAULT_DEGRADATIONS
+    "skip_bad": False,
+    "metrics": [*METRICS, "fid"],
+    "lpips_weights": None,
+    "fid_weights": None,
+    "save_pictures": False,
+}
+
+
+def make_parser():
+    parser = Parser(__doc__, usage="python evaluate.py [flags]", argument_default=SUPPRESS)
     add = parser.add_argument
     add("--checkpoint", help="run folder of train.py, its file best or latest, or a step folder")
-    add("--weights", choices=["ema", "model"], default="ema", help="averaged (default), or last")
     add("--input", nargs="+", help="pictures or folders to restore")
+    add("--data", metavar="CSV", help="pairs to measure on")
     text = "restored picture or folder; new folder of scores (default: the next in out)"
     add("--output", help=text)
-    add("--data", metavar="CSV", help="pairs to measure on")
+    add("--seed", type=between(int, 0), help="of all noise (default 0)")
+    add("--device", type=check_device, help="default cuda, where there is one")
+    add = parser.group("how to restore")
+    add("--weights", choices=["ema", "model"], help="averaged (default), or last")
     add("--model", help="where a pretrained model's autoencoder and text encoder are now")
-    add("--vae", help="another DC-AE with the same encoder: a folder, short name or hub id")
-    add_device_flag(parser)
-    add = parser.add_argument_group("how to restore").add_argument
     add("--prompt", help='"Remove JPEG artifacts." (default: "", or the captions of --data)')
-    steps, factor = between(int, 1, 1000), between(float, 0, 100)
     text = "few have the best PSNR (default 1 for tiny, mini; SANA 20); with --data several compare"
-    add("--steps", type=steps, nargs="+", metavar="N", help=text)
-    add("--sampler", choices=list(SAMPLERS), default="euler", help="dpm: DPM-Solver++ 2M")
-    add("--guidance", type=factor, default=1.0, help="prompt weight; see model.guided (default 1)")
-    add("--condition_guidance", type=factor, default=1.0, help="see model.guided (default 1)")
+    add("--steps", type=between(int, 1, 1000), nargs="+", metavar="N", help=text)
+    add("--sampler", choices=list(SAMPLERS), help="euler (default); dpm: DPM-Solver++ 2M")
+    factor = between(float, 0, 100)
+    add("--guidance", type=factor, help="prompt weight; see model.guided (default 1)")
+    add("--condition_guidance", type=factor, help="see model.guided (default 1)")
     text = "how much the decoder sees of the degraded picture, after --stage decoder (default 1)"
-    add("--decoder_weight", type=between(float, 0, 1), default=1.0, metavar="W", help=text)
-    add("--seed", type=between(int, 0), default=0, help="of all noise (default 0)")
-    add = parser.add_argument_group("with --input").add_argument
+    add("--decoder_weight", type=between(float, 0, 1), metavar="W", help=text)
+    add = parser.group("with --input")
     add("--overwrite", action="store_true", help="restore again what --output holds already")
     add("--enlarge", type=between(int, 1, 16), help="enlarge first (default: as in training)")
-    add("--quality", type=between(int, 1, 100), default=95, help="of JPEG and WebP (default 95)")
-    group = parser.add_argument_group("with --data")
-    add_degradations_flag(group)
-    add = group.add_argument
+    add("--quality", type=between(int, 1, 100), help="of JPEG and WebP (default 95)")
+    add = parser.group("with --data")
+    text = "such as jpeg gaussian_noise:sigma=25 (default: all but color_jitter)"
+    add("--degradations", nargs="+", metavar="NAME", help=text)
     add("--skip_bad", action="store_true", help="leave out rows that cannot be read")
-    names = [*METRICS, "fid"]
-    add("--metrics", nargs="+", choices=names, default=names, help="default: all four")
+    add("--metrics", nargs="+", choices=DEFAULTS["metrics"], help="default: all four")
     add("--lpips_weights", nargs=2, metavar=("TRUNK", "HEADS"), help="local files")
     add("--fid_weights", metavar="FILE", help="local file of FID's Inception")
     add("--save_pictures", action="store_true", help="keep the restored pictures, in pictures/")
-    args = parser.parse_args()
+    return parser
+
+
+def parse_args(argv=None):
+    """Return the flags. Raises UserError, also for one that has no effect beside the others."""
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))  # what was typed
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = Namespace(**(DEFAULTS | {"device": device} | given))
     if bool(args.input) == bool(args.data):
         raise UserError("give --input (pictures to restore) or --data (pairs to measure on)")
-    if args.input and not args.output:
-        raise UserError("--input needs --output: where to write the restored picture")
-    if args.input and not args.checkpoint:
-        raise UserError("--input needs --checkpoint: what to restore with")
-    refuse_idle_flags(args)
-    if args.input and len(args.steps or []) > 1:
-        raise UserError("--steps: several numbers compare them on --data; give --input one")
-    return args
-
-
-RESTORING = ["--prompt", "--steps", "--sampler", "--guidance", "--condition_guidance"]
-RESTORING += ["--weights", "--model", "--vae", "--save_pictures", "--decoder_weight"]
-MEASURING = ["--degradations", "--skip_bad", "--metrics", "--lpips_weights"]
-MEASURING += ["--fid_weights", "--save_pictures"]
-
-
-def refuse_idle_flags(args):
-    """Raise UserError for a flag that can have no effect beside the others."""
-    reasons = {}
     if args.input:
-        reasons |= dict.fromkeys(MEASURING, "goes with --data, not with --input; leave it out")
+        parser.refuse(given, "with --data", "goes with --data, not with --input; leave it out")
+        if not args.output:
+            raise UserError("--input needs --output: where to write the restored picture")
+        if len(args.steps or []) > 1:
+            raise UserError("--steps: several numbers compare them on --data; give --input one")
     else:
-        reason = "goes with --input, not with --data; leave it out"
-        reasons |= dict.fromkeys(["--overwrite", "--enlarge", "--quality"], reason)
-        if not args.checkpoint:
-            reasons |= dict.fromkeys(RESTORING, "needs --checkpoint: what to restore with")
-        if "lpips" not in args.metrics:
-            reasons["--lpips_weights"] = "has no effect: --metrics leaves out lpips"
-        if "fid" not in args.metrics:
-            reasons["--fid_weights"] = "has no effect: --metrics leaves out fid"
-    for flag, reason in reasons.items():
-        if flag in given_flags():
-            raise UserError(f"{flag} {reason}")
+        parser.refuse(given, "with --input", "goes with --input, not with --data; leave it out")
+    if not args.checkpoint:
+        if args.input or args.save_pictures:
+            raise UserError("--input and --save_pictures need --checkpoint: what to restore with")
+        parser.refuse(given, "how to restore", "needs --checkpoint: what to restore with")
+    for metric in ("lpips", "fid"):
+        if f"{metric}_weights" in given and metric not in args.metrics:
+            raise UserError(f"--{metric}_weights: --metrics leaves out {metric}; leave it out too")
+    return args
 
 
 def load_pipeline(args):
     """Load --checkpoint. Raises UserError for a flag that has no effect on it."""
-    about = args.model, args.weights, args.enlarge, args.vae
+    about = args.model, args.weights, args.enlarge
     pipeline = Pipeline.load(args.checkpoint, args.device, *about)
     if args.model and pipeline.config["autoencoder"]:
         raise UserError("--model: this checkpoint is of no pretrained model; leave it out")
-    if "--decoder_weight" in given_flags() and not pipeline.seeing:
+    if args.decoder_weight is not None and not pipeline.seeing:
         reason = "this checkpoint has no decoder that sees the degraded image; leave it out"
         raise UserError(f"--decoder_weight: {reason}")
     return pipeline
@@ -1154,8 +1174,13 @@ def load_pipeline(args):
 
 def sampling_options(args):
     """Return the arguments of Pipeline.restore that flags set, but steps."""
-    names = ["sampler", "seed", "guidance", "condition_guidance", "decoder_weight"]
-    return {name: getattr(args, name) for name in names}
+    return {
+        "sampler": args.sampler,
+        "seed": args.seed,
+        "guidance": args.guidance,
+        "condition_guidance": args.condition_guidance,
+        "decoder_weight": 1.0 if args.decoder_weight is None else args.decoder_weight,
+    }
 
 
 def main():

@@ -318,7 +318,7 @@ BAD_INPUT = [  # a command, and what the one line has to say
     ("evaluate.py --checkpoint RUN --data absent.csv", ["absent.csv"]),
     ("evaluate.py --data small.csv", ["small.csv, line 2", "--checkpoint"]),
     ("evaluate.py --checkpoint RUN --data small.csv --steps 1 x", ["--steps"]),
-    ("evaluate.py --data small.csv --steps 1 2", ["--steps needs --checkpoint"]),
+    ("evaluate.py --data small.csv --steps 1 2", ["--steps: needs --checkpoint"]),
     ("evaluate.py --checkpoint RUN --data small.csv --steps 0", ["--steps"]),
     (
         "evaluate.py --checkpoint RUN --data small.csv --metrics fid --fid_weights bad.csv",
