@@ -3,8 +3,9 @@
     python evaluate.py --checkpoint out/demo --input noisy.jpg --output restored.jpg
     python evaluate.py --checkpoint out/demo --input photos/ --output restored/      names are kept
     python evaluate.py --checkpoint out/demo --data val/pairs.csv         table, CSV, JSON, pictures
-    python evaluate.py --checkpoint out/demo --data val/pairs.csv --sweep 1,2,4,8,20
-    python evaluate.py --data val/pairs.csv --compare others/        score another program's outputs
+    python evaluate.py --checkpoint out/demo --data val/pairs.csv --steps 1 2 4 8 20
+    python evaluate.py --data theirs.csv        score another program's pictures, as conditions: see
+                                                python data.py match CLEAN THEIRS --out theirs.csv
 
 In Python: Pipeline.load("out/demo")("noisy.jpg").save("restored.png")
 
@@ -13,13 +14,12 @@ colours sRGB. Transparency is kept, EXIF rotation is applied, the rest is droppe
 """
 import contextlib
 import csv
-import glob
 import json
 import math
 import os
 import pickle
 import sys
-from argparse import ArgumentTypeError
+from argparse import SUPPRESS, Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -29,27 +29,31 @@ os.environ.setdefault("GOMP_SPINCOUNT", "500")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data import CsvPairs, PairedDataset, add_degradations_flag, add_device_flag
-from data import choose_vae, index_pictures, list_images, load_autoencoder, load_frozen
-from data import refuse_useless_flags, report_bad, seed_for, to_image, to_tensor
-from degrade import Parser, UserError, between, describe_picture, explain_errors, given_flags
-from degrade import open_image, parse_degradations, picture_extensions, plain_image, read_header
+from data import CsvPairs, PairedDataset, check_device, list_images, refuse_useless_flags
+from data import relative, seed_for, to_image, to_tensor
+from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, describe_picture
+from degrade import explain_errors, open_image, parse_degradations, picture_extensions, plain_image
 from degrade import run_script, save_image, say_notices
-from model import SAMPLERS, guided, load_restorer
-from vae import PixelAE, blend_tiles, pad_to_multiple, write_text
+from model import SAMPLERS, find_autoencoder, find_checkpoint, guided, load_autoencoder
+from model import load_decoder, load_frozen, load_restorer
+from vae import PixelAE, blend_tiles, pad_to_multiple, write_json
 
 # --------------------------------------------------------------------------------------------------
 # PSNR and SSIM of two batches [B, C, H, W] in [-1, 1] -> one float64 value an image, [B].
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio, dB: 10 log10(range^2 / mse) over all pixels and channels."""
-    return 10 * torch.log10(4 / (a.double() - b.double()).square().flatten(1).mean(1))
+    """Peak signal-to-noise ratio, dB: 10 log10(range^2 / mse) over all pixels and channels.
+
+    It ends at 100 dB, which equal pictures have too: all means are finite, over the same pictures.
+    """
+    mse = (a.double() - b.double()).square().flatten(1).mean(1)
+    return (10 * torch.log10(4 / mse)).clamp(max=100)
 
 
 def ssim(a, b):
@@ -87,16 +91,6 @@ def ssim(a, b):
     c2 = (0.03 * 2) ** 2
     score = (2 * product + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
     return score.flatten(1).mean(1)
-
-
-def luma(x):
-    """RGB [B, 3, H, W] in [-1, 1] -> Y of ITU-R BT.601 [B, 1, H, W].
-
-    Y has levels 16 to 235, scaled as pixels are: 0 to 255 become [-1, 1]. Super-resolution papers
-    score this channel."""
-    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=x.device)
-    y = torch.einsum("bchw,c->bhw", (x.double() + 1) / 2, weights) + 16
-    return y[:, None] / 127.5 - 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -401,22 +395,11 @@ class Metrics:
     """Compute those of "psnr", "ssim", "lpips", "fid" that are in names.
 
     missing: {name: why} of metrics whose weights cannot be fetched; the others are still computed.
-    y_channel: PSNR and SSIM of luma. lpips_weights: local files (trunk, heads). fid_weights: a
-    local file. crop_border: how many pixels at each side are not scored."""
+    lpips_weights: local files (trunk, heads). fid_weights: a local file."""
 
-    def __init__(
-        self,
-        names,
-        y_channel=False,
-        lpips_weights=None,
-        fid_weights=None,
-        device="cpu",
-        crop_border=0,
-    ):
+    def __init__(self, names, lpips_weights=None, fid_weights=None, device="cpu"):
         self.names = [name for name in METRICS if name in names]
-        self.y_channel = y_channel
         self.device = device
-        self.crop_border = crop_border
         self.lpips = None
         self.fid = None
         self.missing = {}
@@ -434,26 +417,19 @@ class Metrics:
             except OSError as error:
                 self.missing["fid"] = f"{reason}: {error}; --fid_weights takes a local file"
 
-    def cut(self, x):
-        """[..., H, W] -> without the border that does not count."""
-        n = self.crop_border
-        return x[..., n : x.shape[-2] - n, n : x.shape[-1] - n]
-
     @torch.no_grad()
     def __call__(self, clean, image, name):
         """Score a picture [3, H, W], rounded to 8 bits as when it is saved -> {metric: value}.
 
         nan where a metric is missing or the picture too small for it. name: the set of
         FID that the picture is added to."""
-        a, b = self.cut(to_tensor(to_image(image))[None]), self.cut(clean[None])
+        a, b = to_tensor(to_image(image))[None], clean[None]
         side = min(b.shape[2:])
         values = dict.fromkeys(METRICS, math.nan)
         if self.lpips and side >= 64:
             values["lpips"] = self.lpips(a.to(self.device), b.to(self.device)).item()
         if self.fid:
             self.fid.add(name, a.to(self.device))
-        if self.y_channel:
-            a, b = luma(a), luma(b)
         values["psnr"] = psnr(a, b).item()
         if side >= 11:
             values["ssim"] = ssim(a, b).item()
@@ -479,7 +455,7 @@ def finished_image(pixels, grey):
 class Pipeline:
     """A loaded restorer: Pipeline.load("out/demo")("noisy.jpg").save("restored.png").
 
-    autoencoder, prompts: what data.load_frozen returns. enlarge: see load. steps: the sampling
+    autoencoder, prompts: what model.load_frozen returns. enlarge: see load. steps: the sampling
     steps that restore takes by default; None: 1 for a network that predicts the clean image, 20 for
     SANA; 0: no sampling, the latents of the degraded picture are decoded."""
 
@@ -496,27 +472,28 @@ class Pipeline:
         self.seeing = bool(getattr(autoencoder, "gains", None))
 
     @classmethod
-    def load(cls, path, device="cpu", model=None, weights="ema", enlarge=None, vae=None):
+    def load(cls, path, device="cpu", model=None, weights="ema", enlarge=None):
         """Load a run of train.py or one of its checkpoints. Raises UserError.
 
         path may also be the file `best` or `latest` of a run, which names a checkpoint. model:
         where autoencoder and text encoder are now, if not where they were in training. weights:
         "ema", the averaged ones, or "model", the last ones. enlarge: by which factor a picture is
-        enlarged before it is restored; None: as the conditions were in training. vae: another DC-AE
-        with the same encoder. On a GPU a pretrained SANA is loaded in bf16, as it was trained."""
-        path = Path(path)
-        if path.name in ("best", "latest") and path.is_file():
-            path = path.parent / path.read_text(errors="replace").strip()
-        restorer, config = load_restorer(path, weights, model)
-        if model:
-            config["name"] = model
-        choose_vae(config, vae)
+        enlarged before it is restored; None: as the conditions were in training. On a GPU a
+        pretrained SANA is loaded in bf16, as it was trained."""
+        folder = find_checkpoint(path)
+        restorer, config = load_restorer(folder, weights, model)
         if enlarge is None:
             enlarge = config["enlarge"]
-        if str(device).startswith("cuda") and not config["autoencoder"]:
+        pretrained = config["autoencoder"]["kind"] == "pretrained"
+        if str(device).startswith("cuda") and pretrained:
             restorer.sana.to(torch.bfloat16)  # half the memory; the projection stays fp32
-        steps = config["decoder"]["steps"] if config["decoder"] else None
-        pipeline = cls(restorer.to(device), *load_frozen(config, device), enlarge, steps)
+        own = find_autoencoder(folder)
+        autoencoder, prompts = load_frozen(config, own, device)
+        steps = None
+        if config["decoder"]:
+            autoencoder = load_decoder(config, own, folder, weights).to(device)
+            steps = config["decoder"]["steps"]
+        pipeline = cls(restorer.to(device), autoencoder, prompts, enlarge, steps)
         pipeline.config = config
         return pipeline
 
@@ -552,16 +529,14 @@ class Pipeline:
         seed=0,
         guidance=1.0,
         condition_guidance=1.0,
-        average=1,
         decoder_weight=1.0,
     ):
         """Restore degraded pixels [B, 3, H, W] in [-1, 1] of any size, with a caption each.
 
         -> the same shape, clipped to [-1, 1]. The noise depends on seed and size alone, not on the
         rest of the batch. steps None: self.steps. guidance, condition_guidance: see model.guided.
-        average: how many results, from different noise, are averaged. decoder_weight: how much a
-        decoder that sees the degraded image adds from it, 0 to 1. Raises ValueError for pixels that
-        are not floats in [-1, 1]."""
+        decoder_weight: how much a decoder that sees the degraded image adds from it, 0 to 1. Raises
+        ValueError for pixels that are not floats in [-1, 1]."""
         if not (pixels.is_floating_point() and pixels.abs().max() <= 1):  # nan fails this, too
             raise ValueError("pixels: give floats in [-1, 1], as data.to_tensor makes them")
         restorer, autoencoder, f = self.restorer, self.autoencoder, self.autoencoder.factor
@@ -569,36 +544,32 @@ class Pipeline:
         unit = f * restorer.sana.config["patch_size"]
         pixels = pad_to_multiple(pixels, unit)
         size = pixels.shape[2:]
-        noises = []
-        for k in range(average):
-            generator = torch.Generator().manual_seed(seed_for(seed, k, "restore"))
-            shape = autoencoder.channels, size[0] // f, size[1] // f
-            noises.append(torch.randn(shape, generator=generator).to(pixels))
+        generator = torch.Generator().manual_seed(seed_for(seed, 0, "restore"))
+        shape = autoencoder.channels, size[0] // f, size[1] // f
+        noise = torch.randn(shape, generator=generator).to(pixels)
         self.prompts.prepare([*captions, ""])
         prompt = self.embed(captions, pixels.device)
         empty = self.embed([""] * len(captions), pixels.device)
         steps = self.steps if steps is None else steps
 
-        def restore_part(index):
+        def restore_tile(index):
             condition = autoencoder.encode(pixels[index])           # [B, C, h, w]
-            velocity = guided(restorer, condition, prompt, empty, guidance, condition_guidance)
-            rows = slice(index[1].start // f, index[1].stop // f)
-            columns = slice(index[2].start // f, index[2].stop // f)
-            total = 0
-            for noise in noises:
+            latents = condition
+            if steps > 0:
+                velocity = guided(restorer, condition, prompt, empty, guidance, condition_guidance)
+                rows = slice(index[1].start // f, index[1].stop // f)
+                columns = slice(index[2].start // f, index[2].stop // f)
                 start = noise[:, rows, columns].expand_as(condition)
-                x0 = condition
-                if steps > 0:
-                    x0 = SAMPLERS[sampler](velocity, start, steps, restorer.shift)
-                seen = [pixels[index], decoder_weight] if self.seeing else []
-                total = total + autoencoder.decode(x0, *seen)       # [B, 3, h*f, w*f]
-            return total / average
+                latents = SAMPLERS[sampler](velocity, start, steps, restorer.shift)
+            if self.seeing:
+                return autoencoder.decode(latents, pixels[index], decoder_weight)
+            return autoencoder.decode(latents)                      # [B, 3, h*f, w*f]
 
         # DC-AE's latents are small: one piece (encode and decode split into tiles by themselves)
         tile = max(size)
         if isinstance(autoencoder, PixelAE):
             tile = PIXEL_TILE // unit * unit
-        restored = blend_tiles(restore_part, size, tile, OVERLAP // unit * unit)
+        restored = blend_tiles(restore_tile, size, tile, OVERLAP // unit * unit)
         return restored[..., :height, :width].clamp(-1, 1)
 
     def embed(self, captions, device):
@@ -607,34 +578,22 @@ class Pipeline:
         return self.restorer.sana.caption_keys_values(text.to(device)), mask.to(device)
 
 
-def restore_files(pipeline, work, overwrite=False, quality=95, grid=None, **options):
+def restore_files(pipeline, work, overwrite=False, quality=95, **options):
     """Restore [(picture, output path)] -> how many failed. A failure does not stop the others.
 
     Existing outputs are kept unless overwrite is set. If work is one picture, its failure raises
-    UserError. grid: where to save a picture that shows the first eight: input | restored |
-    difference. options: passed to pipeline."""
+    UserError. options: passed to pipeline."""
     # os.path.exists is False for a name that is too long; writing it fails later
     todo = [(path, out) for path, out in work if overwrite or not os.path.exists(out)]
     failed = 0
-    shown = []
-    notices = {}
     for path, out in tqdm(todo, unit="img", desc="restore", disable=len(work) == 1):
         try:
-            picture = open_image(path, notices)
-            restored = pipeline(picture, **options)
-            save_restored(restored, out, quality)
+            save_restored(pipeline(path, **options), out, quality)
         except UserError as error:
-            report_bad(error, len(work) > 1)
+            if len(work) == 1:
+                raise
+            tqdm.write(f"failed: {error}", file=sys.stderr)
             failed += 1
-            continue
-        if grid and len(shown) < 8:
-            after = restored.convert("RGB")
-            before = picture.convert("RGB").resize(after.size, Image.Resampling.BICUBIC)
-            difference = ImageChops.subtract(after, before, 0.5, 128)  # 2 * difference + 128
-            shown.append([("input", before), ("restored", after), ("difference x 2", difference)])
-    say_notices(notices)
-    if shown:
-        save_image(draw_grid(shown), grid)
     where = work[0][1]
     if len(work) > 1:
         where = os.path.commonpath([out.parent for _, out in work])
@@ -657,30 +616,25 @@ def save_restored(image, path, quality):
 
 
 def list_work(sources, target):
-    """Files, folders and patterns -> [(picture, where the restored one goes)]. Raises UserError."""
+    """Files and folders -> [(picture, where the restored one goes)]. Raises UserError."""
     target = Path(target)
-    writable = picture_extensions(writable=True)
-    found = []
-    for source in sources:
-        matches = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
-        if not matches:
-            raise UserError(f"--input {source}: no such file or folder")
-        found += [Path(match) for match in matches]
     work = []
-    for path in found:
+    for source in sources:
+        path = Path(source)
+        if not os.path.exists(source):
+            raise UserError(f"--input {source}: no such file or folder")
         if path.is_dir():
             if target.resolve().is_relative_to(path.resolve()):
                 raise UserError(f"--output {target} lies inside --input {path}; choose another")
             for picture in list_images(path):
                 work.append((picture, target / picture.relative_to(path)))
-        elif target.is_dir() or len(found) > 1:
+        elif target.is_dir() or len(sources) > 1:
             work.append((path, target / path.name))
-        elif target.suffix.lower() in writable:
-            work.append((path, target))
         else:
-            raise UserError(f"--output {target}: give a file name with a picture's extension: .png")
-    work = writable_work(work, writable)
+            work.append((path, target))
     for path, out in work:
+        if out.suffix.lower() not in picture_extensions(writable=True):
+            raise UserError(f"{out}: no format that can be written; restore it apart, as a .png")
         if out.resolve() == path.resolve():
             raise UserError(f"--output {out} would write over the input; choose another")
     if len({out for _, out in work}) < len(work):
@@ -688,27 +642,12 @@ def list_work(sources, target):
     return work
 
 
-def writable_work(work, writable):
-    """Return work with .png in place of extensions that Pillow reads but does not write."""
-    changed = []
-    as_png = []
-    for path, out in work:
-        if out.suffix.lower() not in writable:
-            out = out.with_suffix(".png")
-            as_png.append(path)
-        changed.append((path, out))
-    if as_png:
-        some = f"{len(as_png)} picture(s), such as {as_png[0]}"
-        print(f"{some}, are of a format that cannot be written: restored as .png")
-    return changed
-
-
 # --------------------------------------------------------------------------------------------------
 # Measuring. A method is a function (i, item of the data set) -> its picture [3, H, W].
 
 
-def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None):
-    """Score {name: method} on each pair, and the degraded picture itself as "input".
+def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, condition="input"):
+    """Score {name: method} on each pair, and the condition itself, under the name condition.
 
     -> rows [{"image": i, "condition": "", "degradation": [name, ...], "input_psnr", "NAME_psnr",
     ...}], and the labelled pictures of the first eight pairs, as draw_grid takes them. save: called
@@ -718,16 +657,8 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None):
     pictures = []
     bar = tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)
     for i in bar:
-        try:
-            item = dataset.draw(i)
-            if metrics.crop_border and min(item["clean"].shape[1:]) < 2 * metrics.crop_border + 11:
-                where = dataset.source.load(dataset.rows[i])[2]
-                least = "11 pixels have to be left of each side with --crop_border"
-                raise UserError(f"{where}: {least} {metrics.crop_border}, the picture is too small")
-        except UserError as error:
-            report_bad(error, dataset.skip_bad)
-            continue
-        outputs = {"input": item["condition"]}
+        item = dataset[i]
+        outputs = {condition: item["condition"]}
         for name, method in methods.items():
             outputs[name] = method(i, item)
         row = {"image": i, "condition": "", "degradation": dataset.name_degradations(i)}
@@ -735,12 +666,12 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None):
         for name, output in outputs.items():
             scores = metrics(item["clean"], output, name)
             row |= {f"{name}_{key}": value for key, value in scores.items()}
-            if name not in ("ceiling", "seeing_ceiling"):
+            if name != "ceiling":
                 shown = "degraded" if name == "input" else name
                 label = f"{shown} {scores.get('psnr', math.nan):.2f} dB"
                 labelled.append((label, to_image(output)))
         if metrics.fid:
-            metrics.fid.add("clean", metrics.cut(item["clean"])[None].to(metrics.device))
+            metrics.fid.add("clean", item["clean"][None].to(metrics.device))
         rows.append(row)
         if save:
             save(row, item, outputs)
@@ -748,58 +679,29 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None):
         if len(pictures) < 8:
             pictures.append(labelled)
         bar.set_postfix_str(", ".join(label for label, _ in labelled[:-1]))
-    if not rows:
-        raise UserError("no pair that can be read")
     return rows, pictures
 
 
-def validation_means(rows):
-    """Average each column of scores, for validations that are compared with each other.
-
-    A picture that equals the clean one counts as 100 dB, not as infinite. So all methods and all
-    validations are averaged over the same pictures. Only those too small for a metric (nan), which
-    does not depend on the method, are left out."""
-    means = {}
-    for key, value in rows[0].items():
-        if isinstance(value, float):
-            means[key] = mean([min(row[key], 100.0) for row in rows if not math.isnan(row[key])])
-    return means
+def scored(rows, column):
+    """Return the values of a column without nan: pictures too small for a metric have no score."""
+    return [row[column] for row in rows if not math.isnan(row[column])]
 
 
 def mean(values):
     return sum(values) / len(values) if values else math.nan
 
 
-def left_out(rows, key):
-    """Return {index of a row: why it is left out of all means of a metric}.
-
-    A row is left out if any method has no finite value there, so that all means are over the same
-    pictures. A method that is infinite on all rows (it returns the clean pictures) is ignored."""
-    columns = []
-    for name in rows[0]:
-        if name.endswith(f"_{key}") and any(row[name] != math.inf for row in rows):
-            columns.append(name)
-    reasons = {}
-    for i, row in enumerate(rows):
-        for name in columns:
-            if math.isnan(row[name]):
-                reasons[i] = "too small"
-            elif math.isinf(row[name]):
-                reasons[i] = "identical to the clean one"
-    return reasons
-
-
-def counted_rows(rows, key):
-    """Return the rows over which all means of a metric are taken."""
-    reasons = left_out(rows, key)
-    return [row for i, row in enumerate(rows) if i not in reasons]
+def means(rows):
+    """Average each column of scores over the rows that have a value."""
+    columns = [name for name, value in rows[0].items() if isinstance(value, float)]
+    return {name: mean(scored(rows, name)) for name in columns}
 
 
 def bootstrap(values, resamples=1000):
     """Return the 95% interval of a mean (percentile bootstrap, Efron 1979), nan below 2 values."""
-    values = torch.tensor([v for v in values if math.isfinite(v)], dtype=torch.float64)
     if len(values) < 2:
         return math.nan, math.nan
+    values = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(len(values), (resamples, len(values)), generator=generator)
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
@@ -807,41 +709,19 @@ def bootstrap(values, resamples=1000):
 
 
 def summarize(rows, methods, metrics):
-    """Return {method: {metric: {"mean", "low", "high"}, ..., "fid": distance}}.
-
-    The means of a metric are over the same pictures for all methods, see left_out."""
-    summary = {name: {} for name in methods}
-    for key in metrics.names:
-        counted = counted_rows(rows, key)
-        for name in methods:
-            values = [row[f"{name}_{key}"] for row in counted]
+    """Return {method: {metric: {"mean", "low", "high"}, ..., "fid": distance}}."""
+    summary = {}
+    for name in methods:
+        summary[name] = {}
+        for key in metrics.names:
+            values = scored(rows, f"{name}_{key}")
             low, high = bootstrap(values)
             summary[name][key] = {"mean": mean(values), "low": low, "high": high}
-    for name in methods:
         summary[name]["fid"] = metrics.fid.distance("clean", name) if metrics.fid else math.nan
     return summary
 
 
-BESIDE = "ceiling", "seeing_ceiling", "control", "plain"  # what stands beside a restorer's scores
-
-
-def shares_of_the_way(summary, names):
-    """Return {method: {metric: how far it came from the input (0) to the ceiling (1)}}.
-
-    The ceiling is the clean picture, encoded and decoded: what a perfect restorer would score with
-    the plain autoencoder. A decoder that sees the degraded image may reach a share above 1."""
-    shares = {}
-    for method, scores in summary.items():
-        if method in ("input", *BESIDE) or "ceiling" not in summary:
-            continue
-        shares[method] = {}
-        for key in names:
-            start = summary["input"][key]["mean"]
-            way = summary["ceiling"][key]["mean"] - start
-            gone = scores[key]["mean"] - start
-            possible = math.isfinite(way) and math.isfinite(gone) and way != 0
-            shares[method][key] = gone / way if possible else math.nan
-    return shares
+BESIDE = "ceiling", "control", "plain"  # what stands beside a restorer's scores
 
 
 DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
@@ -849,7 +729,6 @@ LABELS = {
     "input": "degraded input",
     "ceiling": "ceiling: autoencoder alone",
     # of a decoder that sees the degraded image
-    "seeing_ceiling": "ceiling: this decoder",
     "control": "control: input's own latents",
     "plain": "restored, plain decoder",
 }
@@ -867,12 +746,9 @@ def print_row(label, cells):
     print(f"{label:30}" + "".join(f" {text:26}" for text in cells))
 
 
-def print_summary(rows, summary, shares, metrics):
-    """Print the table: methods, share of the way, each degradation."""
-    titles = []
-    for key in metrics.names:
-        of_luma = metrics.y_channel and key != "lpips"
-        titles.append(METRICS[key] + (" (Y)" if of_luma else ""))
+def print_summary(rows, summary, metrics):
+    """Print the table: a line for each method, then for each degradation."""
+    titles = [METRICS[key] for key in metrics.names]
     if metrics.fid:
         titles.append("FID")
     print_row(f"{len(rows)} images, mean (95%)", titles)
@@ -881,126 +757,54 @@ def print_summary(rows, summary, shares, metrics):
         if metrics.fid:
             cells.append(f"{scores['fid']:.2f}")
         print_row(LABELS.get(method, method), cells)
-    for method, share in shares.items():
-        cells = ["n/a" if math.isnan(value) else f"{value:.0%}" for value in share.values()]
-        print_row(f"{method}: share of the way", cells)
-    methods = [method for method in summary if method not in ("ceiling", "seeing_ceiling", "plain")]
+    methods = [method for method in summary if method not in ("ceiling", "plain")]
     groups = Counter()
     for row in rows:
         groups.update(set(row["degradation"]))
-    counted = {key: counted_rows(rows, key) for key in metrics.names}
     for group, count in sorted(groups.items()):
-        print_row(f"with {group} ({count})", degradation_cells(counted, group, methods))
-    print_notes(rows, metrics)
+        some = means([row for row in rows if group in row["degradation"]])
+        print_row(f"with {group} ({count})", group_cells(some, methods, metrics.names))
+    print_notes(rows, summary, metrics)
 
 
-def degradation_cells(counted, group, methods):
-    """Format the means of all methods over a group, for each metric: "20.44 -> 28.76".
-
-    counted: {metric: its counted_rows}."""
+def group_cells(values, methods, keys):
+    """Format {column: mean} of a group, all methods in a cell for each metric: "20.44 -> 28.76"."""
     cells = []
-    for key, rows in counted.items():
-        some = [row for row in rows if group in row["degradation"]]
-        means = []
+    for key in keys:
+        texts = []
         for method in methods:
-            value = mean([row[f"{method}_{key}"] for row in some])
-            means.append("n/a" if math.isnan(value) else f"{value:.{DIGITS[key]}f}")
-        cells.append(" -> ".join(means))
+            value = values[f"{method}_{key}"]
+            texts.append("n/a" if math.isnan(value) else f"{value:.{DIGITS[key]}f}")
+        cells.append(" -> ".join(texts))
     return cells
 
 
-def print_notes(rows, metrics):
-    """Say what the table leaves out."""
+def print_notes(rows, methods, metrics):
+    """Say below the table what its means do not show."""
     for name, reason in metrics.missing.items():
         print(f"{name.upper()}: n/a ({reason})")
     if metrics.fid and len(rows) < 2048:
         print(f"FID of {len(rows)} images is too high: compare it only at the same number of them")
-    for key, reasons in count_left_out(rows, metrics).items():
-        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        if listed:
-            some = f"{sum(reasons.values())} of {len(rows)} images"
-            print(f"{METRICS[key]}: {some} are in none of its means: {listed}")
-
-
-def count_left_out(rows, metrics):
-    """Return {metric: {reason: how many images are left out of its means for it}}."""
-    counts = {}
     for key in metrics.names:
-        if key not in metrics.missing:
-            counts[key] = dict(Counter(left_out(rows, key).values()))
-    return counts
+        small = len(rows) - len(scored(rows, f"{next(iter(methods))}_{key}"))
+        if small and key not in metrics.missing:
+            print(f"{METRICS[key]}: {small} of {len(rows)} images are too small for it")
+    counts = []
+    for name in methods:
+        count = sum(row.get(f"{name}_psnr") == 100 for row in rows)
+        counts += [f"{name} {count}"] if count else []
+    if counts:
+        print("PSNR ends at 100 dB, where pictures equal the clean ones:", ", ".join(counts))
 
 
-def relative_name(path, source):
-    """Return the path of a row's picture, relative to the CSV's folder: "clean/00.png"."""
-    try:
-        return Path(os.path.relpath(path, source.path.parent)).as_posix()
-    except ValueError:  # on another drive
-        return path.as_posix()
-
-
-def match_outputs(folder, source):
-    """Find another program's picture for each row of a CsvPairs -> [path]. Raises UserError.
-
-    Its path in folder is that of the condition, or else of the clean picture, relative to the
-    CSV's folder or to a folder below. If there is none, the name must be unique in folder.
-    Extensions may differ. Raises also if its size is not that of the clean picture."""
-    by_path, by_name = index_pictures(list_images(folder), folder)
-    outputs = []
-    taken = {}
-    for row in source.rows:
-        where = f"{source.path}, line {row.line}"
-        names = [relative_name(path, source) for path in (row.condition, row.clean) if path]
-        found = find_output(names, by_path, by_name)
-        if not found:
-            problem = f"nothing is named like {names[0]}"
-            alike = by_name.get(Path(names[0]).stem)
-            if alike:
-                problem = f"{alike[0]} and {alike[1]} are both named like {names[0]}"
-            raise UserError(f"--compare {folder}: {problem} ({where})")
-        if len(found) > 1:
-            both = f"{found[0]} and {found[1]} differ only in extension"
-            raise UserError(f"--compare {folder}: {both} ({where}); take one away")
-        size, wanted = read_header(found[0]).size, source.headers[row.clean].size
-        if size != wanted:
-            sizes = f"{size[0]}x{size[1]}, the pair is {wanted[0]}x{wanted[1]}"
-            raise UserError(f"--compare: {found[0]}: {sizes} ({where})")
-        other = taken.setdefault(found[0], row)
-        if (other.condition or other.clean) != (row.condition or row.clean):
-            both = f"line {other.line} and line {row.line} of {source.path}"
-            advice = "name the pictures as the CSV has them, with their folders"
-            raise UserError(f"--compare {folder}: {found[0]} fits {both}; {advice}")
-        outputs.append(found[0])
-    return outputs
-
-
-def find_output(names, by_path, by_name):
-    """Return the pictures at one of these paths or at its end, else the only one of its name."""
-    for name in names:
-        parts = Path(name).with_suffix("").parts
-        for start in range(len(parts)):
-            found = by_path.get(Path(*parts[start:]))
-            if found:
-                return found
-    for name in names:
-        alike = by_name.get(Path(name).stem, [])
-        if len(alike) == 1:
-            return alike
-    return []
-
-
-def ceiling_method(autoencoder, device, encoded="clean", weight=None):
-    """Make the method that encodes a picture of the pair and decodes it again.
-
-    encoded: which picture, "clean" or "condition". weight: how much the decoder adds from the
-    condition, 0 to 1; None: it does not see it."""
+def ceiling_method(autoencoder, device):
+    """Make the method that encodes the clean picture and decodes it again."""
 
     def method(i, item):
-        picture = item[encoded][None].to(device)
-        seen = [] if weight is None else [item["condition"][None].to(device), weight]
+        clean = item["clean"][None].to(device)
         with torch.no_grad():
-            pixels = autoencoder.decode(autoencoder.encode(picture), *seen)
-        pixels = pixels[0, :, : picture.shape[2], : picture.shape[3]]
+            pixels = autoencoder.decode(autoencoder.encode(clean))
+        pixels = pixels[0, :, : clean.shape[2], : clean.shape[3]]
         return to_tensor(finished_image(pixels, item["grey"]))
 
     return method
@@ -1017,46 +821,32 @@ def restoring_method(pipeline, captions, device, **sampling):
     return method
 
 
-@contextlib.contextmanager
-def open_scores(path):
-    """Yield a function that writes a row, {column: value}, to a CSV immediately.
+def claim_folder(output):
+    """Make the folder of the scores, --output or the next free one, and return it.
 
-    If measuring ends early, the rows written so far stay, and their number is printed. A file
-    without rows is removed."""
-    count = 0
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-
-        def write(row):
-            nonlocal count
-            if count == 0:
-                writer.writerow(row)
-            writer.writerow(row.values())
-            file.flush()
-            count += 1
-
-        try:
-            yield write
-        except BaseException:  # Ctrl-C too
-            if count:
-                tqdm.write(f"{path} has the scores of {count} images", file=sys.stderr)
-            else:
-                file.close()  # Windows removes no open file
-                path.unlink()
-            raise
-
-
-def choose_output(output, overwrite):
-    """Return the folder of the scores: --output, or the next free one. Raises UserError."""
-    if output and (Path(output) / "scores.csv").exists() and not overwrite:
-        advice = "choose another --output, or give --overwrite"
-        raise UserError(f"--output {output} holds scores already; {advice}")
+    Making it claims it: of two evaluations that start at once, each has its own."""
     out = Path(output or "out/evaluation")
+    out.parent.mkdir(parents=True, exist_ok=True)
     number = 1
-    while not overwrite and (out / "scores.csv").exists():
-        number += 1
-        out = Path(f"out/evaluation-{number}")
-    return out
+    while True:
+        try:
+            out.mkdir()
+            return out
+        except FileExistsError:
+            if output:
+                raise UserError(f"--output {output} exists already; name a new folder") from None
+            number += 1
+            out = Path(f"out/evaluation-{number}")
+
+
+def append_row(path, row):
+    """Append {column: value} to a CSV; the columns stand in its first line."""
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(row)
+        writer.writerow(row.values())
 
 
 def picture_names(source):
@@ -1067,7 +857,7 @@ def picture_names(source):
     names = []
     lines = {}
     for row in source.rows:
-        path = Path(relative_name(row.condition or row.clean, source)).with_suffix(".png")
+        path = Path(relative(row.condition or row.clean, source.path)).with_suffix(".png")
         name = Path(*[part for part in path.parts if part not in ("..", path.anchor)])
         line = lines.setdefault(name, row.line)
         if line != row.line:
@@ -1077,108 +867,110 @@ def picture_names(source):
     return names
 
 
-def make_methods(args, pipeline, sampling, dataset):
+def make_methods(args, pipeline, dataset):
     """Return the methods that the flags ask for: {name: method}."""
-    methods = {}
-    if pipeline:
-        captions = [dataset.plan(i)[2] for i in range(len(dataset))]
-        if args.prompt is not None:
-            captions = [args.prompt] * len(dataset)
-        pipeline.prompts.prepare([*captions, ""])
-        if pipeline.seeing:
-            methods = decoder_methods(args, pipeline, sampling, captions)
-        else:
-            methods["ceiling"] = ceiling_method(pipeline.autoencoder, args.device)
-        for steps in args.sweep or [args.steps]:
-            name = f"steps_{steps}" if args.sweep else "restored"
-            options = sampling | {"steps": steps}
-            methods[name] = restoring_method(pipeline, captions, args.device, **options)
-    if args.compare:
-        outputs = match_outputs(args.compare, dataset.source)
-        methods["compared"] = lambda i, item: to_tensor(open_image(outputs[i]))
+    captions = [dataset.plan(i)[2] for i in range(len(dataset))]
+    if args.prompt is not None:
+        captions = [args.prompt] * len(dataset)
+    pipeline.prompts.prepare([*captions, ""])
+    steps = args.steps or [pipeline.steps]
+    sampling = sampling_options(args) | {"steps": steps[0]}
+    if pipeline.seeing:
+        methods = decoder_methods(args, pipeline, sampling, captions)
+    else:
+        methods = {"ceiling": ceiling_method(pipeline.autoencoder, args.device)}
+    for count in steps:
+        name = f"steps_{count}" if len(steps) > 1 else "restored"
+        options = sampling | {"steps": count}
+        methods[name] = restoring_method(pipeline, captions, args.device, **options)
     return methods
 
 
 def decoder_methods(args, pipeline, sampling, captions):
     """Return what a decoder that sees the degraded image is compared with: {name: method}.
 
-    ceiling: the round trip of the clean picture through the original autoencoder. seeing_ceiling:
-    the same with this decoder. control: this decoder on the condition's own latents; if it scores
-    as well as the restorer, the transformer adds nothing. plain: restored with the original
-    decoder."""
-    plain = load_autoencoder(pipeline.config, decoder=False).to(args.device)
+    ceiling: the round trip of the clean picture through the original autoencoder. control: this
+    decoder on the condition's own latents; if it scores as well as the restorer, the transformer
+    adds nothing. plain: restored with the original decoder."""
+    own = find_autoencoder(args.checkpoint)
+    plain = load_autoencoder(pipeline.config, own).to(args.device)
     restore = Pipeline(pipeline.restorer, plain, pipeline.prompts)
-    autoencoder = pipeline.autoencoder
-    weight = args.decoder_weight
+    unchanged = sampling | {"steps": 0}
     return {
         "ceiling": ceiling_method(plain, args.device),
-        "seeing_ceiling": ceiling_method(autoencoder, args.device, "clean", weight),
-        "control": ceiling_method(autoencoder, args.device, "condition", weight),
+        "control": restoring_method(pipeline, captions, args.device, **unchanged),
         "plain": restoring_method(restore, captions, args.device, **sampling),
     }
 
 
-def write_json(report, path):
-    """Write strict JSON, which has no special numbers: nan becomes null, inf a text."""
-    spelled = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}
-    report = json.loads(json.dumps(report), parse_constant=spelled.get)
-    write_text(path, json.dumps(report, indent=1))
+def check_conditions(source):
+    """Raise UserError if the conditions of a CsvPairs cannot be scored as they are."""
+    if source.enlarge > 1:
+        sizes = f"the conditions are {source.enlarge} times smaller than the clean pictures"
+        raise UserError(f"{source.path}: {sizes}; without --checkpoint they need the same size")
+    for row in source.rows:
+        if not row.condition:
+            where = f"{source.path}, line {row.line}"
+            raise UserError(f"{where}: no condition to score; name one, or give --checkpoint")
 
 
-def measure(args, pipeline, sampling):
-    """Do what --data asks: print the table, write scores.csv, scores.json and grid.png.
+def measure(args, out):
+    """Do what --data asks: print the table, write scores.csv, scores.json and grid.png to out.
 
-    With --sweep also sweep.png, with --save_pictures also pictures/."""
+    With several --steps also sweep.png, with --save_pictures also pictures/."""
     source = CsvPairs(args.data, args.skip_bad)
-    refuse_useless_flags(source)
+    if args.degradations and all(row.condition for row in source.rows):
+        paired = f"every row of {args.data} has a condition, nothing is degraded here"
+        raise UserError(f"--degradations: {paired}; leave it out")
     print(source.summary())
+    pipeline = None
+    if args.checkpoint:
+        pipeline = load_pipeline(args)
+    else:
+        check_conditions(source)
     if pipeline and pipeline.enlarge != source.enlarge:
         factors = f"{pipeline.enlarge} times in training, {source.enlarge} times here"
         print(f"conditions were enlarged {factors}")
     names = picture_names(source) if args.save_pictures else []
-    out = Path(args.output)
-    choices = parse_degradations(args.degradations)
-    fixed = {"training": False, "seed": args.seed, "skip_bad": args.skip_bad}
+    degradations = args.degradations or DEFAULT_DEGRADATIONS
+    choices = parse_degradations(degradations)
+    fixed = {"training": False, "seed": args.seed}
     dataset = PairedDataset(source, None, choices, **fixed)
-    weights = args.lpips_weights, args.fid_weights
-    metrics = Metrics(args.metrics, args.y_channel, *weights, args.device, args.crop_border)
-    methods = make_methods(args, pipeline, sampling, dataset)
-    restored = [name for name in methods if name not in ("compared", *BESIDE)]
+    metrics = Metrics(args.metrics, args.lpips_weights, args.fid_weights, args.device)
+    methods = make_methods(args, pipeline, dataset) if pipeline else {}
+    restored = [name for name in methods if name not in BESIDE]
+    condition = "input" if pipeline else "conditions"
 
     def save(row, item, outputs):
         index = row["image"]
         pair = source.rows[index]
-        row["image"] = relative_name(pair.clean, source)
+        row["image"] = relative(pair.clean, source.path)
         if pair.condition:
-            row["condition"] = relative_name(pair.condition, source)
+            row["condition"] = relative(pair.condition, source.path)
         if args.save_pictures:
             for name in restored:
-                folder = out / "pictures" / (name if args.sweep else "")
+                folder = out / "pictures" / (name if len(restored) > 1 else "")
                 save_image(finished_image(outputs[name], item["grey"]), folder / names[index])
-        write(row | {"degradation": "; ".join(row["degradation"])})
+        done = "; ".join(row["degradation"])
+        append_row(out / "scores.csv", row | {"degradation": done})
 
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("scores.json", "grid.png", "sweep.png"):  # of other scores
-        (out / name).unlink(missing_ok=True)
-    with open_scores(out / "scores.csv") as write:
-        rows, pictures = evaluate_pairs(dataset, methods, metrics, save=save)
-    summary = summarize(rows, ["input", *methods], metrics)
-    shares = shares_of_the_way(summary, metrics.names)
-    print_summary(rows, summary, shares, metrics)
+    rows, pictures = evaluate_pairs(dataset, methods, metrics, save=save, condition=condition)
+    summary = summarize(rows, [condition, *methods], metrics)
+    print_summary(rows, summary, metrics)
     save_image(draw_grid(pictures), out / "grid.png")
     report = {
-        "flags": vars(args),
+        "flags": vars(args) | {"degradations": degradations},
         "count": len(rows),
         "methods": summary,
-        "share_of_the_way": shares,
         "missing": metrics.missing,
-        "left_out": count_left_out(rows, metrics),
         "images": rows,
     }
-    write_json(report, out / "scores.json")
-    if args.sweep:
-        draw_sweep(args.sweep, summary, metrics, out / "sweep.png")
-    print(f"{out}: scores.csv, scores.json, grid.png")
+    write_json(out / "scores.json", report)
+    written = "scores.csv, scores.json, grid.png"
+    if len(restored) > 1 and "psnr" in metrics.names and len(metrics.names) > 1:
+        draw_sweep({name: summary[name] for name in restored}, metrics, out / "sweep.png")
+        written += ", sweep.png"
+    print(f"{out}: {written}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1246,148 +1038,151 @@ def draw_chart(draw, top, title, points, log_scale, labels):
         draw.text((x + 6, y - 12), label, fill="black")
 
 
-def draw_sweep(steps, summary, metrics, path):
+def draw_sweep(summary, metrics, path):
     """Draw LPIPS (SSIM if it is missing) over PSNR, a point for each number of steps."""
     key = "lpips" if metrics.lpips else "ssim"
     points = []
-    for count in steps:
-        scores = summary[f"steps_{count}"]
+    for scores in summary.values():
         points.append((scores["psnr"]["mean"], scores[key]["mean"]))
+    labels = [name.removeprefix("steps_") for name in summary]
     title = f"{METRICS[key]} over PSNR (dB), by sampling steps"
-    draw_charts([(title, points, False, [str(count) for count in steps])], path)
+    draw_charts([(title, points, False, labels)], path)
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def step_list(text):
-    """argparse type of --sweep: "1,2,4" -> [1, 2, 4]."""
-    if not all(part.isdecimal() and 1 <= int(part) <= 1000 for part in text.split(",")):
-        raise ArgumentTypeError(f"{text}: write numbers of steps, such as 1,2,4,8,20")
-    return [int(part) for part in text.split(",")]
+DEFAULTS = {
+    "checkpoint": None,
+    "input": None,
+    "data": None,
+    "output": None,
+    "seed": 0,
+    # how to restore
+    "weights": "ema",
+    "model": None,
+    "prompt": None,
+    "steps": None,  # those of the checkpoint
+    "sampler": "euler",
+    "guidance": 1.0,
+    "condition_guidance": 1.0,
+    "decoder_weight": None,  # 1
+    # with --input
+    "overwrite": False,
+    "enlarge": None,  # as in training
+    "quality": 95,
+    # with --data
+    "degradations": None,  # degrade.DEFAULT_DEGRADATIONS
+    "skip_bad": False,
+    "metrics": [*METRICS, "fid"],
+    "lpips_weights": None,
+    "fid_weights": None,
+    "save_pictures": False,
+}
 
 
-def picture_path(text):
-    if Path(text).suffix.lower() not in picture_extensions(writable=True):
-        raise ArgumentTypeError(f"{text}: give a file name with a picture's extension: .png")
-    return text
-
-
-def parse_args():
-    parser = Parser(__doc__, usage="python evaluate.py [flags]")
+def make_parser():
+    parser = Parser(__doc__, usage="python evaluate.py [flags]", argument_default=SUPPRESS)
     add = parser.add_argument
     add("--checkpoint", help="run folder of train.py, its file best or latest, or a step folder")
-    add("--weights", choices=["ema", "model"], default="ema", help="averaged (default), or last")
-    add("--input", nargs="+", help="pictures, folders, or patterns such as 'photos/**/*.jpg'")
-    text = "restored picture or folder; folder of scores (default: a new one in out)"
-    add("--output", help=text)
-    add("--overwrite", action="store_true", help="write over what --output holds already")
+    add("--input", nargs="+", help="pictures or folders to restore")
     add("--data", metavar="CSV", help="pairs to measure on")
+    text = "restored picture or folder; new folder of scores (default: the next in out)"
+    add("--output", help=text)
+    add("--seed", type=between(int, 0), help="of all noise (default 0)")
+    add("--device", type=check_device, help="default cuda, where there is one")
+    add = parser.group("how to restore")
+    add("--weights", choices=["ema", "model"], help="averaged (default), or last")
     add("--model", help="where a pretrained model's autoencoder and text encoder are now")
-    add("--vae", help="another DC-AE with the same encoder: a folder, short name or hub id")
-    add_device_flag(parser)
-    add = parser.add_argument_group("how to restore").add_argument
     add("--prompt", help='"Remove JPEG artifacts." (default: "", or the captions of --data)')
-    steps, factor = between(int, 1, 1000), between(float, 0, 100)
-    add("--steps", type=steps, help="few have the best PSNR (default 1 for tiny, mini; SANA 20)")
-    add("--sampler", choices=list(SAMPLERS), default="euler", help="dpm: DPM-Solver++ 2M")
-    add("--average", type=steps, default=1, metavar="K", help="mean of K answers (default 1)")
-    add("--guidance", type=factor, default=1.0, help="prompt weight; see model.guided (default 1)")
-    add("--condition_guidance", type=factor, default=1.0, help="see model.guided (default 1)")
+    text = "few have the best PSNR (default 1 for tiny, mini; SANA 20); with --data several compare"
+    add("--steps", type=between(int, 1, 1000), nargs="+", metavar="N", help=text)
+    add("--sampler", choices=list(SAMPLERS), help="euler (default); dpm: DPM-Solver++ 2M")
+    factor = between(float, 0, 100)
+    add("--guidance", type=factor, help="prompt weight; see model.guided (default 1)")
+    add("--condition_guidance", type=factor, help="see model.guided (default 1)")
     text = "how much the decoder sees of the degraded picture, after --stage decoder (default 1)"
-    add("--decoder_weight", type=between(float, 0, 1), default=1.0, metavar="W", help=text)
-    add("--seed", type=between(int, 0), default=0, help="of all noise (default 0)")
-    add = parser.add_argument_group("with --input").add_argument
+    add("--decoder_weight", type=between(float, 0, 1), metavar="W", help=text)
+    add = parser.group("with --input")
+    add("--overwrite", action="store_true", help="restore again what --output holds already")
     add("--enlarge", type=between(int, 1, 16), help="enlarge first (default: as in training)")
-    add("--quality", type=between(int, 1, 100), default=95, help="of JPEG and WebP (default 95)")
-    add("--grid", type=picture_path, metavar="FILE", help="draw input | restored | difference")
-    group = parser.add_argument_group("with --data")
-    add_degradations_flag(group)
-    add = group.add_argument
+    add("--quality", type=between(int, 1, 100), help="of JPEG and WebP (default 95)")
+    add = parser.group("with --data")
+    text = "such as jpeg gaussian_noise:sigma=25 (default: all but color_jitter)"
+    add("--degradations", nargs="+", metavar="NAME", help=text)
     add("--skip_bad", action="store_true", help="leave out rows that cannot be read")
-    names = [*METRICS, "fid"]
-    add("--metrics", nargs="+", choices=names, default=names, help="default: all four")
-    add("--y_channel", action="store_true", help="PSNR and SSIM of luma alone (BT.601)")
+    add("--metrics", nargs="+", choices=DEFAULTS["metrics"], help="default: all four")
     add("--lpips_weights", nargs=2, metavar=("TRUNK", "HEADS"), help="local files")
     add("--fid_weights", metavar="FILE", help="local file of FID's Inception")
-    add("--compare", metavar="FOLDER", help="also score another program's pictures")
-    add("--sweep", type=step_list, default=[], metavar="STEPS,...", help="compare step counts")
     add("--save_pictures", action="store_true", help="keep the restored pictures, in pictures/")
-    border = "pixels at each side that are not scored (default 0)"
-    add("--crop_border", type=between(int, 0), default=0, metavar="N", help=border)
-    args = parser.parse_args()
+    return parser
+
+
+def parse_args(argv=None):
+    """Return the flags. Raises UserError, also for one that has no effect beside the others."""
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))  # what was typed
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = Namespace(**(DEFAULTS | {"device": device} | given))
     if bool(args.input) == bool(args.data):
         raise UserError("give --input (pictures to restore) or --data (pairs to measure on)")
-    if args.input and not args.output:
-        raise UserError("--input needs --output: where to write the restored picture")
-    if args.input and not args.checkpoint:
-        raise UserError("--input needs --checkpoint: what to restore with")
-    if not args.checkpoint and not args.compare:
-        raise UserError("--data needs --checkpoint or --compare: what to measure")
-    refuse_idle_flags(args)
-    if args.sweep and not {"psnr", "ssim"} <= set(args.metrics):
-        raise UserError("--sweep draws LPIPS or SSIM over PSNR: --metrics needs psnr and ssim")
+    if args.input:
+        parser.refuse(given, "with --data", "goes with --data, not with --input; leave it out")
+        if not args.output:
+            raise UserError("--input needs --output: where to write the restored picture")
+        if len(args.steps or []) > 1:
+            raise UserError("--steps: several numbers compare them on --data; give --input one")
+    else:
+        parser.refuse(given, "with --input", "goes with --input, not with --data; leave it out")
+    if not args.checkpoint:
+        if args.input or args.save_pictures:
+            raise UserError("--input and --save_pictures need --checkpoint: what to restore with")
+        parser.refuse(given, "how to restore", "needs --checkpoint: what to restore with")
+    for metric in ("lpips", "fid"):
+        if f"{metric}_weights" in given and metric not in args.metrics:
+            raise UserError(f"--{metric}_weights: --metrics leaves out {metric}; leave it out too")
     return args
 
 
-RESTORING = ["--prompt", "--steps", "--sampler", "--average", "--guidance", "--condition_guidance"]
-RESTORING += ["--weights", "--model", "--vae", "--sweep", "--save_pictures", "--decoder_weight"]
-MEASURING = ["--degradations", "--skip_bad", "--metrics", "--y_channel", "--lpips_weights"]
-MEASURING += ["--fid_weights", "--compare", "--sweep", "--save_pictures", "--crop_border"]
+def load_pipeline(args):
+    """Load --checkpoint. Raises UserError for a flag that has no effect on it."""
+    about = args.model, args.weights, args.enlarge
+    pipeline = Pipeline.load(args.checkpoint, args.device, *about)
+    if args.model and pipeline.config["autoencoder"]["kind"] != "pretrained":
+        raise UserError("--model: this checkpoint is of no pretrained model; leave it out")
+    if args.decoder_weight is not None and not pipeline.seeing:
+        reason = "this checkpoint has no decoder that sees the degraded image; leave it out"
+        raise UserError(f"--decoder_weight: {reason}")
+    return pipeline
 
 
-def refuse_idle_flags(args):
-    """Raise UserError for a flag that can have no effect beside the others."""
-    reasons = {}
-    if args.input:
-        reasons |= dict.fromkeys(MEASURING, "goes with --data, not with --input; leave it out")
-    else:
-        reason = "goes with --input, not with --data; leave it out"
-        reasons |= dict.fromkeys(["--enlarge", "--quality", "--grid"], reason)
-        if args.sweep:
-            reasons["--steps"] = "has no effect beside --sweep, which names the steps; leave it out"
-        if not args.checkpoint:
-            reasons |= dict.fromkeys(RESTORING, "needs --checkpoint: what to restore with")
-        if "lpips" not in args.metrics:
-            reasons["--lpips_weights"] = "has no effect: --metrics leaves out lpips"
-        if "fid" not in args.metrics:
-            reasons["--fid_weights"] = "has no effect: --metrics leaves out fid"
-        if not {"psnr", "ssim"} & set(args.metrics):
-            reasons["--y_channel"] = "has no effect: --metrics leaves out psnr and ssim"
-    for flag, reason in reasons.items():
-        if flag in given_flags():
-            raise UserError(f"{flag} {reason}")
+def sampling_options(args):
+    """Return the arguments of Pipeline.restore that flags set, but steps."""
+    return {
+        "sampler": args.sampler,
+        "seed": args.seed,
+        "guidance": args.guidance,
+        "condition_guidance": args.condition_guidance,
+        "decoder_weight": 1.0 if args.decoder_weight is None else args.decoder_weight,
+    }
 
 
 def main():
     args = parse_args()
     if args.data:
-        args.output = str(choose_output(args.output, args.overwrite))
-    work = list_work(args.input, args.output) if args.input else []
-    pipeline = None
-    if args.checkpoint:
-        about = args.model, args.weights, args.enlarge, args.vae
-        pipeline = Pipeline.load(args.checkpoint, args.device, *about)
-        args.steps = args.steps or pipeline.steps  # --steps is never 0
-        if args.model and pipeline.config["autoencoder"]:
-            raise UserError("--model: this checkpoint is of no pretrained model; leave it out")
-        if "--decoder_weight" in given_flags() and not pipeline.seeing:
-            reason = "this checkpoint has no decoder that sees the degraded image; leave it out"
-            raise UserError(f"--decoder_weight: {reason}")
-    sampling = {
-        "steps": args.steps,
-        "sampler": args.sampler,
-        "seed": args.seed,
-        "guidance": args.guidance,
-        "condition_guidance": args.condition_guidance,
-        "average": args.average,
-        "decoder_weight": args.decoder_weight,
-    }
-    if args.data:
-        measure(args, pipeline, sampling)
+        out = claim_folder(args.output)
+        try:
+            measure(args, out)
+        finally:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # if nothing was written
         return
-    options = sampling | {"prompt": args.prompt or ""}
-    if restore_files(pipeline, work, args.overwrite, args.quality, args.grid, **options):
+    work = list_work(args.input, args.output)
+    pipeline = load_pipeline(args)
+    options = sampling_options(args) | {"prompt": args.prompt or ""}
+    if args.steps:
+        options["steps"] = args.steps[0]
+    if restore_files(pipeline, work, args.overwrite, args.quality, **options):
         sys.exit(1)
 
 

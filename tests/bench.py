@@ -51,7 +51,7 @@ import train
 from data import Prompts, dead_leaves, to_tensor
 from degrade import DEGRADATIONS, parse_degradations, random_degradation
 from evaluate import LPIPS, Inception, Metrics, Pipeline, evaluate_pairs, frechet_distance
-from evaluate import psnr, ssim, validation_means
+from evaluate import means, psnr, ssim
 from model import PRESETS, Sana, build_restorer, flow_loss, sample_euler
 from train import BF16AdamW, join_fp32
 from vae import DCAE, PixelAE, decoder_loss, trained_weights
@@ -674,7 +674,7 @@ def bench_denoise(quick):
                 return restored
 
             rows, _ = evaluate_pairs(dataset, {"restored": method}, metrics, quiet=True)
-            scores = validation_means(rows)
+            scores = means(rows)
             found = " / ".join(f"{scores[f'restored_{m}']:.3f}" for m in ("psnr", "ssim", "lpips"))
             count = sum(p.numel() for p in network.parameters()) / 1e6
             about = f"{count:.2f} M, {steps} steps in {real:.1f} minutes, {WHERE.threads} threads"

@@ -212,15 +212,14 @@ def kill_evaluation(run, photos, folder, kills):
         if (folder / "scores/scores.json").exists():
             scores = json.loads((folder / "scores/scores.json").read_text())
             assert len(scores["images"]) == len(paths)
+        shutil.rmtree(folder / "scores", ignore_errors=True)  # the next claims it anew
 
     def clear():
         shutil.rmtree(folder / "restored", ignore_errors=True)
-        shutil.rmtree(folder / "scores", ignore_errors=True)
 
     evaluating = ["evaluate.py", "--checkpoint", run]
     restoring = [*evaluating, "--input", photos, "--output", "restored"]
     measuring = [*evaluating, "--data", "photos.csv", "--metrics", "psnr", "--output", "scores"]
-    measuring.append("--overwrite")
     first = kill_often(restoring, folder, kills // 2, 1.6, check, clear)
     second = kill_often(measuring, folder, kills // 2, 1.6, check, clear)
     finish(restoring, folder)

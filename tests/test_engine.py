@@ -526,7 +526,7 @@ def test_skip_bad_counts_and_goes_on(photos, tmp_path):
     (tmp_path / "photos.csv").write_text("\n".join(["image_path", *names]) + "\n")
     table = "--data", "photos.csv"
     caching = ["data.py", "cache", *table, "--resolution", 32, "--out", "cache"]
-    measuring = ["evaluate.py", *table, "--compare", "photos", "--metrics", "psnr"]
+    measuring = ["evaluate.py", *table, "--checkpoint", "out/photos", "--metrics", "psnr"]
     commands = [
         (["train.py", *table, *SMALL, "--steps", 12, "--workers", 2], "12.png"),
         (caching, "12.png"),
