@@ -14,7 +14,6 @@ colours sRGB. Transparency is kept, EXIF rotation is applied, the rest is droppe
 """
 import contextlib
 import csv
-import json
 import math
 import os
 import pickle
@@ -34,7 +33,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data import CsvPairs, PairedDataset, check_device, list_images, refuse_useless_flags
+from data import CsvPairs, PairedDataset, check_device, list_images
 from data import relative, seed_for, to_image, to_tensor
 from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, describe_picture
 from degrade import explain_errors, open_image, parse_degradations, picture_extensions, plain_image
