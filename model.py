@@ -427,31 +427,30 @@ def widen(conv):
 class LoRA(nn.Module):
     """A frozen linear map W plus a trained low-rank update (arXiv 2106.09685).
 
-    Computes W x + alpha / rank * B A x. B starts at zero: before training the output is W x, bit
-    for bit. A [rank, d_in] and B [d_out, rank] are fp32; W may be bf16."""
+    Computes W x + B A x (the paper's alpha is the rank). B starts at zero: before training the
+    output is W x, bit for bit. A [rank, d_in] and B [d_out, rank] are fp32; W may be bf16."""
 
-    def __init__(self, linear, rank, alpha):
+    def __init__(self, linear, rank):
         super().__init__()
         d_out, d_in = linear.weight.shape[:2]
         self.linear = linear
-        self.scale = alpha / rank
         self.A = nn.Parameter(torch.empty(rank, d_in))
         self.B = nn.Parameter(torch.zeros(d_out, rank))
 
     def forward(self, x):                                           # [B, N, d_in]
         low = F.linear(x, self.A.to(x.dtype))                       # [B, N, rank]
-        return self.linear(x) + self.scale * F.linear(low, self.B.to(x.dtype))
+        return self.linear(x) + F.linear(low, self.B.to(x.dtype))   # [B, N, d_out]
 
     @torch.no_grad()
     def merge(self):
         """Return the linear map with the change added to its weight."""
-        change = self.scale * (self.B.double() @ self.A.double())   # [d_out, d_in]
+        change = self.B.double() @ self.A.double()                  # [d_out, d_in]
         weight = self.linear.weight
         weight.copy_(weight.double() + change.view_as(weight))
         return self.linear
 
 
-def add_lora(restorer, rank, alpha, generator=None):
+def add_lora(restorer, rank, generator=None):
     """Freeze a restorer and add trainable low-rank updates to its blocks, in place.
 
     The layer that takes the condition (the projection, or the widened patch embedding) is trained
@@ -460,7 +459,7 @@ def add_lora(restorer, rank, alpha, generator=None):
     for block in restorer.sana.transformer_blocks:
         for name, module in list(block.named_modules()):
             if isinstance(module, (nn.Linear, PointwiseConv)):
-                lora = LoRA(module, rank, alpha)
+                lora = LoRA(module, rank)
                 if generator:
                     nn.init.normal_(lora.A, std=lora.A.shape[1] ** -0.5, generator=generator)
                 block.set_submodule(name, lora)
@@ -613,7 +612,7 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 #   enlarge      factor by which pictures are enlarged before they are restored
 #   sana         the transformer's config; conditioning, prediction, shift: Restorer's arguments
 #   base         for a checkpoint with only the trained weights: the model with all others
-#   lora         {"rank", "alpha"}: the trained weights are low-rank updates of base
+#   lora         {"rank"}: the trained weights are low-rank updates of base
 #   decoder      of the decoder that sees the degraded image: "dcae", its config; "gains", the
 #                factors of its skips; "parts" that were trained; "steps" of its restorer's sampler
 
@@ -702,7 +701,7 @@ def describe_model(name, conditioning=None, stage="restorer", lora=None):
     """Return the "model" part of config.json for --model name. Raises UserError.
 
     name: a preset, a run of train.py, or a pretrained model. conditioning, and lora
-    ({"rank", "alpha"}): None keeps what that model has."""
+    ({"rank"}): None keeps what that model has."""
     before = stage_of(name)
     if before:
         config = MODEL_DEFAULTS | read_run(name)["model"]
@@ -762,7 +761,7 @@ def choose_lora(config, name, lora):
     if name in PRESETS or stage_of(name) == "autoencoder":
         raise UserError(f"--lora: {name} is not trained yet, and LoRA is a change of what is")
     if config["lora"] not in (None, lora):
-        raise UserError(f"--lora: {name} has rank and alpha {[*config['lora'].values()]} already")
+        raise UserError(f"--lora: {name} has rank {config['lora']['rank']} already")
     if not config["lora"]:
         config["lora"] = lora
         config["base"] = name_base(name)

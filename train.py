@@ -72,8 +72,6 @@ def make_parser():
     ways = ["projection", "widen", "none"]
     add("--conditioning", choices=ways, help="see model.Restorer (SANA: projection; tiny: widen)")
     add("--lora", type=count, metavar="RANK", help="train low-rank changes alone, see model.LoRA")
-    least = between(float, 1e-3)
-    add("--lora_alpha", type=least, help="their factor is lora_alpha / RANK (default RANK)")
     add("--steps", type=count, help="default: the demo 4000, tiny 12000, SANA 10000; see DEFAULTS")
     add("--batch_size", type=count, help="of all processes together (default 8; SANA 4)")
     add("--lr", type=share, help="peak rate (default 1e-5 for SANA, with LoRA 1e-4; see DEFAULTS)")
@@ -152,7 +150,7 @@ def saved_flags(out, given):
     if "validated_on" not in config or saved.keys() - vars(given).keys():
         older = "made by another version; evaluate.py still restores with it"
         raise UserError(f"--resume {out}: {older}")
-    kept = ["model", "vae", "stage", "conditioning", "lora", "lora_alpha", "optimizer"]
+    kept = ["model", "vae", "stage", "conditioning", "lora", "optimizer"]
     for name in [*kept, "decoder_parts", "shift"]:
         if getattr(given, name) not in (None, begun.get(name)):
             raise UserError(f"--{name}: {out} was begun with {begun.get(name)} and keeps it")
@@ -215,16 +213,14 @@ def fill_defaults(args):
         args.ema_every = 10 if args.ema_device == "cpu" and args.device != "cpu" else 1
     if args.proj_lr is None:
         args.proj_lr = projection_lr(args)
-    if args.lora and args.lora_alpha is None:
-        args.lora_alpha = float(args.lora)
 
 
 def inherit_lora(args):
-    """Keep rank and alpha when --model is a LoRA run, to train it further."""
+    """Keep the rank when --model is a LoRA run, to train it further."""
     if not args.lora and args.stage == "restorer" and model.stage_of(args.model) == "restorer":
         lora = model.read_run(args.model)["model"].get("lora")
         if lora:
-            args.lora, args.lora_alpha = lora["rank"], lora["alpha"]
+            args.lora = lora["rank"]
 
 
 def projection_lr(args):
@@ -255,7 +251,7 @@ def check_flags(args):
 
 
 FLOW = ["--conditioning", "--shift", "--sigma_mean", "--share_at_one", "--condition_dropout"]
-FLOW += ["--checkpointing", "--compile", "--no-compile", "--lora", "--lora_alpha"]
+FLOW += ["--checkpointing", "--compile", "--no-compile", "--lora"]
 IDLE = {  # stage: flags that have no effect there
     "autoencoder": [*FLOW, "--proj_lr", "--latent_steps", "--decoder_parts", "--cache", "--vae"],
     "restorer": ["--lpips_weights", "--latent_steps", "--decoder_parts"],
@@ -272,8 +268,6 @@ def refuse_idle_flags(args):
     if args.optimizer != "adamw" and (args.stage != "restorer" or args.lora):
         what = "--lora" if args.lora else f"--stage {args.stage}"
         raise UserError(f"--optimizer {args.optimizer}: {what} trains fp32 weights")
-    if args.lora_alpha and not args.lora:
-        raise UserError("--lora_alpha: give --lora RANK too")
 
 
 def parse_curriculum(text):
@@ -1279,7 +1273,7 @@ def read_start(checkpoint, args):
         saved = model.read_run(checkpoint)
         saved["model"] = model.MODEL_DEFAULTS | saved["model"]
         return saved
-    lora = {"rank": args.lora, "alpha": args.lora_alpha} if args.lora else None
+    lora = {"rank": args.lora} if args.lora else None
     config = model.describe_model(args.model, args.conditioning, args.stage, lora)
     for base in bases_of(config):
         if Path(args.out).resolve() in base.parents:

@@ -145,7 +145,6 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "input": ["absent.png", "absent/*.png", "file"],
     "latent_steps": [*NO_INDEX, "1001"],
     "lora": NO_COUNT,
-    "lora_alpha": [*NO_FACTOR, "0"],
     "lpips_weights": ["absent file"],
     "lr": NO_SHARE,
     "max_degradations": NO_COUNT,
