@@ -489,16 +489,17 @@ def shift_sigma(sigma, shift=SHIFT):
     The more pixels show the same thing, the more noise it takes to hide it: high resolutions need a
     shift above 1. But a degraded picture shows most of the image already. The detail it leaves open
     has a standard deviation of about 0.1 (that of the latents is 1), and is decided at sigmas of
-    that size. With shift 3 hardly any sampling step falls there."""
+    that size. With shift 3 hardly any sampling step falls there. It is the default all the same:
+    SANA was trained with it, and one step, which gives the best PSNR, is the same with any shift.
+    (tests/BENCH.md, "Texture", has both.)"""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def draw_sigma(count, generator, share_at_one=0.0, shift=SHIFT, mean=0.0):
-    """Draw sigmas to train at, [count]: the sigmoid of N(mean, 1), shifted.
+def draw_sigma(count, generator, share_at_one=0.0, shift=SHIFT):
+    """Draw sigmas to train at, [count]: the sigmoid of N(0, 1), shifted.
 
     share_at_one: probability that a sigma is exactly 1 instead, where one-step sampling starts."""
-    normal = mean + torch.randn(count, generator=generator)
-    sigma = shift_sigma(normal.sigmoid(), shift)
+    sigma = shift_sigma(torch.randn(count, generator=generator).sigmoid(), shift)
     at_one = torch.rand(count, generator=generator) < share_at_one
     return torch.where(at_one, 1.0, sigma)
 

@@ -83,8 +83,6 @@ def make_parser():
     add("--ema_every", type=count, help="average every N steps (default 1; 10 if --ema_device cpu)")
     add("--ema_device", type=check_device, help="cpu spares a GPU 4 bytes a weight")
     add("--shift", type=between(float, 0.01, 100), help="of sigmas (default 3, or the model's)")
-    mean = between(float, -10, 10)
-    add("--sigma_mean", type=mean, default=0.0, help="mean logit (unshifted), see model.draw_sigma")
     add("--share_at_one", type=share, help="share at sigma = 1 (default 0 for SANA, else 0.3)")
     add("--condition_dropout", type=share, default=0.0, help="for --condition_guidance (default 0)")
     add = parser.add_argument_group("--stage autoencoder and decoder").add_argument
@@ -250,7 +248,7 @@ def check_flags(args):
         raise UserError(f"{sorted(only_data)[0]}: the demo draws its own pictures; give --data")
 
 
-FLOW = ["--conditioning", "--shift", "--sigma_mean", "--share_at_one", "--condition_dropout"]
+FLOW = ["--conditioning", "--shift", "--share_at_one", "--condition_dropout"]
 FLOW += ["--checkpointing", "--compile", "--no-compile", "--lora"]
 IDLE = {  # stage: flags that have no effect there
     "autoencoder": [*FLOW, "--proj_lr", "--latent_steps", "--decoder_parts", "--cache", "--vae"],
@@ -753,7 +751,7 @@ def draw_step(shape, step, args, shift):
     depend on how many processes there are."""
     generator = torch.Generator().manual_seed(seed_for(args.seed, step, "noise"))
     noise = torch.randn((args.batch_size, *shape), generator=generator)
-    sigma = model.draw_sigma(args.batch_size, generator, args.share_at_one, shift, args.sigma_mean)
+    sigma = model.draw_sigma(args.batch_size, generator, args.share_at_one, shift)
     kept = torch.rand(args.batch_size, generator=generator) >= args.condition_dropout
     mine = slice(RANK, None, WORLD)
     return noise[mine], sigma[mine], kept[mine]
