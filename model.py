@@ -431,31 +431,30 @@ def widen(conv):
 class LoRA(nn.Module):
     """A frozen linear map W plus a trained low-rank update (arXiv 2106.09685).
 
-    Computes W x + alpha / rank * B A x. B starts at zero: before training the output is W x, bit
-    for bit. A [rank, d_in] and B [d_out, rank] are fp32; W may be bf16."""
+    Computes W x + B A x (the paper's alpha is the rank). B starts at zero: before training the
+    output is W x, bit for bit. A [rank, d_in] and B [d_out, rank] are fp32; W may be bf16."""
 
-    def __init__(self, linear, rank, alpha):
+    def __init__(self, linear, rank):
         super().__init__()
         d_out, d_in = linear.weight.shape[:2]
         self.linear = linear
-        self.scale = alpha / rank
         self.A = nn.Parameter(torch.empty(rank, d_in))
         self.B = nn.Parameter(torch.zeros(d_out, rank))
 
     def forward(self, x):                                           # [B, N, d_in]
         low = F.linear(x, self.A.to(x.dtype))                       # [B, N, rank]
-        return self.linear(x) + self.scale * F.linear(low, self.B.to(x.dtype))
+        return self.linear(x) + F.linear(low, self.B.to(x.dtype))   # [B, N, d_out]
 
     @torch.no_grad()
     def merge(self):
         """Return the linear map with the change added to its weight."""
-        change = self.scale * (self.B.double() @ self.A.double())   # [d_out, d_in]
+        change = self.B.double() @ self.A.double()                  # [d_out, d_in]
         weight = self.linear.weight
         weight.copy_(weight.double() + change.view_as(weight))
         return self.linear
 
 
-def add_lora(restorer, rank, alpha, generator=None):
+def add_lora(restorer, rank, generator=None):
     """Freeze a restorer and add trainable low-rank updates to its blocks, in place.
 
     The layer that takes the condition (the projection, or the widened patch embedding) is trained
@@ -464,7 +463,7 @@ def add_lora(restorer, rank, alpha, generator=None):
     for block in restorer.sana.transformer_blocks:
         for name, module in list(block.named_modules()):
             if isinstance(module, (nn.Linear, PointwiseConv)):
-                lora = LoRA(module, rank, alpha)
+                lora = LoRA(module, rank)
                 if generator:
                     nn.init.normal_(lora.A, std=lora.A.shape[1] ** -0.5, generator=generator)
                 block.set_submodule(name, lora)
@@ -494,16 +493,17 @@ def shift_sigma(sigma, shift=SHIFT):
     The more pixels show the same thing, the more noise it takes to hide it: high resolutions need a
     shift above 1. But a degraded picture shows most of the image already. The detail it leaves open
     has a standard deviation of about 0.1 (that of the latents is 1), and is decided at sigmas of
-    that size. With shift 3 hardly any sampling step falls there."""
+    that size. With shift 3 hardly any sampling step falls there. It is the default all the same:
+    SANA was trained with it, and one step, which gives the best PSNR, is the same with any shift.
+    (tests/BENCH.md, "Texture", has both.)"""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def draw_sigma(count, generator, share_at_one=0.0, shift=SHIFT, mean=0.0):
-    """Draw sigmas to train at, [count]: the sigmoid of N(mean, 1), shifted.
+def draw_sigma(count, generator, share_at_one=0.0, shift=SHIFT):
+    """Draw sigmas to train at, [count]: the sigmoid of N(0, 1), shifted.
 
     share_at_one: probability that a sigma is exactly 1 instead, where one-step sampling starts."""
-    normal = mean + torch.randn(count, generator=generator)
-    sigma = shift_sigma(normal.sigmoid(), shift)
+    sigma = shift_sigma(torch.randn(count, generator=generator).sigmoid(), shift)
     at_one = torch.rand(count, generator=generator) < share_at_one
     return torch.where(at_one, 1.0, sigma)
 

@@ -549,7 +549,7 @@ def test_what_it_stands_on_has_to_be_there(stages, photos_csv, tmp_path):
         (["--stage", "autoencoder", "--share_at_one", "0.1"], "no effect with --stage"),
         (["--stage", "autoencoder", "--optimizer", "adamw_sr"], "trains fp32 weights"),
         (["--latent_steps", "2"], "no effect with --stage restorer"),
-        (["--model", "mini-run", "--stage", "decoder", "--sigma_mean", "1"], "no effect"),
+        (["--model", "mini-run", "--stage", "decoder", "--shift", "1"], "no effect"),
         (["--model", "tiny", "--vae", "ae"], "works on pixels"),
         (["--model", "ae", "--vae", "mini-run"], "no run of --stage autoencoder"),
         (["--model", "mini-run", "--stage", "decoder", "--decoder_parts", "decoder"]
