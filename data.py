@@ -37,8 +37,8 @@ import degrade
 import model
 from degrade import Header, Parser, UserError, atomic_write, between, explain_errors, given_flags
 from degrade import open_opaque, run_script, say_notices
-from vae import DCAE, PixelAE, file_digest, load_config, load_weights, read_json
-from vae import resolve_model, resolve_vae, save_weights, write_text
+from vae import DCAE, PixelAE, file_digest, load_config, load_pretrained, load_weights, read_json
+from vae import resolve_model, save_weights, write_text
 
 
 def seed_for(seed, index, purpose):
@@ -986,11 +986,11 @@ def load_autoencoder(config, decoder=True):
         folder = model.open_base(config["vae"], "this model")
         load_weights(autoencoder, Path(folder) / "ema.safetensors")
     else:
-        folder = resolve_vae(config["vae"] or resolve_model(config["name"], ["vae"]))
-        autoencoder = DCAE.from_pretrained(folder, torch.float32)
+        folder = resolve_model(config["name"], ["vae"]) / "vae"
+        autoencoder = load_pretrained(DCAE, folder, torch.float32)
     if decoder and config["decoder"]:
         autoencoder.add_skips(config["decoder"]["gains"])
-        autoencoder.freeze_around_decoder(config["decoder"]["parts"])
+        autoencoder.freeze_around_decoder()
         load_weights(autoencoder, config["decoder"]["weights"], trained=True)
     return autoencoder.requires_grad_(False).eval()
 
@@ -1095,8 +1095,7 @@ def fingerprint(args, config):
         weights.append(config["vae"]["digest"])
     if not config["autoencoder"]:
         folder = resolve_model(config["name"], ["vae", "text_encoder"])
-        vae = resolve_vae(config["vae"] or folder)
-        for part in (vae, folder / "text_encoder", folder / "tokenizer"):
+        for part in (folder / "vae", folder / "text_encoder", folder / "tokenizer"):
             for path in sorted(part.glob("*.*")):
                 weights.append([path.name, file_digest(path)])
     names = ["degradations", "max_degradations", "resolution", "caption_dropout", "seed", "stage"]

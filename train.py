@@ -1214,7 +1214,7 @@ def build_module(config):
         return vae.DCAE(config["autoencoder"])
     decoder = config["decoder"]
     autoencoder = vae.DCAE(decoder["dcae"]).add_skips(decoder["gains"])
-    return autoencoder.freeze_around_decoder(decoder["parts"])
+    return autoencoder.freeze_around_decoder()
 
 
 def load_module(config, checkpoint, args, train_set, frozen):
@@ -1247,7 +1247,7 @@ def load_module(config, checkpoint, args, train_set, frozen):
         raise UserError(f"--decoder_parts: {args.model} has trained {parts} and goes on with that")
     config["decoder"]["steps"] = args.latent_steps[0]
     module.add_skips(config["decoder"]["gains"])
-    module.freeze_around_decoder(config["decoder"]["parts"])
+    module.freeze_around_decoder()
     if begun_from:
         vae.load_weights(module, begun_from, trained=True)
     return module
@@ -1543,9 +1543,6 @@ def introduce(args, state, images, run):
     work = f"{steps} steps of {args.batch_size} crops of {args.resolution} pixels"
     trained = "" if args.stage == "restorer" else f", --stage {args.stage}"
     print(f"model {args.model}{trained}, {count:.2f} M parameters, on {where}")
-    half = any(p.dtype == torch.bfloat16 for p in state.module.parameters())
-    if half and args.model in vae.FP16_MODELS:
-        print(f"{args.model} was trained in fp16 and may break in bf16; sana1.5-1.6b does not")
     print(f"{work} from {images} images -> {run}")
 
 

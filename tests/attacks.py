@@ -40,7 +40,7 @@ import vae
 from degrade import UserError
 from model import PRESETS, Gemma2, GemmaTokenizer, Sana, build_restorer, encode_prompts
 from pipeline import tiny_pipeline
-from vae import DCAE
+from vae import DCAE, load_pretrained
 
 SECONDS = 30  # that a case may take
 GIGABYTES = 3  # that an attack may take beyond what the process had
@@ -745,7 +745,7 @@ def pretrained_victims(folder):
         use_transformer(folder / "transformer")
 
     def autoencoder():
-        dcae = DCAE.from_pretrained(folder / "vae")
+        dcae = load_pretrained(DCAE, folder / "vae").requires_grad_(False)
         assert dcae.decode(dcae.encode(pixels)).shape[:2] == (1, 3)
 
     def text():
