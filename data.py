@@ -239,8 +239,9 @@ class CsvPairs:
         if sizes_fit(clean.size, condition.size, self.enlarge):
             return
         problem = f"a pair of different sizes, {as_text(clean.size)} and {as_text(condition.size)}"
-        if clean.turned != condition.turned and clean.size == condition.size[::-1]:
-            turned = row.clean if clean.turned else row.condition
+        stored_alike = (clean.orientation >= 5) == (condition.orientation >= 5)
+        if not stored_alike and clean.size == condition.size[::-1]:
+            turned = row.clean if clean.orientation >= 5 else row.condition
             problem += f"; they fit before {turned.name} is turned by its EXIF orientation"
         raise UserError(problem)
 
