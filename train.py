@@ -98,9 +98,8 @@ OF_DECODER = "--stage decoder"
 
 def make_parser():
     """Make the parser. It returns only what was typed."""
-    parser = Parser(
-        __doc__, usage="python train.py [flags]", argument_default=argparse.SUPPRESS
-    )
+    silent = argparse.SUPPRESS
+    parser = Parser(__doc__, usage="python train.py [flags]", argument_default=silent)
     data.add_data_flags(parser)
     count, share, positive = between(int, 1), between(float, 0, 1), between(float, 0)
     add = parser.group("training")
@@ -467,7 +466,6 @@ class State:
         self.step = 0
         self.draws = 0  # pictures drawn for them
         self.skipped = 0  # steps without a finite loss
-        self.consistent = True  # False while an update is under way
         self.validation = None  # the last line of validate()
         self.best = [0.0, None]  # validation PSNR, name of the checkpoint that had it
         self.saved = None  # name of the checkpoint that was written last
@@ -527,7 +525,6 @@ class State:
         average <- decay * average + (1 - decay) * weights. The decay warms up, so that the start is
         soon forgotten."""
         args = self.args
-        self.consistent = False
         for group in self.adamw.param_groups:
             group["lr"] = get_lr(self.step, args.steps, group["peak"])
         rates = [group["lr"] for group in self.adamw.param_groups]
@@ -543,7 +540,6 @@ class State:
         if self.step % self.average_every == 0:
             for name, p in self.own.items():
                 self.move_average(name, p.detach(), 1 - decay)
-        self.consistent = True
 
     def update_bf16(self, name, weight, grad, lr, scale, share):
         """Do the update of one bf16 weight; with its average, if that lies on the same device."""
@@ -1144,9 +1140,11 @@ def train(state, stage, batches, val_set, run, rows):
             before = time.monotonic()
             try:
                 batch = next(batches)
-            except UserError as error:
+            except UserError as error:  # a damaged picture
+                if WORLD == 1:  # else the last checkpoint stands
+                    state.save(run, stage.config, rows, scored)
                 advice = f"python train.py --resume {run} --data CSV goes on with a mended table"
-                raise UserError(f"{error}; {advice}") from None
+                raise UserError(f"{error}; {state.saved} is saved: {advice}") from None
             waited += time.monotonic() - before
             loss, norm, stopped = train_step(state, stage, batch, lanes, stop)
             losses.append(loss)
@@ -1348,16 +1346,11 @@ def run_training(args, config, data_sets, rows, draws):
     introduce(args, state, len(train_set))
     on_gpu = args.device.startswith("cuda")
     batches = data.load_batches(train_set, args.batch_size // WORLD, draws, args.workers, on_gpu)
-    begun = state.step
     try:
         if not state.validation:
             state.validation = validate(state, stage, val_set, run)
             add_line(run, state.validation)
         return state, train(state, stage, batches, val_set, run, rows)
-    except Exception:  # a bad picture, no memory: keep what there is
-        if state.consistent and state.step > begun and WORLD == 1:
-            state.save(run, stage.config, rows, f"{stage.method}_psnr")
-        raise
     finally:
         batches.close()  # ends the threads
 
