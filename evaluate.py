@@ -891,7 +891,7 @@ def decoder_methods(args, pipeline, sampling, captions):
     ceiling: the round trip of the clean picture through the original autoencoder. control: this
     decoder on the condition's own latents; if it scores as well as the restorer, the transformer
     adds nothing. plain: restored with the original decoder."""
-    own = find_autoencoder(args.checkpoint)
+    own = find_autoencoder(find_checkpoint(args.checkpoint))
     plain = load_autoencoder(pipeline.config, own).to(args.device)
     restore = Pipeline(pipeline.restorer, plain, pipeline.prompts)
     unchanged = sampling | {"steps": 0}
