@@ -991,7 +991,7 @@ def make_cache(out, index, train_set, val_set, autoencoder, prompts, device, wor
         raise UserError(f"{out} holds another cache; choose another --out")
     write_json(out / "index.json", index)
     count = index["epochs"] * len(train_set)
-    if prompts.folder and not (out / "prompts.safetensors").exists():
+    if not prompts.hashed and not (out / "prompts.safetensors").exists():
         prompts.prepare(captions_of(train_set, range(count), val_set))
         named = {f"caption {caption}": row for caption, row in prompts.known.items()}
         save_weights(named, out / "prompts.safetensors")
