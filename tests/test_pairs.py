@@ -105,7 +105,7 @@ def test_transparent_pixels_are_refused_and_opaque_ones_are_not(tmp_path, capsys
     make_pairs(tmp_path, tmp_path.parent / f"{out.name}2", NOISE, [1], 0, skip_bad=True)
     said = capsys.readouterr()
     assert "1 pairs in" in said.out and "1 pictures left out" in said.out
-    assert said.err.count("left out: ") == 3  # a row, p.csv as no picture, a picture
+    assert said.err.count("left out: ") == 2  # a row and a picture
 
 
 # --------------------------------------------------------------------------------------------------
