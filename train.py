@@ -1295,12 +1295,15 @@ def load_data(args, step, draws, rows):
     crop = crop_sides(args, step, draws)
     tables = args.data, args.val_data
     before, kept = set(rows["before"]), rows["held_out"]
+    before |= {digest for _, digest, _ in rows["trained"]}
     train_set, val_set, held_out = data.make_datasets(
         *tables, crop, drawing_of(args), args.skip_bad, before, kept
     )
     if args.data:
         data.refuse_useless_flags(args.given, train_set.source, val_set.source)
-    now = rows | {"trained": data.list_rows(train_set), "held_out": held_out}
+    now = {"trained": data.list_rows(train_set), "held_out": held_out}
+    # of other weights, and of a table that has changed since
+    now["before"] = sorted(before - {digest for _, digest, _ in now["trained"]})
     if args.checkpoint and "data" not in args.typed:
         what = f"{args.out} began with other pictures; --data, given again, goes on with these"
         for key in ("trained", "held_out"):
