@@ -9,8 +9,8 @@
 
 In Python: Pipeline.load("out/demo")("noisy.jpg").save("restored.png")
 
-Pictures may have any size and any mode but floating point. Grey stays grey, CMYK becomes RGB, 16
-bits become 8. Transparency and colour profile are kept. EXIF rotation is applied, the rest dropped.
+Pictures may have any size. They are upright and sRGB once they are open: EXIF rotation and colour
+profiles are applied. Grey stays grey, and transparency is kept.
 """
 import contextlib
 import csv
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from data import CsvPairs, PairedDataset, check_device, list_images, load_autoencoder, load_frozen
 from data import open_image, picture_extensions, plain_image, report_bad, save_image, seed_for
-from data import to_image, to_tensor
+from data import to_image, to_srgb, to_tensor
 from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, explain_errors
 from degrade import parse_degradations, run_script
 from model import SAMPLERS, guided, load_restorer
@@ -497,14 +497,14 @@ class Pipeline:
     def __call__(self, picture, prompt="", **sampling):
         """Restore a path, a PIL image of any mode, or a uint8 array [H, W] or [H, W, 3].
 
-        -> PIL image, grey if it was grey, with its transparency and colour profile. sampling: the
-        arguments of restore. Raises UserError."""
+        -> PIL image in sRGB, grey if it was grey, with its transparency. sampling: the arguments of
+        restore. Raises UserError."""
         if isinstance(picture, np.ndarray):
             picture = Image.fromarray(picture)
         if isinstance(picture, Image.Image):
-            picture = plain_image(picture.copy())
+            picture = plain_image(to_srgb(picture.copy()))
         else:
-            picture = open_image(picture)
+            picture = open_image(picture, srgb=True)
         if self.enlarge > 1:
             picture = ImageOps.scale(picture, self.enlarge, Image.Resampling.BICUBIC)
         pixels = to_tensor(picture)[None].to(next(self.restorer.parameters()).device)
@@ -512,10 +512,6 @@ class Pipeline:
         restored = finished_image(restored, picture.mode.startswith("L"))
         if picture.mode.endswith("A"):
             restored.putalpha(picture.getchannel("A"))
-        profile = picture.info.get("icc_profile") or b""
-        space = b"GRAY" if picture.mode.startswith("L") else b"RGB "
-        if profile[16:20] == space:  # not that of a CMYK file, which became RGB
-            restored.info["icc_profile"] = profile
         return restored
 
     @torch.no_grad()
@@ -601,9 +597,9 @@ def restore_files(pipeline, work, overwrite=False, quality=95, **options):
 
 
 def save_restored(image, path, quality):
-    """Save a picture with its format's options. Drop alpha it cannot hold, and print that."""
+    """Save a picture. Drop alpha that its format cannot hold, and print that."""
     kind = Image.registered_extensions().get(path.suffix.lower())
-    options = {"icc_profile": image.info.get("icc_profile")}
+    options = {}
     if image.mode.endswith("A") and kind in ("JPEG", "MPO", "BMP", "DIB", "PPM", "PCX"):
         print(f"{path}: this format holds no transparency; saved without", file=sys.stderr)
         image = image.convert(image.mode.rstrip("A"))
