@@ -39,8 +39,8 @@ from data import open_image, picture_extensions, plain_image, report_bad, save_i
 from data import to_image, to_srgb, to_tensor
 from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, explain_errors
 from degrade import parse_degradations, run_script
-from model import SAMPLERS, guided, load_restorer
-from vae import PixelAE, blend_tiles, pad_to_multiple, write_text
+from model import SAMPLERS, find_checkpoint, guided, load_restorer, read_run
+from vae import PixelAE, blend_tiles, file_digest, pad_to_multiple, read_json, write_text
 
 # --------------------------------------------------------------------------------------------------
 # PSNR and SSIM of two batches [B, C, H, W] in [-1, 1] -> one float64 value an image, [B].
@@ -463,7 +463,9 @@ class Pipeline:
         self.autoencoder = autoencoder
         self.prompts = prompts
         self.enlarge = enlarge
-        self.config = None  # "model" of the checkpoint's config.json, if load made this
+        # where load found it: the step folder, and "model" of its config.json
+        self.checkpoint = None
+        self.config = None
         self.steps = steps
         if restorer and steps is None:
             self.steps = DEFAULT_STEPS[restorer.prediction]
@@ -482,6 +484,7 @@ class Pipeline:
         path = Path(path)
         if path.name in ("best", "latest") and path.is_file():
             path = path.parent / path.read_text(errors="replace").strip()
+        path = find_checkpoint(path)
         restorer, config = load_restorer(path, weights, model)
         if model:
             config["name"] = model
@@ -492,6 +495,7 @@ class Pipeline:
         steps = config["decoder"]["steps"] if config["decoder"] else None
         pipeline = cls(restorer.to(device), *load_frozen(config, device), enlarge, steps)
         pipeline.config = config
+        pipeline.checkpoint = path
         return pipeline
 
     def __call__(self, picture, prompt="", **sampling):
@@ -875,38 +879,33 @@ def picture_names(source):
 
 
 def make_methods(args, pipeline, dataset):
-    """Return the methods that the flags ask for: {name: method}."""
+    """Return {name: method}: the ceiling, and the restorer with each number of --steps.
+
+    The ceiling is the round trip of the clean picture through the autoencoder. A decoder that sees
+    the degraded image has two more. control: this decoder on the condition's own latents (no
+    steps); if it scores as well, the transformer adds nothing. plain: the original decoder."""
     captions = [dataset.plan(i)[2] for i in range(len(dataset))]
     if args.prompt is not None:
         captions = [args.prompt] * len(dataset)
     pipeline.prompts.prepare([*captions, ""])
-    steps = args.steps or [pipeline.steps]
-    sampling = sampling_options(args) | {"steps": steps[0]}
+    sampling = sampling_options(args)
+
+    def restoring(pipeline, steps):
+        options = sampling | {"steps": steps}
+        return restoring_method(pipeline, captions, args.device, **options)
+
+    methods = {"ceiling": None}
+    autoencoder = pipeline.autoencoder
     if pipeline.seeing:
-        methods = decoder_methods(args, pipeline, sampling, captions)
-    else:
-        methods = {"ceiling": ceiling_method(pipeline.autoencoder, args.device)}
-    for count in steps:
-        name = f"steps_{count}" if len(steps) > 1 else "restored"
-        options = sampling | {"steps": count}
-        methods[name] = restoring_method(pipeline, captions, args.device, **options)
+        autoencoder = load_autoencoder(pipeline.config, decoder=False).to(args.device)
+        plain = Pipeline(pipeline.restorer, autoencoder, pipeline.prompts)
+        methods["control"] = restoring(pipeline, 0)
+        methods["plain"] = restoring(plain, args.steps[0])
+    methods["ceiling"] = ceiling_method(autoencoder, args.device)
+    for count in args.steps:
+        name = f"steps_{count}" if len(args.steps) > 1 else "restored"
+        methods[name] = restoring(pipeline, count)
     return methods
-
-
-def decoder_methods(args, pipeline, sampling, captions):
-    """Return what a decoder that sees the degraded image is compared with: {name: method}.
-
-    ceiling: the round trip of the clean picture through the original autoencoder. control: this
-    decoder on the condition's own latents; if it scores as well as the restorer, the transformer
-    adds nothing. plain: restored with the original decoder."""
-    plain = load_autoencoder(pipeline.config, decoder=False).to(args.device)
-    restore = Pipeline(pipeline.restorer, plain, pipeline.prompts)
-    unchanged = sampling | {"steps": 0}
-    return {
-        "ceiling": ceiling_method(plain, args.device),
-        "control": restoring_method(pipeline, captions, args.device, **unchanged),
-        "plain": restoring_method(restore, captions, args.device, **sampling),
-    }
 
 
 def write_json(path, content):
@@ -915,54 +914,73 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=1))
 
 
-def check_conditions(source):
-    """Raise UserError if the conditions of a CsvPairs cannot be scored as they are."""
-    if source.enlarge > 1:
+def open_pairs(args):
+    """Open --data. Raises UserError for pairs or flags that do not go together."""
+    source = CsvPairs(args.data, args.skip_bad)
+    print(source.summary())
+    alone = [row for row in source.rows if not row.condition]
+    if args.degradations and not alone:
+        raise UserError(f"--degradations: every row of {args.data} has a condition; leave it out")
+    if not args.checkpoint and alone:
+        where = f"{source.path}, line {alone[0].line}"
+        raise UserError(f"{where}: no condition to score; name one, or give --checkpoint")
+    if not args.checkpoint and source.enlarge > 1:
         sizes = f"the conditions are {source.enlarge} times smaller than the clean pictures"
         raise UserError(f"{source.path}: {sizes}; without --checkpoint they need the same size")
-    for row in source.rows:
-        if not row.condition:
-            where = f"{source.path}, line {row.line}"
-            raise UserError(f"{where}: no condition to score; name one, or give --checkpoint")
+    return source
+
+
+def say_trained_rows(run, source):
+    """Say how many rows of a CsvPairs a run has seen in training, in a line if there are any.
+
+    A row is known by its clean picture's digest. rows.json of a run names the rows that it was
+    trained on, as [name, digest of the clean picture, digest of the rest], and before: the clean
+    pictures of the runs that it builds on."""
+    path = run / "rows.json"
+    if not path.is_file():  # the demo
+        return
+    content = read_json(path)
+    trained = {digest for _, digest, _ in content["trained"]} | set(content["before"])
+    digests = {row.clean: file_digest(row.clean) for row in source.rows}
+    count = sum(digests[row.clean] in trained for row in source.rows)
+    if count:
+        print(f"{source.path}: the checkpoint was trained on {count} of these {len(source)} rows")
 
 
 def measure(args, out):
     """Do what --data asks: print the table, write scores.csv, scores.json and grid.png to out.
 
     With several --steps also sweep.png, with --save_pictures also pictures/."""
-    source = CsvPairs(args.data, args.skip_bad)
-    if args.degradations and all(row.condition for row in source.rows):
-        paired = f"every row of {args.data} has a condition, nothing is degraded here"
-        raise UserError(f"--degradations: {paired}; leave it out")
-    print(source.summary())
-    pipeline = None
+    source = open_pairs(args)
+    names = picture_names(source) if args.save_pictures else []
+    args.degradations = args.degradations or DEFAULT_DEGRADATIONS
+    degradations = parse_degradations(args.degradations)
+    options = {"training": False, "seed": args.seed, "skip_bad": args.skip_bad}
     if args.checkpoint:
         pipeline = load_pipeline(args)
-    else:
-        check_conditions(source)
-    if pipeline and pipeline.enlarge != source.enlarge:
-        factors = f"{pipeline.enlarge} times in training, {source.enlarge} times here"
-        print(f"conditions were enlarged {factors}")
-    names = picture_names(source) if args.save_pictures else []
-    degradations = args.degradations or DEFAULT_DEGRADATIONS
-    choices = parse_degradations(degradations)
-    fixed = {"training": False, "seed": args.seed, "skip_bad": args.skip_bad}
-    dataset = PairedDataset(source, None, choices, **fixed)
+        say_trained_rows(pipeline.checkpoint.parent, source)
+        if pipeline.enlarge != source.enlarge:
+            factors = f"{pipeline.enlarge} times in training, {source.enlarge} times here"
+            print(f"conditions were enlarged {factors}")
+        trained = read_run(pipeline.checkpoint)["args"]
+        options["max_degradations"] = trained.get("max_degradations", 3)
+        args.steps = args.steps or [pipeline.steps]
+    dataset = PairedDataset(source, None, degradations, **options)
     metrics = Metrics(args.metrics, args.lpips_weights, args.fid_weights, args.device)
-    methods = make_methods(args, pipeline, dataset) if pipeline else {}
+    methods = make_methods(args, pipeline, dataset) if args.checkpoint else {}
+    condition = "input" if args.checkpoint else "conditions"
     restored = [name for name in methods if name not in BESIDE]
-    condition = "input" if pipeline else "conditions"
 
     def save(row, item, outputs):
-        index = row["image"]
-        pair = source.rows[index]
-        row["image"] = relative_name(pair.clean, source)
-        if pair.condition:
-            row["condition"] = relative_name(pair.condition, source)
+        pair = source.rows[row["image"]]
         if args.save_pictures:
             for name in restored:
                 folder = out / "pictures" / (name if len(restored) > 1 else "")
-                save_image(finished_image(outputs[name], item["grey"]), folder / names[index])
+                path = folder / names[row["image"]]
+                save_image(finished_image(outputs[name], item["grey"]), path)
+        row["image"] = relative_name(pair.clean, source)
+        if pair.condition:
+            row["condition"] = relative_name(pair.condition, source)
         done = "; ".join(row["degradation"])
         append_row(out / "scores.csv", row | {"degradation": done})
 
@@ -970,19 +988,17 @@ def measure(args, out):
     summary = summarize(rows, [condition, *methods], metrics)
     print_summary(rows, summary, metrics)
     save_image(draw_grid(pictures), out / "grid.png")
+    if len(restored) > 1 and "psnr" in metrics.names and len(metrics.names) > 1:
+        draw_sweep({name: summary[name] for name in restored}, metrics, out / "sweep.png")
     report = {
-        "flags": vars(args) | {"degradations": degradations},
+        "flags": vars(args),
         "count": len(rows),
         "methods": summary,
         "missing": metrics.missing,
         "images": rows,
     }
     write_json(out / "scores.json", report)
-    written = "scores.csv, scores.json, grid.png"
-    if len(restored) > 1 and "psnr" in metrics.names and len(metrics.names) > 1:
-        draw_sweep({name: summary[name] for name in restored}, metrics, out / "sweep.png")
-        written += ", sweep.png"
-    print(f"{out}: {written}")
+    print("written:", ", ".join(str(path) for path in sorted(out.glob("*.*"))))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1064,33 +1080,13 @@ def draw_sweep(summary, metrics, path):
 # --------------------------------------------------------------------------------------------------
 
 
-DEFAULTS = {
-    "checkpoint": None,
-    "input": None,
-    "data": None,
-    "output": None,
-    "seed": 0,
-    # how to restore
-    "weights": "ema",
-    "model": None,
-    "prompt": None,
-    "steps": None,  # those of the checkpoint
-    "sampler": "euler",
-    "guidance": 1.0,
-    "condition_guidance": 1.0,
-    "decoder_weight": None,  # 1
-    # with --input
-    "overwrite": False,
-    "enlarge": None,  # as in training
-    "quality": 95,
-    # with --data
-    "degradations": None,  # degrade.DEFAULT_DEGRADATIONS
-    "skip_bad": False,
-    "metrics": [*METRICS, "fid"],
-    "lpips_weights": None,
-    "fid_weights": None,
-    "save_pictures": False,
-}
+# None: what the checkpoint, the pairs or the machine say
+DEFAULTS = dict.fromkeys(["checkpoint", "input", "data", "output", "device", "model", "prompt"])
+DEFAULTS |= dict.fromkeys(["steps", "decoder_weight", "enlarge", "degradations"])
+DEFAULTS |= dict.fromkeys(["lpips_weights", "fid_weights"])
+DEFAULTS |= dict.fromkeys(["overwrite", "skip_bad", "save_pictures"], False)
+DEFAULTS |= {"seed": 0, "weights": "ema", "sampler": "euler", "guidance": 1.0}
+DEFAULTS |= {"condition_guidance": 1.0, "quality": 95, "metrics": [*METRICS, "fid"]}
 
 
 def make_parser():
@@ -1134,8 +1130,8 @@ def parse_args(argv=None):
     """Return the flags. Raises UserError, also for one that has no effect beside the others."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))  # what was typed
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    args = Namespace(**(DEFAULTS | {"device": device} | given))
+    args = Namespace(**(DEFAULTS | given))
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if bool(args.input) == bool(args.data):
         raise UserError("give --input (pictures to restore) or --data (pairs to measure on)")
     if args.input:

@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import evaluate
-from data import CsvPairs, PairedDataset, Prompts, open_image, seed_for, to_tensor
+from data import CsvPairs, PairedDataset, Prompts, seed_for, to_tensor
 from degrade import UserError
 from evaluate import Pipeline, draw_grid, means, psnr, restore_files, ssim
 from model import PRESETS, build_restorer

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -19,7 +20,7 @@ from data import to_image, to_tensor
 from degrade import UserError
 from evaluate import Metrics, Pipeline, list_work, restore_files, summarize
 from model import PRESETS, build_restorer
-from vae import save_weights
+from vae import file_digest, save_weights
 
 
 @pytest.fixture
@@ -177,6 +178,7 @@ def test_conditions_that_are_not_there_or_smaller_are_not_scored(command, tmp_pa
         file.write("clean/0.png,,,\n")
     with pytest.raises(UserError, match="pairs.csv, line 3: no condition to score"):
         command("--data", "pairs.csv", "--metrics", "psnr")
+    write_pairs(tmp_path, ["0.png"])
     save(picture(0, 20, 16), tmp_path / "noisy/0.png")
     with pytest.raises(UserError, match="2 times smaller than the clean pictures; without --check"):
         command("--data", "pairs.csv", "--metrics", "psnr")
@@ -332,6 +334,46 @@ def test_weights_and_the_files_that_name_a_checkpoint(command, run_folder, tmp_p
     (tmp_path / "best").write_text("step_9")
     with pytest.raises(UserError, match="step_9: no checkpoint here"):
         Pipeline.load(tmp_path / "best")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run says of its training.
+
+
+def test_rows_that_were_trained_on_are_counted(command, run_folder, tmp_path, capsys):
+    """Known by content: one in this run, one in a run before it, one renamed, one held out."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    write_pairs(tmp_path, ["0.png", "1.png", "2.png", "3.png", "4.png"])
+    digests = [file_digest(tmp_path / f"clean/{i}.png") for i in range(5)]
+    rows = {
+        "trained": [["a", digests[0], "x"], ["renamed", digests[2], "x"], ["gone", "0", "x"]],
+        "held_out": [["b", digests[3], "x"]],
+        "before": [digests[1], digests[0]],
+    }
+    (tmp_path / "run/rows.json").write_text(json.dumps(rows))
+    words = "--data", "pairs.csv", "--metrics", "psnr", "--checkpoint"
+    for name in ("run", "run/best", "run/step_000001"):
+        command(*words, tmp_path / name)
+        said = "pairs.csv: the checkpoint was trained on 3 of these 5 rows\n"
+        assert said in capsys.readouterr().out
+    rows |= {"trained": [], "before": []}
+    (tmp_path / "run/rows.json").write_text(json.dumps(rows))
+    command(*words, tmp_path / "run")
+    assert "trained on" not in capsys.readouterr().out
+
+
+def test_pictures_get_as_many_degradations_as_in_training(command, run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    save(picture(0), tmp_path / "0.png")
+    (tmp_path / "pairs.csv").write_text("image_path\n" + "0.png\n" * 12)
+    words = "--data", "pairs.csv", "--metrics", "psnr", "--checkpoint", "run", "--output"
+    config = json.loads((tmp_path / "run/step_000002/config.json").read_text())
+    for most in (3, 1):  # 3 is also the default
+        (tmp_path / "run/step_000002/config.json").write_text(json.dumps(config))
+        command(*words, f"scores{most}")
+        rows = read_csv(tmp_path / f"scores{most}/scores.csv")
+        assert max(len(row["degradation"].split("; ")) for row in rows) == most
+        config["args"]["max_degradations"] = 1
 
 
 # --------------------------------------------------------------------------------------------------
