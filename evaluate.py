@@ -20,7 +20,6 @@ import os
 import pickle
 import sys
 from argparse import SUPPRESS, Namespace
-from collections import Counter
 from pathlib import Path
 
 # threads that wait soon sleep instead of spinning, see train.py
@@ -387,7 +386,7 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     return max(0.0, distance.item())
 
 
-METRICS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}  # of one image; FID is of all
+METRICS = {"psnr": 2, "ssim": 4, "lpips": 4}  # of one image, printed digits; FID is of all
 
 
 class Metrics:
@@ -603,12 +602,10 @@ def restore_files(pipeline, work, overwrite=False, quality=95, **options):
 def save_restored(image, path, quality):
     """Save a picture. Drop alpha that its format cannot hold, and print that."""
     kind = Image.registered_extensions().get(path.suffix.lower())
-    options = {}
+    options = {"quality": quality} if kind in ("JPEG", "MPO", "WEBP", "AVIF") else {}
     if image.mode.endswith("A") and kind in ("JPEG", "MPO", "BMP", "DIB", "PPM", "PCX"):
         print(f"{path}: this format holds no transparency; saved without", file=sys.stderr)
         image = image.convert(image.mode.rstrip("A"))
-    if kind in ("JPEG", "MPO", "WEBP", "AVIF"):
-        options["quality"] = quality
     save_image(image, path, **options)
 
 
@@ -724,11 +721,7 @@ def summarize(rows, methods, metrics):
     return summary
 
 
-BESIDE = "ceiling", "control", "plain"  # what stands beside a restorer's scores
-
-
-DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
-LABELS = {
+BESIDE = {  # what stands beside a restorer's scores
     "input": "degraded input",
     "ceiling": "ceiling: autoencoder alone",
     # of a decoder that sees the degraded image
@@ -737,12 +730,14 @@ LABELS = {
 }
 
 
+def number(value, key):
+    return "n/a" if math.isnan(value) else f"{value:.{METRICS[key]}f}"
+
+
 def cell(scores, key):
     """Format a mean and its interval: "28.76 (28.10, 29.41)"."""
-    mean, low, high = (f"{scores[end]:.{DIGITS[key]}f}" for end in ("mean", "low", "high"))
-    if mean == "nan":
-        return "n/a"
-    return mean if low == "nan" else f"{mean} ({low}, {high})"
+    mean, low, high = (number(scores[name], key) for name in ("mean", "low", "high"))
+    return mean if low == "n/a" else f"{mean} ({low}, {high})"
 
 
 def print_row(label, cells):
@@ -751,7 +746,7 @@ def print_row(label, cells):
 
 def print_summary(rows, summary, metrics):
     """Print the table: a line for each method, then for each degradation."""
-    titles = [METRICS[key] for key in metrics.names]
+    titles = [key.upper() for key in metrics.names]
     if metrics.fid:
         titles.append("FID")
     print_row(f"{len(rows)} images, mean (95%)", titles)
@@ -759,27 +754,16 @@ def print_summary(rows, summary, metrics):
         cells = [cell(scores[key], key) for key in metrics.names]
         if metrics.fid:
             cells.append(f"{scores['fid']:.2f}")
-        print_row(LABELS.get(method, method), cells)
-    methods = [method for method in summary if method not in ("ceiling", "plain")]
-    groups = Counter()
-    for row in rows:
-        groups.update(set(row["degradation"]))
-    for group, count in sorted(groups.items()):
-        some = means([row for row in rows if group in row["degradation"]])
-        print_row(f"with {group} ({count})", group_cells(some, methods, metrics.names))
+        print_row(BESIDE.get(method, method), cells)
+    methods = [name for name in summary if name not in ("ceiling", "plain")]
+    for group in sorted({name for row in rows for name in row["degradation"]}):
+        some = [row for row in rows if group in row["degradation"]]
+        values = means(some)
+        cells = []
+        for key in metrics.names:  # "20.44 -> 28.76": all methods in a cell
+            cells.append(" -> ".join(number(values[f"{name}_{key}"], key) for name in methods))
+        print_row(f"with {group} ({len(some)})", cells)
     print_notes(rows, summary, metrics)
-
-
-def group_cells(values, methods, keys):
-    """Format {column: mean} of a group, all methods in a cell for each metric: "20.44 -> 28.76"."""
-    cells = []
-    for key in keys:
-        texts = []
-        for method in methods:
-            value = values[f"{method}_{key}"]
-            texts.append("n/a" if math.isnan(value) else f"{value:.{DIGITS[key]}f}")
-        cells.append(" -> ".join(texts))
-    return cells
 
 
 def print_notes(rows, methods, metrics):
@@ -789,23 +773,16 @@ def print_notes(rows, methods, metrics):
     if metrics.fid and len(rows) < 2048:
         print(f"FID of {len(rows)} images is too high: compare it only at the same number of them")
     for key in metrics.names:
-        small = len(rows) - len(scored(rows, f"{next(iter(methods))}_{key}"))
+        small = len(rows) - len(scored(rows, f"{list(methods)[0]}_{key}"))
         if small and key not in metrics.missing:
-            print(f"{METRICS[key]}: {small} of {len(rows)} images are too small for it")
-    counts = []
+            print(f"{key.upper()}: {small} of {len(rows)} images are too small for it")
+    at_the_end = []
     for name in methods:
         count = sum(row.get(f"{name}_psnr") == 100 for row in rows)
-        counts += [f"{name} {count}"] if count else []
-    if counts:
-        print("PSNR ends at 100 dB, where pictures equal the clean ones:", ", ".join(counts))
-
-
-def relative_name(path, source):
-    """Return the path of a row's picture, relative to the CSV's folder: "clean/00.png"."""
-    try:
-        return Path(os.path.relpath(path, source.path.parent)).as_posix()
-    except ValueError:  # on another drive
-        return path.as_posix()
+        if count:
+            at_the_end.append(f"{name} {count}")
+    if at_the_end:
+        print("PSNR ends at 100 dB, where pictures equal the clean ones:", ", ".join(at_the_end))
 
 
 def ceiling_method(autoencoder, device):
@@ -846,8 +823,8 @@ def claim_folder(output):
         except FileExistsError:
             if output:
                 raise UserError(f"--output {output} exists already; name a new folder") from None
-            number += 1
-            out = Path(f"out/evaluation-{number}")
+        number += 1
+        out = Path(f"out/evaluation-{number}")
 
 
 def append_row(path, row):
@@ -860,22 +837,28 @@ def append_row(path, row):
         writer.writerow(row.values())
 
 
-def picture_names(source):
-    """Return the relative path under which the restored picture of each row is saved.
+def relative_name(path, source):
+    """Return the path of a row's picture, relative to the CSV's folder: "clean/00.png"."""
+    try:
+        return Path(os.path.relpath(path, source.path.parent)).as_posix()
+    except ValueError:  # on another drive
+        return path.as_posix()
 
-    It is the path of the condition, or else of the clean picture, relative to the CSV, without ..
-    and with .png. Raises UserError if two rows would share one."""
-    names = []
+
+def picture_names(source):
+    """Return the path, below pictures/, of the restored picture of each row.
+
+    It is that of the condition, or else of the clean picture, relative to the CSV, without .. and
+    with .png. Raises UserError if two rows would share one."""
     lines = {}
     for row in source.rows:
         path = Path(relative_name(row.condition or row.clean, source)).with_suffix(".png")
         name = Path(*[part for part in path.parts if part not in ("..", path.anchor)])
-        line = lines.setdefault(name, row.line)
-        if line != row.line:
-            both = f"line {line} and line {row.line} of {source.path}"
+        if name in lines:
+            both = f"line {lines[name]} and line {row.line} of {source.path}"
             raise UserError(f"--save_pictures: {both} have one name, {name}; rename a picture")
-        names.append(name)
-    return names
+        lines[name] = row.line
+    return list(lines)
 
 
 def make_methods(args, pipeline, dataset):
@@ -888,23 +871,24 @@ def make_methods(args, pipeline, dataset):
     if args.prompt is not None:
         captions = [args.prompt] * len(dataset)
     pipeline.prompts.prepare([*captions, ""])
-    sampling = sampling_options(args)
 
     def restoring(pipeline, steps):
-        options = sampling | {"steps": steps}
+        options = sampling_options(args) | {"steps": steps}
         return restoring_method(pipeline, captions, args.device, **options)
 
-    methods = {"ceiling": None}
-    autoencoder = pipeline.autoencoder
     if pipeline.seeing:
-        autoencoder = load_autoencoder(pipeline.config, decoder=False).to(args.device)
-        plain = Pipeline(pipeline.restorer, autoencoder, pipeline.prompts)
-        methods["control"] = restoring(pipeline, 0)
-        methods["plain"] = restoring(plain, args.steps[0])
-    methods["ceiling"] = ceiling_method(autoencoder, args.device)
-    for count in args.steps:
-        name = f"steps_{count}" if len(args.steps) > 1 else "restored"
-        methods[name] = restoring(pipeline, count)
+        original = load_autoencoder(pipeline.config, decoder=False).to(args.device)
+        plain = Pipeline(pipeline.restorer, original, pipeline.prompts)
+        methods = {
+            "ceiling": ceiling_method(original, args.device),
+            "control": restoring(pipeline, 0),
+            "plain": restoring(plain, args.steps[0]),
+        }
+    else:
+        methods = {"ceiling": ceiling_method(pipeline.autoencoder, args.device)}
+    for steps in args.steps:
+        name = f"steps_{steps}" if len(args.steps) > 1 else "restored"
+        methods[name] = restoring(pipeline, steps)
     return methods
 
 
@@ -918,15 +902,15 @@ def open_pairs(args):
     """Open --data. Raises UserError for pairs or flags that do not go together."""
     source = CsvPairs(args.data, args.skip_bad)
     print(source.summary())
-    alone = [row for row in source.rows if not row.condition]
-    if args.degradations and not alone:
+    unpaired = [row.line for row in source.rows if not row.condition]
+    if args.degradations and not unpaired:
         raise UserError(f"--degradations: every row of {args.data} has a condition; leave it out")
-    if not args.checkpoint and alone:
-        where = f"{source.path}, line {alone[0].line}"
+    if not args.checkpoint and unpaired:
+        where = f"{args.data}, line {unpaired[0]}"
         raise UserError(f"{where}: no condition to score; name one, or give --checkpoint")
     if not args.checkpoint and source.enlarge > 1:
-        sizes = f"the conditions are {source.enlarge} times smaller than the clean pictures"
-        raise UserError(f"{source.path}: {sizes}; without --checkpoint they need the same size")
+        sizes = f"conditions {source.enlarge} times smaller than the clean pictures"
+        raise UserError(f"{args.data}: {sizes} need --checkpoint; without, sizes must be the same")
     return source
 
 
@@ -964,7 +948,6 @@ def measure(args, out):
             print(f"conditions were enlarged {factors}")
         trained = read_run(pipeline.checkpoint)["args"]
         options["max_degradations"] = trained.get("max_degradations", 3)
-        args.steps = args.steps or [pipeline.steps]
     dataset = PairedDataset(source, None, degradations, **options)
     metrics = Metrics(args.metrics, args.lpips_weights, args.fid_weights, args.device)
     methods = make_methods(args, pipeline, dataset) if args.checkpoint else {}
@@ -1069,16 +1052,13 @@ def draw_chart(draw, top, title, points, log_scale, labels):
 def draw_sweep(summary, metrics, path):
     """Draw LPIPS (SSIM if it is missing) over PSNR, a point for each number of steps."""
     key = "lpips" if metrics.lpips else "ssim"
-    points = []
-    for scores in summary.values():
-        points.append((scores["psnr"]["mean"], scores[key]["mean"]))
+    points = [(scores["psnr"]["mean"], scores[key]["mean"]) for scores in summary.values()]
     labels = [name.removeprefix("steps_") for name in summary]
-    title = f"{METRICS[key]} over PSNR (dB), by sampling steps"
+    title = f"{key.upper()} over PSNR (dB), by sampling steps"
     draw_charts([(title, points, False, labels)], path)
 
 
 # --------------------------------------------------------------------------------------------------
-
 
 # None: what the checkpoint, the pairs or the machine say
 DEFAULTS = dict.fromkeys(["checkpoint", "input", "data", "output", "device", "model", "prompt"])
@@ -1153,7 +1133,7 @@ def parse_args(argv=None):
 
 
 def load_pipeline(args):
-    """Load --checkpoint. Raises UserError for a flag that has no effect on it."""
+    """Load --checkpoint and set what it says of flags. Raises UserError for one without effect."""
     about = args.model, args.weights, args.enlarge
     pipeline = Pipeline.load(args.checkpoint, args.device, *about)
     if args.model and pipeline.config["autoencoder"]:
@@ -1161,18 +1141,18 @@ def load_pipeline(args):
     if args.decoder_weight is not None and not pipeline.seeing:
         reason = "this checkpoint has no decoder that sees the degraded image; leave it out"
         raise UserError(f"--decoder_weight: {reason}")
+    args.steps = args.steps or [pipeline.steps]
+    if args.decoder_weight is None:
+        args.decoder_weight = 1.0
     return pipeline
+
+
+SAMPLING = ["sampler", "seed", "guidance", "condition_guidance", "decoder_weight"]
 
 
 def sampling_options(args):
     """Return the arguments of Pipeline.restore that flags set, but steps."""
-    return {
-        "sampler": args.sampler,
-        "seed": args.seed,
-        "guidance": args.guidance,
-        "condition_guidance": args.condition_guidance,
-        "decoder_weight": 1.0 if args.decoder_weight is None else args.decoder_weight,
-    }
+    return {name: getattr(args, name) for name in SAMPLING}
 
 
 def main():
@@ -1187,9 +1167,7 @@ def main():
         return
     work = list_work(args.input, args.output)
     pipeline = load_pipeline(args)
-    options = sampling_options(args) | {"prompt": args.prompt or ""}
-    if args.steps:
-        options["steps"] = args.steps[0]
+    options = sampling_options(args) | {"steps": args.steps[0], "prompt": args.prompt or ""}
     if restore_files(pipeline, work, args.overwrite, args.quality, **options):
         sys.exit(1)
 
