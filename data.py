@@ -12,34 +12,31 @@ anew each time it is drawn, and an empty caption becomes a prompt that names the
 more columns are read: degradation says what was done; if a row of a group is held out for
 validation, no row of that group is trained on.
 """
+import argparse
 import contextlib
 import csv
 import hashlib
-import io
 import json
 import os
-import signal
 import sys
-import unicodedata
-import warnings
-from argparse import ArgumentTypeError
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageOps
 from safetensors import safe_open
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import degrade
 import model
-from degrade import Parser, UserError, between, explain_errors, given_flags, run_script
-from vae import DCAE, PixelAE, atomic_write, file_digest, load_config, load_weights, read_json
-from vae import resolve_model, resolve_vae, save_weights, write_text
+from degrade import Parser, UserError, atomic_write, between, explain_errors, open_opaque
+from degrade import picture_extensions, read_header, run_script, save_image, say_notices
+from vae import file_digest, read_json, save_weights, write_json
 
 
 def seed_for(seed, index, purpose):
@@ -52,188 +49,29 @@ def seed_for(seed, index, purpose):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures. Except in degrade.py, they are opened and saved here only.
-
-PROFILE = "its colour profile is converted to sRGB"
-GREY = "1", "L", "LA", "La"  # modes of one channel
-NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}  # what Pillow knows but cannot decode
-
-
-def picture_extensions(writable=False):
-    """Return the extensions of the formats that this Pillow reads, or writes: {".png", ...}."""
-    by_extension = Image.registered_extensions()
-    formats = (Image.SAVE if writable else Image.OPEN).keys() - NO_PICTURES
-    return {extension for extension, name in by_extension.items() if name in formats}
+# Pictures as tensors, and folders of pictures. (degrade.py opens and saves the files.)
 
 
 def to_tensor(image):
     """PIL image (alpha ignored) -> float tensor [3, H, W] in [-1, 1], RGB."""
-    levels = np.array(image.convert("RGB"))
-    return from_bytes(torch.from_numpy(levels).permute(2, 0, 1))
+    return levels_to_tensor(to_levels(image))
 
 
-def to_bytes(pixels):
-    """Invert what to_tensor does to the levels: [-1, 1] -> uint8."""
-    return ((pixels + 1) * 127.5).round().to(torch.uint8)
+def to_levels(image):
+    """PIL image (alpha ignored) -> array [H, W, 3] of the levels 0..255, RGB."""
+    return np.array(image.convert("RGB"))
 
 
-def from_bytes(levels):
-    """uint8 -> float in [-1, 1]."""
-    return levels.float() / 127.5 - 1
+def levels_to_tensor(levels):
+    """Array [H, W, 3] of 0..255 -> float tensor [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(levels).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_image(tensor):
     """[3, H, W] in [-1, 1] (clipped) -> PIL RGB image, rounded to the nearest level."""
-    levels = to_bytes(tensor.detach().float().cpu().clamp(-1, 1))
+    pixels = tensor.detach().float().cpu().clamp(-1, 1)
+    levels = ((pixels + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
-
-
-def open_image(path, notice=True, srgb=False):
-    """Open a picture and convert it as plain_image does. Raises UserError.
-
-    notice: print on stderr what is converted or left out. srgb: convert every colour profile to
-    sRGB; False: only CMYK."""
-    quiet = warnings.catch_warnings(action="ignore")
-    with explain_errors(path, "this picture"), quiet, Image.open(path) as image:
-        if image.format == "EPS":  # Pillow would have Ghostscript run it
-            raise ValueError("PostScript is a program, not a picture")
-        for trait in traits_of(image):
-            if notice and (srgb or trait != PROFILE):
-                print(f"{path}: {trait}", file=sys.stderr)
-        if is_deep(image) and image.mode in ("RGB", "RGBA"):
-            image = read_deep(image, path)
-        image.load()
-        if srgb or image.mode == "CMYK":
-            image = to_srgb(image)
-        return plain_image(image)
-
-
-def traits_of(image):
-    """Say what open_image converts or leaves out of an opened picture, by its header alone.
-
-    Raises ValueError for a TIFF that Pillow would misread."""
-    traits = []
-    planar = image.format == "TIFF" and raw_mode(image) in ("R", "G", "B", "A")
-    if planar and max(image.tag_v2.get(258, (8,))) > 8:  # bits a sample
-        raise ValueError("a planar TIFF of more than 8 bits; save it interleaved")
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a photo with a preview
-        traits.append("has several pages; only the first is used")
-    if is_deep(image):
-        traits.append("16 bits a channel are converted to 8 bits")
-    if profile_of(image):
-        traits.append(PROFILE)
-    return traits
-
-
-def is_deep(image):
-    """Say whether an opened picture has 16 bits a channel."""
-    return image.mode.startswith("I") or ";16" in raw_mode(image)
-
-
-def raw_mode(image):
-    """Return how an opened picture is stored, as Pillow names it: "RGB;16B"; "" if unknown."""
-    args = image.tile[0].args if image.tile else ""
-    if isinstance(args, tuple) and args:
-        args = args[0]
-    return args if isinstance(args, str) else ""
-
-
-def read_deep(image, path):
-    """Read 16-bit RGB or RGBA -> 8 bits, rounded.
-
-    Pillow keeps only the upper byte of each level. Reading the file once more, in the other byte
-    order, gives the lower bytes."""
-    order = raw_mode(image)[-1]
-    if order == "N":  # the machine's own
-        order = "L" if sys.byteorder == "little" else "B"
-    other = "B" if order == "L" else "L"
-    with Image.open(path) as again:
-        tiles = []
-        for tile in again.tile:
-            if isinstance(tile.args, str):
-                args = tile.args[:-1] + other
-            else:
-                args = (tile.args[0][:-1] + other, *tile.args[1:])
-            tiles.append(tile._replace(args=args))
-        again.tile = tiles
-        lower = np.array(again)
-    levels = np.array(image).astype(np.uint32) * 256 + lower
-    rounded = Image.fromarray(((levels + 128) // 257).astype(np.uint8), image.mode)
-    rounded.info = image.info
-    return rounded
-
-
-def profile_of(image):
-    """Return a picture's colour profile; None if it is missing, damaged, sRGB or of other channels.
-
-    Other channels: an RGB profile in a grey picture, for example."""
-    content = image.info.get("icc_profile")
-    if not content:
-        return None
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
-        name = ImageCms.getProfileDescription(profile)
-    except (ImageCms.PyCMSError, OSError):  # damaged: as without one
-        return None
-    space = "CMYK" if image.mode == "CMYK" else "RGB "
-    if image.mode in GREY or image.mode.startswith("I"):
-        space = "GRAY"
-    if profile.profile.xcolor_space != space:
-        return None
-    linear = "linear" in name.lower() or "g10" in name  # "Linear sRGB" is not sRGB
-    return None if "sRGB" in name and not linear else profile
-
-
-def to_srgb(image):
-    """Convert a picture from its colour profile to sRGB. The result carries no profile.
-
-    Where profile_of finds none, the colours stay as they are."""
-    profile = profile_of(image)
-    image.info.pop("icc_profile", None)
-    if not profile:
-        return image
-    if image.mode.startswith("I"):
-        image = grey_to_8_bits(image)
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if image.mode not in ("L", "RGB", "CMYK"):
-        image = image.convert("L" if image.mode in GREY else "RGB")
-    srgb = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), 0, "RGB")
-    converted = srgb.convert("L") if image.mode == "L" else srgb
-    converted.info.pop("icc_profile", None)
-    if alpha:
-        converted.putalpha(alpha)
-    return converted
-
-
-def plain_image(image):
-    """Turn a PIL image upright (EXIF orientation) -> L, LA, RGB or RGBA, 8 bits a channel.
-
-    16-bit grey is scaled. The argument may be modified. Raises UserError for floating-point pixels
-    and for levels outside 0..65535."""
-    with contextlib.suppress(Exception):  # damaged EXIF: leave it as stored
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F":
-        raise UserError("floating-point pixels have no fixed range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        return grey_to_8_bits(image)
-    mode = "L" if image.mode in GREY else "RGB"
-    return image.convert(mode + "A" if image.has_transparency_data else mode)
-
-
-def grey_to_8_bits(image):
-    """Scale 16-bit grey to L. Raises UserError for values beyond."""
-    image = image.convert("I")
-    low, high = image.getextrema()
-    if low < 0 or high > 65535:
-        raise UserError("its values go beyond 16 bits; save it with 8 or 16 bits")
-    table = [(level + 128) // 257 for level in range(65536)]
-    return image.point(table, "L")
-
-
-def save_image(image, path, **options):
-    """Write a picture, its format by extension. Raises UserError."""
-    with atomic_write(path) as partial:
-        image.save(partial, **options)
 
 
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
@@ -243,12 +81,12 @@ def list_images(folder):
     """Return the pictures below a folder, sorted; links to folders are followed. Raises UserError.
 
     Hidden and system folders and files are skipped. Other files that are not pictures are left
-    out, and their number is printed by extension."""
+    out, and their number is printed."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder")
     extensions = picture_extensions()
     found = []
-    others = Counter()
+    others = []
     visited = set()  # a link may lead back
     for place, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(place) in visited:
@@ -263,10 +101,10 @@ def list_images(folder):
             if path.suffix.lower() in extensions:
                 found.append(path)
             else:
-                others[path.suffix.lower() or "without an extension"] += 1
+                others.append(path)
     if others:
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-        print(f"{folder}: no pictures, left out: {counts}", file=sys.stderr)
+        some = f"{len(others)} files such as {min(others).name}"
+        print(f"{folder}: left out as no pictures: {some}", file=sys.stderr)
     if not found:
         raise UserError(f"{folder}: no pictures in this folder")
     return sorted(found)
@@ -276,42 +114,12 @@ def is_hidden(name):
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
-@dataclass
-class Header:
-    """What read_header finds. Only a picture that may be transparent is decoded for it."""
-
-    size: tuple  # (width, height), upright
-    turned: bool  # EXIF swaps the stored width and height
-    transparent: bool  # some pixel is
-    traits: list  # see traits_of
-    digest: str  # of the file's length and content, see file_digest
-
-
-def read_header(path):
-    """Look at a picture -> Header. Raises UserError."""
-    with explain_errors(path, "this picture"), Image.open(path) as image:
-        orientation = 1
-        if image.format != "PNG" or "exif" in image.info:  # else getexif would decode the PNG
-            orientation = image.getexif().get(0x0112, 1)
-        turned = orientation in (5, 6, 7, 8)
-        upright = image.format == "TIFF"  # Pillow has turned its size already
-        size = image.size[::-1] if turned and not upright else image.size
-        traits = traits_of(image)
-        transparent = image.has_transparency_data
-        if transparent:  # it has alpha, which may still be opaque everywhere
-            transparent = image.convert("RGBA").getchannel("A").getextrema()[0] < 255
-    return Header(size, turned, transparent, traits, file_digest(path))
-
-
-def write_csv(path, rows):
-    with atomic_write(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-
-
 # --------------------------------------------------------------------------------------------------
-# Sources of pairs. A source has a length and two methods:
+# Sources of pairs. A source has a length and these methods:
 #   peek(i) -> (whether row i has a condition, caption), without opening a file
 #   load(i) -> (clean, condition or None, the row's name in error messages)
+#   degradations_of(i) -> the names in the CSV's column degradation
+#   identity(i) -> (the row's name, digest of the clean picture, digest of all else)
 
 # of decoded pictures that each process keeps in memory; others are read again at each draw
 CACHE_BYTES = 512 * 2**20
@@ -331,28 +139,53 @@ class Row:
     degradation: str  # what was done to the condition, as degrade.describe() writes it; may be ""
     group: str  # no row of a held-out row's group is trained on; may be ""
 
+    def paths(self):
+        return [path for path in (self.clean, self.condition) if path]
+
 
 class CsvPairs:
-    """The rows of a pairs.csv, and the checked headers of all their pictures.
+    """The rows of a pairs.csv, whose pictures have been looked at.
 
-    enlarge: how many times smaller the conditions are than their clean pictures. headers: {path:
-    Header}. Raises UserError, with the line, if a file of a row is missing or unreadable, has
-    transparent pixels, or does not fit its partner. skip_bad: print and leave out such rows."""
+    headers, digests: {path: Header}, {path: SHA-256 of the file}. enlarge: how many times smaller
+    the conditions are than their clean pictures. Raises UserError, with the line, if a file of a
+    row is missing or unreadable, has transparent pixels, or does not fit its partner.
+    skip_bad: decode each picture now, and print and leave out the rows that fail."""
 
     def __init__(self, path, skip_bad=False):
         self.path = Path(path)
+        self.skip_bad = skip_bad
         self.pictures = {}
         self.bytes = 0
         self.rows = []
         for line, fields in self.read_lines():
-            try:
+            with self.bad_row(line):
                 self.rows.append(self.read_row(line, fields))
-            except UserError as error:
-                report_bad(error, skip_bad)
-        self.headers = read_headers(self.rows)
+        self.headers, self.digests, self.errors = look_at(self.rows, decode=skip_bad)
         self.enlarge = self.find_factor()
-        self.keep_rows(self.check_header, skip_bad)
-        self.say_traits()
+        self.keep_rows(self.check_pictures)
+        self.say_what_is_converted()
+
+    @contextlib.contextmanager
+    def bad_row(self, line):
+        """Add the line to a UserError of the block. With skip_bad print the error and go on."""
+        try:
+            yield
+        except UserError as error:
+            message = f"{self.path}, line {line}: {error}"
+            if not self.skip_bad:
+                raise UserError(message) from None
+            tqdm.write(f"left out: {message}", file=sys.stderr)
+
+    def keep_rows(self, check):
+        """Keep the rows for which check(row) raises no UserError; see bad_row."""
+        kept = []
+        for row in self.rows:
+            with self.bad_row(row.line):
+                check(row)
+                kept.append(row)
+        if not kept:
+            raise UserError(f"{self.path}: no row that can be used")
+        self.rows = kept
 
     def read_lines(self):
         """Read the CSV -> [(line number, {column: field})]."""
@@ -379,46 +212,46 @@ class CsvPairs:
         return lines
 
     def read_row(self, line, fields):
-        where = f"{self.path}, line {line}"
+        """Make a Row. Raises UserError."""
         if None in fields:
-            raise UserError(f"{where}: more fields than columns")
+            raise UserError("more fields than columns")
         values = {key: (value or "").strip() for key, value in fields.items()}
-        if not values["image_path"]:
-            raise UserError(f"{where}: image_path is empty")
         name = values["image_path"]
+        if not name:
+            raise UserError("image_path is empty")
         clean = self.path.parent / name
         condition = None
         if values.get("condition_image_path"):
             name += "," + values["condition_image_path"]
             condition = self.path.parent / values["condition_image_path"]
-        for path in (clean, condition):
-            if path and not os.path.isfile(path):  # False, no error, if too long or with a NUL
-                raise UserError(f"{where}: no file {path}{other_spelling(path)}")
         texts = [values.get(column, "") for column in ("caption", "degradation", "group")]
-        return Row(line, name, clean, condition, *texts)
+        row = Row(line, name, clean, condition, *texts)
+        for path in row.paths():
+            if not os.path.isfile(path):  # False, no error, if too long or with a NUL
+                raise UserError(f"no file {path}")
+        return row
 
     def find_factor(self):
         """Return how many times smaller most conditions are than their clean pictures."""
         counts = Counter()
         for row in self.rows:
-            clean, condition = self.headers[row.clean], self.headers.get(row.condition)
-            if isinstance(clean, Header) and isinstance(condition, Header):
+            clean, condition = self.headers.get(row.clean), self.headers.get(row.condition)
+            if clean and condition:
                 counts.update(n for n in FACTORS if sizes_fit(clean.size, condition.size, n))
         if not counts:
             return 1
-        factor = counts.most_common(1)[0][0]  # others are refused by check_header
+        factor = counts.most_common(1)[0][0]  # others are refused by check_pictures
         if factor > 1:
             smaller = f"conditions are {factor} times smaller than their clean pictures"
             print(f"{self.path}: {smaller}: they are enlarged (bicubic)")
         return factor
 
-    def check_header(self, row):
+    def check_pictures(self, row):
         """Raise UserError if the pictures of a row cannot be used."""
-        for path in (row.clean, row.condition):
-            header = self.headers.get(path)
-            if isinstance(header, UserError):
-                raise header
-            if header and header.transparent:
+        for path in row.paths():
+            if path in self.errors:
+                raise self.errors[path]
+            if self.headers[path].transparent:
                 hidden = "has transparent pixels, under which any colour may be hidden"
                 raise UserError(f"{path} {hidden}; put it on a background and save it as RGB")
         if not row.condition:
@@ -432,20 +265,7 @@ class CsvPairs:
             problem += f"; they fit before {turned.name} is turned by its EXIF orientation"
         raise UserError(problem)
 
-    def keep_rows(self, check, skip_bad):
-        """Raise the UserError of check(row) with the line; with skip_bad leave out that row."""
-        kept = []
-        for row in self.rows:
-            try:
-                check(row)
-                kept.append(row)
-            except UserError as error:
-                report_bad(UserError(f"{self.path}, line {row.line}: {error}"), skip_bad)
-        if not kept:
-            raise UserError(f"{self.path}: no row that can be used")
-        self.rows = kept
-
-    def check_sides(self, crop, skip_bad):
+    def check_sides(self, crop):
         """Leave out, or refuse, rows whose pictures are smaller than the crops of training."""
 
         def check(row):
@@ -453,16 +273,15 @@ class CsvPairs:
             if min(size) < crop:
                 raise UserError(too_small(size, crop))
 
-        self.keep_rows(check, skip_bad)
+        self.keep_rows(check)
 
-    def say_traits(self):
-        """Print what is converted in or left out of the pictures, one line for each kind."""
-        examples = {}
-        for path in paths_of(self.rows):
-            for trait in self.headers[path].traits:
-                examples.setdefault(trait, []).append(path)
-        for trait, paths in examples.items():
-            print(f"{self.path}: {len(paths)} pictures, such as {paths[0].name}: {trait}")
+    def say_what_is_converted(self):
+        notices = {}
+        for row in self.rows:
+            for path in row.paths():
+                for text in self.headers[path].notices:
+                    notices.setdefault(text, []).append(path)
+        say_notices(notices)
 
     def summary(self):
         """Say what is in the rows, in a line."""
@@ -470,11 +289,6 @@ class CsvPairs:
         captions = sum(row.caption != "" for row in self.rows)
         made = f"{paired} with a condition, {len(self) - paired} degraded on the fly"
         return f"{self.path}: {len(self)} rows, {made}, {captions} with captions"
-
-    def digest(self, row):
-        """Return the digest of a row's files and texts."""
-        files = [self.headers[path].digest for path in (row.clean, row.condition) if path]
-        return short_hash([files, row.caption, row.degradation, row.group])
 
     def __len__(self):
         return len(self.rows)
@@ -493,57 +307,61 @@ class CsvPairs:
                 condition = self.open(row.condition)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if condition and not sizes_fit(clean.size, condition.size, self.enlarge):  # after all
-            sizes = f"{as_text(clean.size)} and {as_text(condition.size)}"
-            raise UserError(f"{where}: a pair of different sizes, {sizes}")
         if condition and self.enlarge > 1:
             condition = condition.resize(clean.size, Image.Resampling.BICUBIC)
         return clean, condition, where
 
     def open(self, path):
-        """Return a picture, grey or RGB."""
+        """Return a picture, L or RGB."""
         if path in self.pictures:
             return self.pictures[path]
-        image = open_image(path, notice=False, srgb=True)
-        image = image.convert(image.mode.rstrip("A"))
+        image = open_opaque(path)
         if self.bytes < CACHE_BYTES:
             self.pictures[path] = image
             self.bytes += len(image.mode) * image.width * image.height
         return image
 
+    def degradations_of(self, index):
+        """Return the names in the column degradation: ["jpeg", "downscale"].
 
-def paths_of(rows):
-    """Return the pictures of all rows, each once."""
-    paths = [path for row in rows for path in (row.clean, row.condition) if path]
-    return list(dict.fromkeys(paths))
+        A text that is no recipe counts as one name."""
+        written = self.rows[index].degradation
+        names = [word.split(":")[0] for word in written.split()]
+        known = set(names) <= degrade.DEGRADATIONS.keys()
+        return names if known else [written]
+
+    def identity(self, index):
+        row = self.rows[index]
+        texts = [row.caption, row.degradation, row.group]
+        others = [self.digests.get(row.condition), *texts]
+        return row.name, self.digests[row.clean], short_hash(others)
 
 
-def read_headers(rows):
-    """Look at the pictures of all rows -> {path: Header, or the UserError that it gave}."""
-    paths = paths_of(rows)
+def look_at(rows, decode=False):
+    """Look at the pictures of all rows -> {path: Header}, {path: SHA-256}, {path: UserError}.
+
+    decode: decode each picture too, which finds damage behind the header."""
+    paths = list(dict.fromkeys(path for row in rows for path in row.paths()))
 
     def look(path):
         try:
-            return read_header(path)
+            header = read_header(path)
+            if decode:
+                open_opaque(path)
+            return header, file_digest(path), None
         except UserError as error:
-            return error
+            return None, None, error
 
+    headers, digests, errors = {}, {}, {}
     with ThreadPoolExecutor() as pool:
         looks = tqdm(pool.map(look, paths), total=len(paths), unit="img", desc="check", delay=1)
-        return dict(zip(paths, looks))
-
-
-def other_spelling(path):
-    """Return a hint if a file exists whose name differs only in its Unicode form, else ""."""
-    name = unicodedata.normalize("NFC", path.name)
-    try:
-        names = os.listdir(path.parent)
-    except (OSError, ValueError):
-        return ""
-    for other in names:
-        if unicodedata.normalize("NFC", other) == name:
-            return ", but one whose accents are written in another Unicode form; rename it"
-    return ""
+        for path, (header, digest, error) in zip(paths, looks):
+            if error:
+                errors[path] = error
+            else:
+                headers[path] = header
+                digests[path] = digest
+    return headers, digests, errors
 
 
 def sizes_fit(clean, condition, factor):
@@ -562,15 +380,14 @@ def too_small(size, crop):
     return f"the picture is {as_text(size)}, smaller than the {crop}-pixel crop; {advice}"
 
 
-def report_bad(error, skip=True):
-    """Print a UserError about one of many pictures, or raise it."""
-    if not skip:
-        raise error
-    tqdm.write(f"left out: {error}", file=sys.stderr)
+def short_hash(content):
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 class DeadLeaves:
     """Pictures of the built-in demo, each drawn when it is first asked for."""
+
+    enlarge = 1
 
     def __init__(self, count, size, seed):
         self.count = count
@@ -590,6 +407,12 @@ class DeadLeaves:
             self.pictures[index] = dead_leaves(self.size, rng)
         return self.pictures[index], None, f"procedural picture {index}"
 
+    def degradations_of(self, index):
+        return []
+
+    def identity(self, index):
+        name = f"procedural picture {index} of seed {self.seed}"
+        return name, short_hash([name, self.size]), ""
 
 def dead_leaves(size, rng):
     """Draw a size x size picture of opaque shapes that hide each other.
@@ -663,11 +486,19 @@ def pink_noise(size, rng):
 # What training draws.
 
 
-class PairedDataset(Dataset):
+class Plan(NamedTuple):
+    """What a draw will be. No picture is opened for it."""
+
+    row: int
+    recipe: list | None  # of degradations; None: the row has a condition
+    caption: str
+
+
+class PairedDataset:
     """Crops of pairs: {"clean", "condition": [3, H, W] in [-1, 1], "caption": str, ...}.
 
     And "grey": whether the condition has one channel, repeated three times; "draw": the item's
-    number; "bad": how many unreadable rows were passed over for it.
+    number.
 
     source: CsvPairs or DeadLeaves. rows: which of its indices to use (default all).
     crop: side in pixels; None: whole pictures; [(n, side), ...]: that side for draws below n. In
@@ -677,8 +508,7 @@ class PairedDataset(Dataset):
     training True: item n is the n-th draw of an endless stream, which visits every row once an
     epoch in a new order, with random crop, flip and caption dropout. All of it depends on seed and
     n alone, so a run can stop and go on at any n. False: item n is the n-th of rows, cropped at its
-    centre, always with the same degradation.
-    skip_bad: in training, replace a row that cannot be read by that of the next draw."""
+    centre, always with the same degradation."""
 
     def __init__(
         self,
@@ -690,7 +520,6 @@ class PairedDataset(Dataset):
         caption_dropout=0.1,
         training=True,
         seed=0,
-        skip_bad=False,
     ):
         self.source = source
         self.crop = crop
@@ -700,34 +529,22 @@ class PairedDataset(Dataset):
         self.caption_dropout = caption_dropout
         self.training = training
         self.seed = seed
-        self.skip_bad = skip_bad
-        self.reported = set()
         self.order = EndlessOrder(self.rows, seed)
 
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, index):
-        # 2 * len(self) consecutive draws contain a whole epoch, so every row is tried
-        tries = 2 * len(self) if self.skip_bad and self.training else 1
-        for later in range(tries):
-            try:
-                return self.draw(index, later) | {"bad": later, "draw": index}
-            except UserError as error:
-                if later + 1 == tries:
-                    raise
-                if str(error) not in self.reported:
-                    report_bad(error)
-                    self.reported.add(str(error))
+    def __getitem__(self, n):
+        """Return item n. Raises UserError if its row cannot be read."""
+        return with_tensors(self.prepare(n, self.plan(n)))
 
-    def plan(self, index):
-        """Return what draw(index) will do: (row, recipe or None, caption).
+    def plan(self, n):
+        """Return the Plan of draw n, so that all captions of a run can be encoded before it starts.
 
-        It opens no picture, so that all captions of a run can be encoded before the run starts. Its
-        random numbers are therefore separate from those of draw."""
+        Its random numbers are separate from those of prepare."""
         purpose = "train plan" if self.training else "validation plan"
-        rng = np.random.default_rng(seed_for(self.seed, index, purpose))
-        row = self.order[index] if self.training else self.rows[index]
+        rng = np.random.default_rng(seed_for(self.seed, n, purpose))
+        row = self.order[n] if self.training else self.rows[n]
         has_condition, caption = self.source.peek(row)
         recipe = None
         if not has_condition:
@@ -736,33 +553,35 @@ class PairedDataset(Dataset):
             caption = caption or degrade.make_prompt([name for name, _ in recipe], rng)
         if self.training and rng.random() < self.caption_dropout:
             caption = ""
-        return row, recipe, caption
+        return Plan(row, recipe, caption)
 
-    def draw(self, index, later=0):
-        """Make item index. Raises UserError if its row cannot be read.
+    def prepare(self, n, plan):
+        """Open and degrade the pictures of draw n. They are arrays [H, W, 3] of levels 0..255.
 
-        later: take the row of draw index + later instead. The crop size is still that of index, so
-        that the item fits its batch."""
-        row, recipe, caption = self.plan(index + later)
-        clean, condition, where = self.source.load(row)
+        Threads may call it at the same time. Raises UserError if a picture cannot be read."""
+        clean, condition, where = self.source.load(plan.row)
         purpose = "train" if self.training else "validation"
-        rng = np.random.default_rng(seed_for(self.seed, index, purpose))
-        cut = self.draw_cut(clean, index, where, rng)
+        rng = np.random.default_rng(seed_for(self.seed, n, purpose))
+        cut = self.draw_cut(clean, n, where, rng)
         clean = cut(clean)
         # one crop and one flip for both pictures of the pair: they cannot drift apart
-        condition = degrade.apply_recipe(clean, recipe, rng) if recipe else cut(condition)
+        if plan.recipe:
+            condition = degrade.apply_recipe(clean, plan.recipe, rng)
+        else:
+            condition = cut(condition)
         return {
-            "clean": to_tensor(clean),
-            "condition": to_tensor(condition),
-            "caption": caption,
+            "clean": to_levels(clean),
+            "condition": to_levels(condition),
+            "caption": plan.caption,
             "grey": condition.mode == "L",
+            "draw": n,
         }
 
-    def draw_cut(self, image, index, where, rng):
+    def draw_cut(self, image, n, where, rng):
         """Choose a crop and a flip -> a function that applies both to a picture of image's size.
 
         Raises UserError if the picture is smaller than the crop of training."""
-        crop = self.crop_at(index)
+        crop = self.crop_at(n)
         width, height = crop or image.width, crop or image.height
         if not self.training:  # pictures smaller than the crop are allowed
             width, height = min(width, image.width), min(height, image.height)
@@ -780,39 +599,34 @@ class PairedDataset(Dataset):
 
         return cut
 
-    def crop_at(self, index):
+    def crop_at(self, n):
         if not isinstance(self.crop, list):
             return self.crop
         for end, side in self.crop:
-            if index < end:
+            if n < end:
                 return side
         return side
 
     def degradation_names(self):
         """Return the names of all degradations that its rows may have, by draw or by the CSV."""
-        names = {name for name, _ in self.degradations}
-        if isinstance(self.source, DeadLeaves):
-            return names
-        rows = [self.source.rows[i] for i in self.rows]
-        if all(row.condition for row in rows):
-            names = set()
-        for row in rows:
-            names.update(word.split(":")[0] for word in row.degradation.split())
+        names = set()
+        for i in self.rows:
+            has_condition, _ = self.source.peek(i)
+            if has_condition:
+                names.update(self.source.degradations_of(i))
+            else:
+                names.update(name for name, _ in self.degradations)
         return names
 
-    def name_degradations(self, index):
-        """Return what was done to the condition of item index: ["jpeg", "downscale"].
+    def name_degradations(self, n):
+        """Return what was done to the condition of item n: ["jpeg", "downscale"].
 
-        Read from its recipe; without one from the CSV's column degradation, which counts as one
-        name if it is not a recipe; if that is empty from the caption."""
-        row, recipe, caption = self.plan(index)
+        Read from its recipe; without one from the CSV's column degradation; if that is empty from
+        the caption."""
+        row, recipe, caption = self.plan(n)
         if recipe:
             return [name for name, _ in recipe]
-        written = self.source.rows[row].degradation
-        if not written:
-            return degrade.read_prompt(caption)
-        names = [word.split(":")[0] for word in written.split()]
-        return names if set(names) <= degrade.DEGRADATIONS.keys() else [written]
+        return self.source.degradations_of(row) or degrade.read_prompt(caption)
 
 
 class EndlessOrder:
@@ -832,115 +646,100 @@ class EndlessOrder:
         return int(self.permutation[position])
 
 
-def collate(items):
-    """[item] -> {"clean", "condition": [B, 3, H, W], "caption": [str], "bad": count, "draw": [n]}.
+def with_tensors(item):
+    """Return an item of prepare with its pictures as tensors [3, H, W] in [-1, 1]."""
+    item = dict(item)
+    for key in ("clean", "condition"):
+        if isinstance(item[key], np.ndarray):  # a cache has latents, which are tensors already
+            item[key] = levels_to_tensor(item[key])
+    return item
 
-    From a cache "clean" and "condition" are latents [B, C, H/f, W/f]; for --stage decoder they are
-    pixels, and "latents" [B, C, H/f, W/f] is added."""
-    batch = {
-        "caption": [item["caption"] for item in items],
-        "bad": sum(item["bad"] for item in items),
-        "draw": [item["draw"] for item in items],
-    }
-    for key in ("clean", "condition", "latents"):
-        if key in items[0]:
-            batch[key] = torch.stack([item[key] for item in items])
+
+def collate(items):
+    """[item] -> {"clean", "condition": [B, 3, H, W], "caption": [str], "draw": [n]}.
+
+    From a cache "clean" and "condition" are latents [B, C, H/f, W/f]."""
+    batch = {key: [item[key] for item in items] for key in ("clean", "condition", "caption", "draw")}
+    batch["clean"] = torch.stack(batch["clean"])
+    batch["condition"] = torch.stack(batch["condition"])
     return batch
 
 
-def load_batches(dataset, batch_size, draws, workers, pin_memory=False):
+def load_batches(dataset, batch_size, draws, workers=1, pin_memory=False):
     """Yield batches of dataset[n] for n in draws. Raises UserError for an unreadable picture.
 
-    workers: how many processes make the batches; 0: this one does."""
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        sampler=draws,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=ignore_signals,
-        pin_memory=pin_memory,
-    )
-    batches = iter(loader)
+    workers: how many threads open and degrade the pictures of the next two batches meanwhile.
+    (Pillow and numpy release Python's lock while they work.) Plans are made here, one after the
+    other, and so are tensors."""
+    pool = ThreadPoolExecutor(workers)
+    numbers = iter(draws)
+    ahead = deque()  # of batches, each a list of futures
+
+    def begin_batch():
+        some = list(islice(numbers, batch_size))
+        if some:
+            ahead.append([pool.submit(dataset.prepare, n, dataset.plan(n)) for n in some])
+
     try:
-        yield from batches
-    except UserError as error:  # a worker's is a whole traceback, which ends with the message
-        raise UserError(str(error).split("UserError: ")[-1].strip()) from None
+        begin_batch()
+        begin_batch()
+        while ahead:
+            items = [with_tensors(future.result()) for future in ahead.popleft()]
+            begin_batch()
+            batch = collate(items)
+            if pin_memory:
+                batch["clean"] = batch["clean"].pin_memory()
+                batch["condition"] = batch["condition"].pin_memory()
+            yield batch
     finally:
-        if workers:
-            stop_workers(batches)
-
-
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):  # the terminal was closed; Windows has none
-    SIGNALS.append(signal.SIGHUP)
-
-
-def ignore_signals(_):
-    """Ignore Ctrl-C, SIGTERM and SIGHUP: all processes may get them, the main one handles them."""
-    for name in SIGNALS:
-        signal.signal(name, signal.SIG_IGN)
-
-
-def stop_workers(batches):
-    """End the worker processes of a DataLoader's iterator.
-
-    They ignore SIGTERM, so Python would wait for them for ever as it exits. Where one of them was
-    killed, kill the others: DataLoader would wait for a lock that the killed one may hold.
-    """
-    if batches._shutdown:  # the last batch was drawn
-        return
-    if all(worker.is_alive() for worker in batches._workers):
-        batches._shutdown_workers()
-        return
-    torch._C._remove_worker_pids(id(batches))  # so that their death is no error
-    batches._worker_pids_set = False
-    batches._shutdown = True
-    for worker in batches._workers:
-        worker.kill()
+        pool.shutdown(cancel_futures=True)
 
 
 # --------------------------------------------------------------------------------------------------
 # Flags of what is drawn, and the split into training and held-out pictures.
 
+RESOLUTIONS = {"tiny": 48, "mini": 96}  # default sides of crops, pixels
+RESOLUTION = 512  # of pretrained models
+DEFAULTS = {
+    "data": None,
+    "val_data": None,
+    "degradations": degrade.DEFAULT_DEGRADATIONS,
+    "max_degradations": 3,
+    "skip_bad": False,
+    "caption_dropout": 0.1,
+    "seed": 0,
+    "workers": 1,
+    "device": "cuda" if torch.cuda.is_available() else "cpu",
+}
+
 
 def add_data_flags(parser):
-    """Add the flags that train.py and the cache have in common."""
-    group = parser.add_argument_group("data")
-    add = group.add_argument
+    """Add the flags that train.py and the cache have in common. DEFAULTS has their values."""
+    add = parser.group("data")
     add("--data", metavar="CSV", help="pairs (default: the demo, which draws its own pictures)")
     add("--val_data", metavar="CSV", help="pairs to validate with (default: some of --data)")
-    add("--val_count", type=between(int, 1), help="rows of --val_data to use at most (default all)")
-    add_degradations_flag(group)
+    add_degradations_flag(add)
     most = between(int, 1, len(degrade.DEGRADATIONS))
-    add("--max_degradations", type=most, default=3, help="1 to this many (default 3)")
-    add("--skip_bad", action="store_true", help="leave out rows that cannot be read")
+    add("--max_degradations", type=most, help="1 to this many (default 3)")
+    add("--skip_bad", action="store_true", help="decode all first, leave out rows that fail")
     side = between(int, 1, 2**14)
     add("--resolution", type=side, help="side of crops (default: tiny 48, mini 96, else 512)")
     share = between(float, 0, 1)
-    add("--caption_dropout", type=share, default=0.1, help="captions to empty (default 0.1)")
-    text = "tiny, sana1.5-1.6b or another name of vae.HUB, a hub id, a folder or a run"
-    add("--model", help=f"{text} (default tiny; on a GPU SANA)")
-    add("--vae", help="another DC-AE with the same encoder: a folder, short name or hub id")
-    text = "what to train: autoencoder (of mini), restorer (default), or its decoder that sees the"
-    add("--stage", choices=model.STAGES, help=f"{text} degraded image")
-    text = "steps of the restorer that makes latents for the decoder (default 1); several: in turn"
-    count = between(int, 0, 1000)
-    add("--latent_steps", type=count, nargs="+", default=[1], metavar="N", help=f"{text}; 0: none")
-    add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")
-    add("--workers", type=count, default=1, help="processes that prepare pictures (default 1)")
-    add_device_flag(group)
+    add("--caption_dropout", type=share, help="captions to empty (default 0.1)")
+    text = "tiny, mini, sana1.5-1.6b, a hub id, a folder or a run (default tiny; on a GPU SANA)"
+    add("--model", help=text)
+    add("--seed", type=between(int, 0), help="of everything random (default 0)")
+    add("--workers", type=between(int, 1, 100), help="threads that prepare pictures (default 1)")
+    add_device_flag(add)
 
 
-def add_degradations_flag(parser):
-    default = degrade.DEFAULT_DEGRADATIONS
+def add_degradations_flag(add):
     example = "such as jpeg gaussian_noise:sigma=25 (default: all but color_jitter)"
-    parser.add_argument("--degradations", nargs="+", metavar="NAME", default=default, help=example)
+    add("--degradations", nargs="+", metavar="NAME", help=example)
 
 
-def add_device_flag(parser):
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, type=check_device, help=f"default {default}")
+def add_device_flag(add):
+    add("--device", type=check_device, help=f"default {DEFAULTS['device']}")
 
 
 def check_device(name):
@@ -948,299 +747,187 @@ def check_device(name):
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ArgumentTypeError(f"{name}: not on this machine ({error})") from None
+        raise argparse.ArgumentTypeError(f"{name}: not on this machine ({error})") from None
     return name
 
 
-RESOLUTIONS = {"tiny": 48, "mini": 96}  # default sides of crops, pixels
-RESOLUTION = 512  # of pretrained models
+def default_model(table, device):
+    """Return the model of a command that names none."""
+    return "sana1.5-1.6b" if table and device.startswith("cuda") else "tiny"
+
+
 HELD_OUT = 8  # pictures that validation measures, or a tenth of the rows if that is fewer
 VALIDATION_CROP = 192
 
 
-def make_datasets(args, stages=None, kept=None):
-    """Return the PairedDatasets of training and of validation. Raises UserError.
+def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), kept=()):
+    """Return the PairedDataset of training, that of validation, and the rows held out.
 
-    Validation pictures are not trained on, unless --data has fewer than 10 rows and --val_data is
-    not given.
-    args: of add_data_flags. stages: [(n, side)] as PairedDataset's crop; default args.resolution.
-    kept: names of the rows held out earlier in this run; those still in the CSV stay held out."""
-    options = {
-        "degradations": degrade.parse_degradations(args.degradations),
-        "max_degradations": args.max_degradations,
-        "caption_dropout": args.caption_dropout,
-        "seed": args.seed,
-        "skip_bad": args.skip_bad,
-    }
-    if args.val_count and not args.val_data:
-        raise UserError("--val_count counts pictures of --val_data; give that too")
-    crop = stages or args.resolution
-    largest = max([args.resolution] + [side for _, side in stages or []])
-    if args.data is None:  # the demo
-        photos = DeadLeaves(256, max(128, largest), args.seed)
-        others = DeadLeaves(HELD_OUT, VALIDATION_CROP, seed_for(args.seed, 0, "held out"))
-        val_set = PairedDataset(others, None, training=False, **options)
-        return PairedDataset(photos, crop, **options), val_set
-    source = val_source = CsvPairs(args.data, args.skip_bad)
-    source.check_sides(largest, args.skip_bad)
-    if args.val_data:
-        val_source = CsvPairs(args.val_data, args.skip_bad)
+    table, val_table: paths of CSVs. table None: the demo. val_table None: rows of table are held
+    out, see hold_out. crop: PairedDataset's, of training. drawing: its degradations,
+    max_degradations, caption_dropout and seed. before, kept: see hold_out. Raises UserError."""
+    largest = max(side for _, side in crop) if isinstance(crop, list) else crop
+    fixed = drawing | {"training": False}
+    if table is None:  # the demo
+        seed = drawing["seed"]
+        photos = DeadLeaves(256, max(128, largest), seed)
+        others = DeadLeaves(HELD_OUT, VALIDATION_CROP, seed_for(seed, 0, "held out"))
+        val_set = PairedDataset(others, None, **fixed)
+        return PairedDataset(photos, crop, **drawing), val_set, list_rows(val_set)
+    source = CsvPairs(table, skip_bad)
+    source.check_sides(largest)
+    if val_table:
+        val_source = CsvPairs(val_table, skip_bad)
         if val_source.enlarge != source.enlarge:
             factors = f"{val_source.enlarge} and {source.enlarge} times smaller conditions"
             raise UserError(f"--val_data and --data have {factors}; give the same in both")
-        held_out = list(range(len(val_source)))[: args.val_count]
+        measured = held_out = list(range(len(val_source)))
     else:
-        held_out = choose_held_out(PairedDataset(source, None, training=False, **options), kept)
+        val_source = source
+        measured, held_out = hold_out(source, before, kept)
     training = rows_apart(source, held_out, val_source)
-    if len(source) < 10 and not args.val_data:
-        print(f"{args.data}: too few rows to hold any out: validation is on training pictures")
-        training = list(range(len(source)))
     if not training:
-        raise UserError(f"{args.data}: all rows share a picture or group with one held out")
-    refuse_useless_flags(source, val_source)
-    print(f"{source.summary()}, {len(held_out)} for validation ({val_source.path.name})")
-    shared = len(source) - len(training) - (0 if args.val_data else len(held_out))
-    if shared > 0:
-        print(f"{shared} more share a picture or group with those: they are not trained on")
+        raise UserError(f"{table}: all rows share a picture or group with --val_data")
+    print(source.summary())
+    shared = len(source) - len(training)
+    if val_table:
+        print(f"validation: {len(measured)} rows of {val_table}; {shared} rows of {table} share a")
+        print("picture or group with them and are not trained on")
+    elif held_out:
+        print(f"{shared} rows are held out, {len(measured)} of them measured in validation")
+    else:
+        print("no row is held out: validation is on pictures that are trained on")
     val_crop = max(VALIDATION_CROP, largest)
-    val_set = PairedDataset(val_source, val_crop, rows=held_out, training=False, **options)
-    return PairedDataset(source, crop, rows=training, **options), val_set
+    val_set = PairedDataset(val_source, val_crop, rows=measured, **fixed)
+    train_set = PairedDataset(source, crop, rows=training, **drawing)
+    return train_set, val_set, [list(val_source.identity(i)) for i in held_out]
 
 
-def choose_held_out(dataset, kept=None):
-    """Return the indices of the rows to validate with: those named in kept, else random ones.
+def hold_out(source, before=(), kept=()):
+    """Choose rows of a CsvPairs to validate with -> (rows to measure, all rows held out).
 
-    Names that are no longer in the CSV are ignored. Raises UserError for a random row that cannot
-    be read; with skip_bad it is skipped."""
-    source = dataset.source
-    places = {row.name: i for i, row in enumerate(source.rows)}
-    held_out = [places[name] for name in kept or [] if name in places]
+    Rows of one group or of equal clean pictures are a unit, which is held out whole. Units follow
+    each other in the order of hashes, so the choice depends on neither seed nor order of the CSV.
+    Takes units until a tenth of the rows, at most HELD_OUT, are out. Passes over a unit of more
+    than half of the rows, and one with a picture that was trained on. Without any, nothing is held
+    out and rows of the first units are measured.
+    before: digests of the clean pictures that the weights were trained on already. kept: what
+    list_rows said of the rows held out earlier in this run; those still there stay held out."""
+    count = min(HELD_OUT, len(source) // 10)
+    places = {source.identity(i)[1:]: i for i in range(len(source))}
+    held_out = [places[tuple(row[1:])] for row in kept if tuple(row[1:]) in places]
     if held_out:
-        return held_out
-    generator = torch.Generator().manual_seed(seed_for(dataset.seed, 0, "held out"))
-    count = min(HELD_OUT, len(source) // 10) or len(source)
-    for row in torch.randperm(len(source), generator=generator).tolist():
-        if len(held_out) == count:
-            break
-        try:
-            dataset.draw(row)
-            held_out.append(row)
-        except UserError as error:
-            report_bad(error, dataset.skip_bad)
-    if not held_out:
-        raise UserError(f"{source.path}: no row that can be read")
-    return held_out
+        return held_out[: max(1, count)], held_out
+    units = find_units(source)
+    for unit in units:
+        seen = any(source.identity(i)[1] in before for i in unit)
+        if len(held_out) < count and len(unit) <= len(source) / 2 and not seen:
+            held_out += unit
+    if held_out:
+        return held_out[:count], held_out
+    everything = [i for unit in units for i in unit]
+    return everything[:HELD_OUT], []
+
+
+def find_units(source):
+    """Return [[row, ...]]: the rows that belong together, see hold_out. In the order of hashes.
+
+    The hash of a unit is that of its group's name, without a group that of its clean picture."""
+    parent = {}  # a forest: the keys of a unit lead to one root, the least of them
+
+    def find(key):
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    for row in source.rows:
+        root = find(("picture", source.digests[row.clean]))
+        if row.group:
+            name = hashlib.sha256(row.group.encode()).hexdigest()
+            other = find(("group", name))
+            parent[max(root, other)] = min(root, other)
+    units = {}
+    for i, row in enumerate(source.rows):
+        root = find(("picture", source.digests[row.clean]))
+        units.setdefault(root[1], []).append(i)
+    return [sorted(units[key], key=lambda i: source.identity(i)[1:]) for key in sorted(units)]
 
 
 def rows_apart(source, held_out, val_source):
-    """Return the indices of the rows of source that may be trained on beside those held out.
+    """Return the indices of the rows of source that share no clean picture and no group with
+    those held out, which are rows of val_source.
 
-    They share neither clean picture nor group with a held-out row. Pictures are compared by
-    content: copies and other spellings of a path are the same picture."""
+    Pictures are compared by content: copies and other spellings of a path are the same picture."""
     held_out_rows = [val_source.rows[i] for i in held_out]
-    contents = {val_source.headers[row.clean].digest for row in held_out_rows}
+    contents = {val_source.digests[row.clean] for row in held_out_rows}
     groups = {row.group for row in held_out_rows} - {""}
     apart = []
     for i, row in enumerate(source.rows):
-        content = source.headers[row.clean].digest
-        if content not in contents and row.group not in groups:
+        if source.digests[row.clean] not in contents and row.group not in groups:
             apart.append(i)
     return apart
 
 
-def refuse_useless_flags(*sources):
-    """Raise UserError for a flag of degradations where every row has a condition."""
-    useless = {"--degradations", "--max_degradations"} & given_flags()
-    if useless and all(row.condition for source in sources for row in source.rows):
+def refuse_useless_flags(given, *sources):
+    """Raise UserError for a flag of degradations where every row has a condition.
+
+    given: {flag: value} of what was typed."""
+    useless = {"degradations", "max_degradations"} & given.keys()
+    if useless and all(source.peek(i)[0] for source in sources for i in range(len(source))):
         all_paired = f"every row of {sources[0].path} has a condition, nothing is degraded here"
-        raise UserError(f"{sorted(useless)[0]}: {all_paired}; leave it out")
+        raise UserError(f"--{min(useless)}: {all_paired}; leave it out")
 
 
-def row_names(dataset):
-    """Return the names of a data set's rows, as its CSV has them; [] for the demo."""
-    if isinstance(dataset.source, DeadLeaves):
-        return []
-    return [dataset.source.rows[row].name for row in dataset.rows]
-
-
-def row_digests(dataset):
-    """Return {name: digest of its files and texts} of a data set's rows, in their order."""
-    if isinstance(dataset.source, DeadLeaves):
-        return {}
-    digests = {}
-    for i in dataset.rows:
-        row = dataset.source.rows[i]
-        name = row.name
-        while name in digests:
-            name += " again"
-        digests[name] = dataset.source.digest(row)
-    return digests
+def list_rows(dataset):
+    """Return [[name, digest of the clean picture, digest of all else]] of a data set's rows."""
+    return [list(dataset.source.identity(i)) for i in dataset.rows]
 
 
 def check_same(before, now, what):
-    """Raise UserError, with the row's name, if two results of row_digests differ.
+    """Raise UserError that names the first difference between two results of list_rows.
 
     what: how the message begins."""
-    for name in before:
-        if name not in now:
-            raise UserError(f"{what}: the row {name} is gone")
-        if now[name] != before[name]:
-            raise UserError(f"{what}: the files or texts of the row {name} are not what they were")
-    for name in now:
-        if name not in before:
-            raise UserError(f"{what}: the row {name} is new")
-    if list(now) != list(before):
-        raise UserError(f"{what}: the rows stand in another order")
-
-
-# --------------------------------------------------------------------------------------------------
-# What stands around the transformer, frozen: pixels become latents, captions become embeddings.
-
-
-def hash_prompts(prompts):
-    """Embed prompts without a text encoder -> text [B, L, 256], text_mask [B, L] bool.
-
-    Each word becomes the 256 bits of its SHA-256 as -1 and 1. So words are nearly orthogonal, and
-    the same on every machine. The empty word stands first, as <bos> does elsewhere."""
-    rows = []
-    for prompt in prompts:
-        words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
-        digests = b"".join(hashlib.sha256(word.encode()).digest() for word in ["", *words])
-        bits = np.unpackbits(np.frombuffer(digests, np.uint8), bitorder="little")
-        rows.append(torch.from_numpy(bits).view(-1, 256).float() * 2 - 1)   # [L, 256]
-    return model.pad_text(rows)
-
-
-class Prompts:
-    """Turn captions into embeddings.
-
-    folder: a pretrained model's, whose Gemma encodes each distinct caption once and is then freed.
-    None: hash_prompts."""
-
-    def __init__(self, folder=None, device="cpu"):
-        self.folder = folder
-        self.device = device
-        self.known = {}
-
-    def prepare(self, captions):
-        """Encode the captions that are new. Call it once with all: each call loads the encoder."""
-        new = sorted(set(captions) - self.known.keys())
-        if not new or not self.folder:
-            return
-        dtype = torch.float32 if self.device == "cpu" else None  # a CPU is slow in bf16
-        gemma = model.Gemma2.from_pretrained(self.folder / "text_encoder", dtype).to(self.device)
-        tokenizer = model.GemmaTokenizer(self.folder / "tokenizer")
-        # one by one on a CPU: rounding does not depend on the batch, so resuming is exact
-        batch_size = 1 if self.device == "cpu" else 8
-        self.known.update(zip(new, model.encode_prompts(tokenizer, gemma, new, batch_size)))
-
-    def __call__(self, captions):
-        """[B] captions -> text [B, L, D], text_mask [B, L] bool."""
-        if not self.folder:
-            return hash_prompts(captions)
-        self.prepare(captions)
-        return model.pad_text([self.known[caption] for caption in captions])
-
-
-def choose_vae(config, name):
-    """Put --vae into the "model" of a config.json, if it is given. Raises UserError."""
-    if not name:
-        return
-    if model.works_on_pixels(config):
-        raise UserError("--vae: this model works on pixels, it has no DC-AE; leave it out")
-    if config["decoder"]:
-        raise UserError("--vae: this decoder was trained with one autoencoder; leave it out")
-    if config["autoencoder"]:  # no other DC-AE has its latents: only the run's path may change
-        if model.stage_of(name) != "autoencoder":
-            raise UserError(f"--vae {name}: no run of --stage autoencoder")
-        moved = model.name_base(name)
-        if moved["digest"] != config["vae"]["digest"]:
-            raise UserError(f"--vae {name}: other weights than those this model was trained with")
-        config["vae"] = moved
-    else:
-        config["vae"] = str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
-def load_autoencoder(config, decoder=True):
-    """Load the autoencoder for the "model" of a config.json, frozen. Raises UserError.
-
-    decoder: with the decoder that sees the degraded image, where the config has one."""
-    own = config["autoencoder"]
-    if model.works_on_pixels(config):
-        return PixelAE(**own)
-    if own:
-        with torch.device("meta"):
-            autoencoder = DCAE(own)
-        folder = model.open_base(config["vae"], "this model")
-        load_weights(autoencoder, Path(folder) / "ema.safetensors")
-    else:
-        folder = resolve_vae(config["vae"] or resolve_model(config["name"], ["vae"]))
-        autoencoder = DCAE.from_pretrained(folder, torch.float32)
-    if decoder and config["decoder"]:
-        autoencoder.add_skips(config["decoder"]["gains"])
-        autoencoder.freeze_around_decoder(config["decoder"]["parts"])
-        load_weights(autoencoder, config["decoder"]["weights"], trained=True)
-    return autoencoder.requires_grad_(False).eval()
-
-
-def load_frozen_restorer(config, device):
-    """Load the restorer that a decoder belongs to: its averaged weights. Raises UserError."""
-    restorer, _ = model.load_restorer(model.open_base(config["base"], "this decoder"))
-    if device.startswith("cuda") and not config["autoencoder"]:
-        restorer.sana.bfloat16()
-    return restorer.to(device).requires_grad_(False)
-
-
-def load_frozen(config, device):
-    """Load the autoencoder and the Prompts for the "model" of a config.json. Raises UserError."""
-    autoencoder = load_autoencoder(config)
-    if config["autoencoder"]:
-        if not model.works_on_pixels(config):
-            autoencoder.to(device)
-        return autoencoder, Prompts()
-    folder = resolve_model(config["name"], ["vae", "text_encoder"])
-    width = load_config(model.Gemma2, folder / "text_encoder").config["hidden_size"]
-    sana = config["sana"]
-    if (autoencoder.channels, width) != (sana["out_channels"], sana["caption_channels"]):
-        raise UserError(
-            f"{folder}: the transformer takes {sana['out_channels']} channels and texts of "
-            f"{sana['caption_channels']}; autoencoder and text encoder give {autoencoder.channels} "
-            f"and {width}"
-        )
-    return autoencoder.to(device), Prompts(folder, device)
+    missing = ["nothing", "", ""]
+    for old, new in zip_longest(before, now, fillvalue=missing):
+        if old[0] != new[0]:
+            raise UserError(f"{what}: the row {old[0]} was where {new[0]} is now")
+        if old != new:
+            raise UserError(f"{what}: the files or texts of the row {old[0]} have changed")
 
 
 # --------------------------------------------------------------------------------------------------
 # The cache: what training draws in its first epochs, encoded once. Training steps then need
-# neither text encoder nor autoencoder; with --stage decoder, neither text encoder nor restorer.
+# neither text encoder nor autoencoder.
 
 
-class CachedDataset(Dataset):
+class CachedDataset:
     """The draws of a PairedDataset's first epochs, with latents [C, H/f, W/f] instead of pixels.
 
-    (Or, for --stage decoder, pixels and restored latents.) Draw n has the same crop, flip and
-    degradation as without the cache. After the cached epochs the same draws come again, in a new
-    order. expected: fingerprint of the run; digests: row_digests of what it trains on; rows: how
-    many draws an epoch has. Raises UserError if the cache differs from these or is incomplete."""
+    Draw n has the same crop, flip and degradation as without the cache. After the cached epochs
+    the same draws come again, in a new order. expected: fingerprint of the run; pairs: what it
+    trains on. Raises UserError if the cache differs from these or is incomplete."""
 
-    def __init__(self, folder, expected, digests, rows):
+    def __init__(self, folder, expected, pairs):
         self.folder = Path(folder)
-        self.rows = rows
-        self.order = EndlessOrder(range(rows), expected["seed"])
+        self.pairs = pairs
+        self.count = len(pairs)
+        self.order = EndlessOrder(range(self.count), expected["seed"])
         index = read_json(self.folder / "index.json")
-        self.epochs = index.pop("epochs", None)
+        self.epochs = index.get("epochs")
         if type(self.epochs) is not int or self.epochs < 1:
             raise UserError(f"{self.folder / 'index.json'}: not the index of a cache")
         for name, value in expected.items():
             if index.get(name) != value:
                 other = f"was made with --{name} {index.get(name)}, this run has {value}"
                 raise UserError(f"--cache {folder}: {other}; python data.py cache makes a new one")
-        before = read_json(self.folder / "pictures.json")
-        check_same(before, digests, f"--cache {folder} was made of other pictures")
-        for n in range(self.epochs * rows):
+        check_same(index["rows"], list_rows(pairs), f"--cache {folder} was made of other pictures")
+        for n in range(self.epochs * self.count):
             if not draw_path(folder, n).is_file():
                 rest = "the python data.py cache command that began it makes the rest"
                 raise UserError(f"--cache {folder}: not complete (draw {n}); {rest}")
+
+    def degradation_names(self):
+        return self.pairs.degradation_names()
 
     def prompts(self):
         """Return the embeddings of all captions: {caption: [L, D]}; {} if they are hashed."""
@@ -1251,24 +938,28 @@ class CachedDataset(Dataset):
             return {key.removeprefix("caption "): file.get_tensor(key) for key in list(file.keys())}
 
     def __len__(self):
-        return self.rows
+        return self.count
 
-    def __getitem__(self, index):
-        epoch, position = divmod(index, self.rows)
+    def __getitem__(self, n):
+        return self.prepare(n, self.plan(n))
+
+    def plan(self, n):
+        """Return which of the cached draws comes as draw n."""
+        epoch, position = divmod(n, self.count)
         if epoch >= self.epochs:
-            position = self.order[index]
-        cached_epoch = epoch % self.epochs
-        path = draw_path(self.folder, cached_epoch * self.rows + position)
+            position = self.order[n]
+        return epoch % self.epochs * self.count + position
+
+    def prepare(self, n, cached):
+        path = draw_path(self.folder, cached)
         with explain_errors(path, "this part of the cache"), safe_open(path, "pt") as file:
-            item = {}
-            for key in list(file.keys()):
-                tensor = file.get_tensor(key)
-                item[key] = from_bytes(tensor) if tensor.dtype == torch.uint8 else tensor.float()
-                if not item[key].isfinite().all():
+            item = {key: file.get_tensor(key).float() for key in ("clean", "condition")}
+            for key, latents in item.items():
+                if not latents.isfinite().all():
                     raise ValueError(f"{key} is not finite")
             if item["clean"].shape != item["condition"].shape:
                 raise ValueError("not a pair")
-            return item | {"caption": file.metadata()["caption"], "bad": 0, "draw": index}
+            return item | {"caption": file.metadata()["caption"], "draw": n}
 
 
 def draw_path(folder, n):
@@ -1276,303 +967,214 @@ def draw_path(folder, n):
     return Path(folder) / f"{n // 1000:04d}" / f"{n:07d}.safetensors"
 
 
-def fingerprint(args, config):
-    """Return {flag: value} of all that a cache depends on, except its pictures."""
-    weights = [config["autoencoder"]]
-    if config["autoencoder"] and not model.works_on_pixels(config):
-        weights.append(config["vae"]["digest"])
-    if not config["autoencoder"]:
-        folder = resolve_model(config["name"], ["vae", "text_encoder"])
-        vae = resolve_vae(config["vae"] or folder)
-        for part in (vae, folder / "text_encoder", folder / "tokenizer"):
-            for path in sorted(part.glob("*.*")):
-                weights.append([path.name, file_digest(path)])
-    names = ["degradations", "max_degradations", "resolution", "caption_dropout", "seed", "stage"]
-    if args.stage == "decoder":
-        names.append("latent_steps")
-        weights.append(config["base"]["digest"])
-    flags = {name: getattr(args, name) for name in names}
-    return flags | {"model": short_hash(weights)}
+def fingerprint(config, drawing, resolution):
+    """Return {flag: value} of all that a cache depends on, except its pictures.
+
+    config: "model" of config.json. drawing: see make_datasets."""
+    about = {
+        "degradations": degrade.describe(drawing["degradations"]),
+        "resolution": resolution,
+        "model": short_hash([config["autoencoder"], config["digests"]]),
+    }
+    return drawing | about
 
 
-def short_hash(content):
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+def make_cache(out, index, train_set, val_set, autoencoder, prompts, device, workers):
+    """Encode the first epochs of train_set's draws, each to a file in the folder out.
 
-
-def check_cache_flags(args):
-    if not args.data:
-        raise UserError("cache needs --data: the CSV of what to encode")
-    args.stage = args.stage or "restorer"
-    if args.stage == "autoencoder":
-        raise UserError("cache: --stage autoencoder trains on pictures, there is nothing to encode")
-    if args.stage == "restorer" and "--latent_steps" in given_flags():
-        raise UserError("--latent_steps: it has no effect with --stage restorer")
-
-
-def make_cache(args):
-    """Encode the first args.epochs epochs of draws, each to a file in args.out.
-
-    An interrupted command goes on where it stopped. Raises UserError."""
-    check_cache_flags(args)
-    args.model = args.model or default_model(args)
-    config = model.describe_model(args.model, stage=args.stage)
-    choose_vae(config, args.vae)
-    args.resolution = args.resolution or RESOLUTIONS.get(config["name"], RESOLUTION)
-    autoencoder, prompts = load_frozen(config | {"decoder": None}, args.device)
-    check_resolution([args.resolution], autoencoder, config)
-    train_set, val_set = make_datasets(args)
-    out = Path(args.out)
-    index = {"epochs": args.epochs} | fingerprint(args, config)
+    index: what index.json holds: the fingerprint, "epochs", and "rows" as list_rows. Latents are
+    kept in half precision: its rounding is a hundredth of what the autoencoder loses. An
+    interrupted command goes on where it stopped. Raises UserError."""
     if (out / "index.json").exists() and read_json(out / "index.json") != index:
         raise UserError(f"{out} holds another cache; choose another --out")
-    digests = row_digests(train_set)
-    if (out / "pictures.json").exists():
-        check_same(read_json(out / "pictures.json"), digests, f"{out} is a cache of other pictures")
-    write_text(out / "pictures.json", json.dumps(digests, indent=1))
-    write_text(out / "index.json", json.dumps(index, indent=1))
-    count = args.epochs * len(train_set)
+    write_json(out / "index.json", index)
+    count = index["epochs"] * len(train_set)
     if prompts.folder and not (out / "prompts.safetensors").exists():
         prompts.prepare(captions_of(train_set, range(count), val_set))
         named = {f"caption {caption}": row for caption, row in prompts.known.items()}
         save_weights(named, out / "prompts.safetensors")
-    restorer = None
-    if args.stage == "decoder":  # after the text encoder has left the memory
-        restorer = load_frozen_restorer(config, args.device)
     todo = [n for n in range(count) if not draw_path(out, n).exists()]
-    bar = tqdm(total=count, initial=count - len(todo), unit="img", desc="cache")
-    with bar, contextlib.closing(load_batches(train_set, 8, todo, args.workers)) as batches:
-        for batch in batches:
-            tensors = encode_batch(args, batch, autoencoder, prompts, restorer)
-            for i, n in enumerate(batch["draw"]):
-                item = {key: values[i] for key, values in tensors.items()}
-                save_weights(item, draw_path(out, n), caption=batch["caption"][i])
-            bar.update(len(batch["caption"]))
-    made = f"{count} draws ({args.epochs} epochs of {len(train_set)} pictures) in {out}"
+    batches = load_batches(train_set, 1, todo, workers)
+    for batch in tqdm(batches, total=count, initial=count - len(todo), unit="img", desc="cache"):
+        latents = {}
+        for key in ("clean", "condition"):
+            latents[key] = autoencoder.encode(batch[key].to(device))[0].half()
+        save_weights(latents, draw_path(out, batch["draw"][0]), caption=batch["caption"][0])
+    made = f"{count} draws ({index['epochs']} epochs of {len(train_set)} pictures) in {out}"
     print(f"{made}: python train.py with the same flags of data and --cache {out}")
-
-
-def encode_batch(args, batch, autoencoder, prompts, restorer=None):
-    """Return what a cache keeps of a batch, {name: [B, ...]}: latents of both pictures.
-
-    With a restorer, for --stage decoder: the pictures as bytes, and the restored latents. Latents
-    are in half precision: its rounding is a hundredth of what the autoencoder loses."""
-    if restorer:
-        latents = restore_latents(restorer, autoencoder, prompts, batch, args)
-        pictures = {key: to_bytes(batch[key]) for key in ("clean", "condition")}
-        return pictures | {"latents": latents.half()}
-    latents = {}
-    for key in ("clean", "condition"):
-        latents[key] = autoencoder.encode(batch[key].to(args.device)).half()
-    return latents
-
-
-@torch.no_grad()
-def restore_latents(restorer, autoencoder, prompts, batch, args):
-    """Return the restored latents [B, C, H/f, W/f] that --stage decoder trains on.
-
-    The noise of each draw, and which of args.latent_steps it takes, depend on its number alone. So
-    a cache and a run on any number of processes see the same latents. 0 steps: the latents of the
-    condition itself."""
-    device = args.device
-    condition = autoencoder.encode(batch["condition"].to(device))
-    noise = []
-    for n in batch["draw"]:
-        generator = torch.Generator().manual_seed(seed_for(args.seed, n, "latents"))
-        noise.append(torch.randn(condition.shape[1:], generator=generator))
-    noise = torch.stack(noise).to(condition)
-    text, text_mask = prompts(batch["caption"])
-    latents = condition.clone()
-    for k, steps in enumerate(args.latent_steps):
-        turn = [i for i, n in enumerate(batch["draw"]) if n % len(args.latent_steps) == k]
-        if turn and steps > 0:
-            prompt = text[turn].to(device), text_mask[turn].to(device)
-            velocity = model.guided(restorer, condition[turn], prompt, None)
-            latents[turn] = model.sample_euler(velocity, noise[turn], steps, restorer.shift)
-    return latents
-
-
-def check_resolution(sides, autoencoder, config):
-    """Raise UserError for a crop that the model cannot take."""
-    unit = autoencoder.factor * config["sana"].get("patch_size", 1)
-    for side in sides:
-        if side % unit:
-            raise UserError(f"--resolution {side}: give a multiple of {unit}, the model's unit")
-
-
-def default_model(args):
-    """Return the model of a command that names none."""
-    if args.stage == "autoencoder":
-        return "mini"
-    return "sana1.5-1.6b" if args.data and args.device.startswith("cuda") else "tiny"
 
 
 def captions_of(train_set, draws, val_set):
     """Return every caption that these training draws and the validation will ask for."""
-    if train_set.skip_bad:  # a bad row's place is taken by later draws, see __getitem__
-        draws = range(draws.start, draws.stop + 2 * len(train_set))
     captions = {""}
-    captions.update(train_set.plan(i)[2] for i in draws)
-    captions.update(val_set.plan(i)[2] for i in range(len(val_set)))
+    captions.update(train_set.plan(n).caption for n in draws)
+    captions.update(val_set.plan(n).caption for n in range(len(val_set)))
     return captions
 
 
 # --------------------------------------------------------------------------------------------------
-# Pre-generated pairs.
+# Tables of pairs, made from folders.
 
 
 def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
     """Degrade every photo of a folder once: out/clean/, out/condition/ (PNG), last out/pairs.csv.
 
-    choices: as parse_degradations returns them. counts: [low, high] or [count], how many of them a
-    photo gets. After an interruption, the same command goes on. Raises UserError."""
+    out: a new folder. choices: as parse_degradations returns them. counts: [low, high] or [count],
+    how many of them a photo gets. Raises UserError."""
     out = Path(out)
     paths = list_images(photos)
     if out.resolve().is_relative_to(Path(photos).resolve()):
         raise UserError(f"--out {out} lies inside {photos}: choose a folder elsewhere")
-    begun = out / "begun.json"
-    made_of = json.dumps([[str(path) for path in paths], choices, counts, seed])
-    if (out / "pairs.csv").exists() and not begun.exists():
-        raise UserError(f"{out / 'pairs.csv'} exists already; choose another --out")
-    if begun.exists() and begun.read_text(encoding="utf-8") != made_of:
-        raise UserError(f"{out} holds the beginning of other pairs; choose another --out")
-    write_text(begun, made_of)
+    degrade.make_folder(out)
     rows = [("image_path", "condition_image_path", "caption", "degradation")]
+    notices = {}
     for i, path in enumerate(tqdm(paths, unit="img", desc="pairs")):
         # of the content too: another folder with the same seed gets other noise
         rng = np.random.default_rng(seed_for(seed, f"{i} {file_digest(path)}", "pairs"))
         recipe = degrade.draw_recipe(choices, rng.integers(counts[0], counts[-1] + 1), rng)
         caption = degrade.make_prompt([name for name, _ in recipe], rng)
         name = f"{i:05d}_{path.stem}.png"
-        if not (out / "condition" / name).exists():
-            try:
-                if read_header(path).transparent:
-                    raise UserError(f"{path}: transparent pixels hide colours; save it without")
-                clean = open_image(path, srgb=True)
-                clean = clean.convert(clean.mode.rstrip("A"))
-            except UserError as error:
-                report_bad(error, skip_bad)
-                continue
-            save_image(clean, out / "clean" / name)
-            save_image(degrade.apply_recipe(clean, recipe, rng), out / "condition" / name)
+        try:
+            clean = open_opaque(path, notices)
+        except UserError as error:
+            if not skip_bad:
+                raise
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+            continue
+        save_image(clean, out / "clean" / name)
+        save_image(degrade.apply_recipe(clean, recipe, rng), out / "condition" / name)
         rows.append((f"clean/{name}", f"condition/{name}", caption, degrade.describe(recipe)))
     if len(rows) == 1:
         raise UserError(f"{photos}: no picture that can be read")
     write_csv(out / "pairs.csv", rows)
-    begun.unlink()
+    say_notices(notices)
     left_out = len(paths) - len(rows) + 1
     print(f"{len(rows) - 1} pairs in {out / 'pairs.csv'}; {left_out} pictures left out")
 
 
-# --------------------------------------------------------------------------------------------------
-
-
-def match_folders(clean_folder, degraded_folder, out, pattern=""):
-    """Write the CSV of two folders whose pictures are named alike, and print the others.
+def match_folders(clean_folder, degraded_folder, out, pattern="", skip_bad=False):
+    """Write the CSV of two folders whose pictures have the same paths but for the extension.
 
     pattern: "GT=NOISY" replaces the last GT in a clean picture's path by NOISY, which gives its
-    partner's path. With a pattern, both folders may be the same one. Raises UserError."""
-    if Path(clean_folder).resolve() == Path(degraded_folder).resolve():
-        degraded_folder = clean_folder  # written alike, so that paths can be compared
+    partner's path. With a pattern, both folders may be the same one. skip_bad: leave out clean
+    pictures without a partner. Raises UserError."""
     here, _, there = pattern.partition("=")
     if pattern and not (here and there):
         raise UserError(f"--pattern {pattern}: write CLEAN=DEGRADED, such as GT=NOISY")
     if Path(out).exists():
         raise UserError(f"{out} exists already; choose another --out")
-    clean, degraded = list_both(clean_folder, degraded_folder, here)
-    by_path, by_name = index_pictures(degraded, degraded_folder)
-    partners = {}  # degraded picture: clean picture
-    alone = []
-    for path in clean:
+    same_folder = Path(clean_folder).resolve() == Path(degraded_folder).resolve()
+    if same_folder and not pattern:
+        raise UserError(f"{clean_folder}: two times the same folder; say with --pattern which")
+    degraded = {}  # path below the folder, without extension: picture
+    for path in list_images(degraded_folder):
+        key = path.relative_to(degraded_folder).with_suffix("").as_posix()
+        if key in degraded:
+            raise UserError(f"{path} and {degraded[key]} have one name; leave one out")
+        degraded[key] = path
+    rows = [("image_path", "condition_image_path", "caption")]
+    taken = {}
+    left_out = 0
+    for path in list_images(clean_folder):
         wanted = path.relative_to(clean_folder).as_posix()
+        if same_folder and here not in wanted:
+            continue  # a degraded one
         if here:
             wanted = there.join(wanted.rsplit(here, 1))  # the last one
-        found = find_partner(path, Path(wanted).with_suffix(""), by_path, by_name)
-        if found in partners:
-            raise UserError(f"{found} would be the partner of {partners[found]} and {path}")
-        if found:
-            partners[found] = path
-        else:
-            alone.append(path)
-    alone += [path for path in degraded if path not in partners]
-    for path in alone:
-        print(f"no partner: {path}", file=sys.stderr)
-    if not partners:
+        key = Path(wanted).with_suffix("").as_posix()
+        if key not in degraded:
+            if not skip_bad:
+                raise UserError(f"{path}: no {wanted} in {degraded_folder}; --skip_bad leaves it out")
+            print(f"left out: {path} has no partner", file=sys.stderr)
+            left_out += 1
+            continue
+        if key in taken:
+            raise UserError(f"{path} and {taken[key]} have one partner, {degraded[key]}")
+        taken[key] = path
+        rows.append((relative(path, out), relative(degraded[key], out), ""))
+    if len(rows) == 1:
         raise UserError(f"no picture of {clean_folder} has a partner in {degraded_folder}")
-    rows = [("image_path", "condition_image_path", "caption")]
-    for condition, path in partners.items():
-        rows.append([os.path.relpath(name, Path(out).parent) for name in (path, condition)] + [""])
     write_csv(out, rows)
-    print(f"{len(partners)} pairs in {out}; {len(alone)} pictures without a partner are left out")
+    unused = "" if same_folder else f", {len(degraded) - len(taken)} degraded"
+    print(f"{len(rows) - 1} pairs in {out}; left out: {left_out} clean{unused} without a partner")
 
 
-def list_both(clean_folder, degraded_folder, word):
-    """Return the clean and the degraded pictures; no picture is both. Raises UserError.
-
-    word: what the path of a clean picture has, where the folders are one."""
-    clean = list_images(clean_folder)
-    degraded = list_images(degraded_folder)
-    if clean_folder == degraded_folder:
-        if not word:
-            raise UserError(f"{clean_folder}: two times the same folder; say with --pattern which")
-        clean = [path for path in clean if word in path.relative_to(clean_folder).as_posix()]
-        chosen = set(clean)
-        return clean, [path for path in degraded if path not in chosen]
-    taken = {path.resolve() for path in degraded}  # one folder may lie within the other
-    return [path for path in clean if path.resolve() not in taken], degraded
+def relative(path, table):
+    """Return a path as a CSV has it: relative to the CSV, with forward slashes."""
+    try:
+        return Path(os.path.relpath(path, Path(table).parent)).as_posix()
+    except ValueError:  # on another drive
+        return Path(path).resolve().as_posix()
 
 
-def index_pictures(paths, folder):
-    """Return {path below the folder, without extension: pictures} and {bare name: pictures}."""
-    by_path, by_name = {}, {}
-    for path in paths:
-        by_path.setdefault(path.relative_to(folder).with_suffix(""), []).append(path)
-        by_name.setdefault(path.stem, []).append(path)
-    return by_path, by_name
-
-
-def find_partner(path, wanted, by_path, by_name):
-    """Return the picture with the path that is wanted, else the only one of its name, else None.
-
-    Extensions may differ. Raises UserError if there are two of that path."""
-    found = by_path.get(wanted, [])
-    if len(found) > 1:
-        raise UserError(f"{path}: its partner may be {found[0]} and {found[1]}; leave one out")
-    if not found and len(by_name.get(wanted.name, [])) == 1:
-        found = by_name[wanted.name]
-    return found[0] if found else None
+def write_csv(path, rows):
+    with atomic_write(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def main():
+def make_parsers():
+    """Return the parser of all commands, and that of cache, whose flags have defaults here."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     pairs = commands.add_parser("pairs", description="Degrade every photo of a folder once.")
     add = pairs.add_argument
     add("photos", help="folder of clean photos (searched recursively)")
     add("--out", required=True, help="folder to make; pairs.csv appears when all is written")
-    add_degradations_flag(pairs)
+    pairs.set_defaults(degradations=degrade.DEFAULT_DEGRADATIONS)
+    add_degradations_flag(add)
     text = "how many: one number, or lowest and highest (default 1 3)"
     count = between(int, 1, len(degrade.DEGRADATIONS))
     add("--num_degradations", nargs="+", type=count, default=[1, 3], metavar="N", help=text)
     add("--skip_bad", action="store_true", help="leave out pictures that cannot be read")
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")
     match = commands.add_parser("match", description="Write the CSV of two folders.")
-    match.add_argument("clean", help="folder of clean pictures")
-    match.add_argument("degraded", help="folder of the same pictures, degraded; may be the same")
-    match.add_argument("--out", required=True, help="CSV to write")
+    add = match.add_argument
+    add("clean", help="folder of clean pictures")
+    add("degraded", help="folder of the same pictures, degraded; may be the same")
+    add("--out", required=True, help="CSV to write")
     text = "what differs in their paths: GT=NOISY, sharp=blur, .png=x4.png"
-    match.add_argument("--pattern", default="", metavar="CLEAN=DEGRADED", help=text)
+    add("--pattern", default="", metavar="CLEAN=DEGRADED", help=text)
+    add("--skip_bad", action="store_true", help="leave out clean pictures without a partner")
     cache = commands.add_parser("cache", description="Encode what train.py would draw, once.")
+    cache.set_defaults(**DEFAULTS, model=None, resolution=None)
     add_data_flags(cache)
     cache.add_argument("--epochs", type=between(int, 1), default=1, help="epochs (default 1)")
     cache.add_argument("--out", required=True, help="folder to make")
-    args = parser.parse_args()
+    return parser
+
+
+def run_cache(args):
+    """Do what the command cache asks for. Raises UserError."""
+    if not args.data:
+        raise UserError("cache needs --data: the CSV of what to encode")
+    name = args.model or default_model(args.data, args.device)
+    config = model.describe_model(name, "restorer")
+    resolution = args.resolution or RESOLUTIONS.get(config["name"], RESOLUTION)
+    model.check_resolution(config, [resolution])
+    drawing = {
+        "degradations": degrade.parse_degradations(args.degradations),
+        "max_degradations": args.max_degradations,
+        "caption_dropout": args.caption_dropout,
+        "seed": args.seed,
+    }
+    before = model.rows_trained_on(name)
+    tables = args.data, args.val_data
+    train_set, val_set, _ = make_datasets(*tables, resolution, drawing, args.skip_bad, before)
+    index = fingerprint(config, drawing, resolution)
+    index |= {"epochs": args.epochs, "rows": list_rows(train_set)}
+    frozen = model.load_frozen(config, model.find_autoencoder(name), args.device)
+    make_cache(Path(args.out), index, train_set, val_set, *frozen, args.device, args.workers)
+
+
+def main():
+    args = make_parsers().parse_args()
     if args.command == "cache":
-        make_cache(args)
+        run_cache(args)
     elif args.command == "match":
-        match_folders(args.clean, args.degraded, args.out, args.pattern)
+        match_folders(args.clean, args.degraded, args.out, args.pattern, args.skip_bad)
     else:
         counts = args.num_degradations
         if len(counts) > 2 or counts[0] > counts[-1]:

@@ -7,19 +7,22 @@ of the diffusion model.)
 
     python degrade.py photo.jpg noisy.png                      two random degradations
     python degrade.py photo.jpg noisy.png --only gaussian_noise:sigma=25
-    python degrade.py photo.jpg sheet.png --preview            all six, side by side
+    python degrade.py photo.jpg sheet.png --preview            all of them, side by side
 """
 import argparse
 import contextlib
 import io
 import math
 import os
+import re
 import sys
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageEnhance
 
 # --------------------------------------------------------------------------------------------------
 # The six degradations: plain functions of a grey ("L") or RGB image.
@@ -47,20 +50,14 @@ def jpeg(image, rng, quality):
 
 def gaussian_blur(image, rng, kernel):
     """Blur like OpenCV's GaussianBlur with sigma 0, within one level. kernel: odd width, pixels."""
-    half = kernel // 2
     weights = gaussian_kernel(kernel)
-    levels = np.asarray(image)
-    margins = [(half, half), (half, half), (0, 0)]
-    padded = np.pad(levels, margins[: levels.ndim], "reflect")  # mirrors, does not repeat the edge
-    blurred = np.empty_like(levels)
-    strip = 32  # rows at a time: they stay in the processor's cache, which halves the time
-    for top in range(0, len(levels), strip):
-        x = padded[top : top + strip + 2 * half].astype(np.float32)  # [strip + 2*half, W + 2*half]
-        x = convolve_rows(x, weights)  # [strip, W + 2*half]
-        x = np.moveaxis(x, 1, 0)  # the other axis first
-        x = np.moveaxis(convolve_rows(x, weights), 0, 1)  # [strip, W]
-        blurred[top : top + strip] = x + np.float32(0.5)  # OpenCV rounds halves up
-    return Image.fromarray(blurred)
+    levels = np.asarray(image, np.float32)
+    height, width = levels.shape[:2]
+    margins = [(kernel // 2, kernel // 2)] * 2 + [(0, 0)]
+    x = np.pad(levels, margins[: levels.ndim], "reflect")  # mirrors, does not repeat the edge
+    x = sum(weights[k] * x[k : k + height] for k in range(kernel))  # down the columns
+    x = sum(weights[k] * x[:, k : k + width] for k in range(kernel))  # along the rows
+    return Image.fromarray((x + 0.5).astype(np.uint8))  # OpenCV rounds halves up
 
 
 def gaussian_kernel(width):
@@ -77,18 +74,6 @@ def gaussian_kernel(width):
         sigma = 0.3 * ((width - 1) * 0.5 - 1) + 0.8
         weights = np.exp(-0.5 * ((np.arange(width, dtype=np.float32) - width // 2) / sigma) ** 2)
     return weights / weights.sum()
-
-
-def convolve_rows(x, weights):
-    """Convolve along the first axis with a symmetric kernel: one product for two equal weights."""
-    half = len(weights) // 2
-    n = len(x) - 2 * half
-    y = weights[half] * x[half : half + n]
-    for k in range(half):
-        pair = x[k : k + n] + x[2 * half - k : 2 * half - k + n]
-        pair *= weights[k]
-        y += pair
-    return y
 
 
 def downscale(image, rng, factor):
@@ -120,7 +105,7 @@ class Strength:
 
     drawn: what a recipe draws from, uniformly: (5.0, 50.0) any number in between, (10, 40) an
     integer from 10 to 40, [3, 5, 7] one of these. legal: what a user may set: (lowest, highest)
-    any number in between, range(1, 101) one of these integers. All ends are inclusive."""
+    any number in between, range(1, 101) one of these integers. Ends of tuples are inclusive."""
 
     drawn: tuple | list
     legal: tuple | range
@@ -133,19 +118,23 @@ class Strength:
             return int(rng.integers(low, high + 1))
         return float(rng.uniform(low, high))
 
-    def check(self, value):
-        """Return a value that a user has set. Raises ValueError if it is not legal."""
-        whole = isinstance(self.legal, range)
-        if whole:
-            possible = value in self.legal
-            limits = f"one of {self.legal}"
-        else:
+    def parse(self, text):
+        """Return the number that a user has written. Raises ValueError if it is not legal."""
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if isinstance(self.legal, tuple):
             low, high = self.legal
-            possible = low <= value <= high
-            limits = f"a number from {low:g} to {high:g}"
-        if not possible:
-            raise ValueError(f"{value:g} is not possible; give {limits}")
-        return int(value) if whole else value
+            if low <= value <= high:
+                return value
+            kind = "a number"
+        else:
+            if value in self.legal:
+                return int(value)
+            low, high = self.legal[0], self.legal[-1]
+            kind = "an odd number" if self.legal.step == 2 else "a whole number"
+        raise ValueError(f"{text} is not possible; give {kind} from {low:.7g} to {high:.7g}")
 
 
 @dataclass(frozen=True)
@@ -159,24 +148,16 @@ class Degradation:
     phrases: tuple
 
     def draw_strengths(self, rng, given):
-        """Return all strengths: check those given and draw the others.
-
-        Raises ValueError if a given one is unknown or not legal."""
-        for key in given:
-            if key not in self.strengths:
-                raise ValueError(f"no strength {key!r}; there is {', '.join(self.strengths)}")
+        """Return all strengths: those given as they are, and the others drawn."""
         drawn = {}
         for key, strength in self.strengths.items():
-            if key in given:
-                drawn[key] = strength.check(given[key])
-            else:
-                drawn[key] = strength.draw(rng)
-        return drawn
+            drawn[key] = given[key] if key in given else strength.draw(rng)
+        return drawn | given  # one that is unknown: the function refuses it
 
     def __call__(self, image, rng, **given):
         """Degrade a PIL image. Modes other than "L" and "RGB" become RGB.
 
-        given: strengths; the others are drawn. Raises ValueError as draw_strengths does."""
+        given: strengths, which are not checked; the others are drawn."""
         if image.mode not in ("L", "RGB"):
             image = image.convert("RGB")
         return self.function(image, rng, **self.draw_strengths(rng, given))
@@ -245,7 +226,7 @@ def parse_degradations(words):
             if key not in known:
                 raise UserError(f"{word!r}: write it like {name}:{next(iter(known))}=NUMBER")
             try:
-                parsed[name][key] = known[key].check(float(value))
+                parsed[name][key] = known[key].parse(value)
             except ValueError as error:
                 raise UserError(f"{word!r}: {key}: {error}") from None
     return list(parsed.items())
@@ -281,7 +262,10 @@ def describe(recipe):
 def random_degradation(image, num_degradations=2, rng=None):
     """Apply distinct ones of the default five in random order, each of random strength.
 
-    rng: numpy Generator. None means default_rng(0), which always draws the same recipe."""
+    rng: numpy Generator. None means default_rng(0), which always draws the same recipe. Raises
+    ValueError for more than five."""
+    if num_degradations > len(DEFAULT_DEGRADATIONS):
+        raise ValueError(f"there are {len(DEFAULT_DEGRADATIONS)} degradations by default")
     rng = rng or np.random.default_rng(0)
     choices = parse_degradations(DEFAULT_DEGRADATIONS)
     return apply_recipe(image, draw_recipe(choices, num_degradations, rng), rng)
@@ -374,7 +358,7 @@ class Parser(argparse.ArgumentParser):
         return add
 
     def refuse(self, given, title, reason):
-        """Raise UserError if a flag of a group was given. given: {name: value} of what was typed."""
+        """Raise UserError if a flag of a group was given. given: {name: value} as typed."""
         for name in given:
             if self.titles.get(name) == title:
                 raise UserError(f"--{name}: {reason}")
@@ -406,6 +390,7 @@ def run_script(main):
     """Call main(). Report the user's and the machine's errors in one line, with exit status 2.
 
     Other errors are bugs and keep their traceback. Ctrl-C exits with status 130."""
+    warnings.filterwarnings("ignore", module="PIL")  # of odd files: open_image says what matters
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that it cannot encode
@@ -431,23 +416,224 @@ def fail(message):
 
 
 # --------------------------------------------------------------------------------------------------
+# Pictures and files. Once it is open, a picture is upright, has 8 bits a channel and is sRGB.
+
+GREY = "1", "L", "LA", "La"  # modes of one channel
+COLOR = "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"  # modes that become RGB without a loss
+NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}  # what Pillow knows but cannot decode
+TURNS = {  # {EXIF orientation: what turns the picture upright}
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG_EXIF = b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif"  # where a PNG may have EXIF
+
+
+@dataclass
+class Header:
+    """What a picture is once it is open. Checks of pairs and open_image both go by it."""
+
+    size: tuple  # (width, height), upright
+    mode: str  # L, LA, RGB or RGBA
+    orientation: int  # EXIF's, 1 to 8
+    notices: list  # texts: what is converted
+    transparent: bool = False  # some pixel is; only read_header looks
+
+    @property
+    def turned(self):
+        """Say whether width and height are stored the other way round."""
+        return self.orientation >= 5
+
+
+def read_header(path):
+    """Look at a picture -> Header. Only one that has alpha is decoded. Raises UserError."""
+    with explain_errors(path, "this picture"), Image.open(path) as image:
+        header = describe_picture(image)
+        if header.mode.endswith("A"):
+            header.transparent = image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    return header
+
+
+def open_image(path, notices=None):
+    """Open a picture -> PIL image of mode L, LA, RGB or RGBA, upright and sRGB. Raises UserError.
+
+    notices: {text: [paths]}; what is converted is added to it, see say_notices."""
+    with explain_errors(path, "this picture"), Image.open(path) as image:
+        header = describe_picture(image)
+        plain = plain_image(image, header)
+    for text in header.notices:
+        if notices is not None:
+            notices.setdefault(text, []).append(path)
+    return plain
+
+
+def open_opaque(path, notices=None):
+    """Open a picture -> L or RGB. Raises UserError also if a pixel is transparent."""
+    image = open_image(path, notices)
+    if image.mode.endswith("A") and image.getchannel("A").getextrema()[0] < 255:
+        hidden = "has transparent pixels, under which any colour may be hidden"
+        raise UserError(f"{path} {hidden}; put it on a background and save it as RGB")
+    return image.convert(image.mode.rstrip("A"))
+
+
+def say_notices(notices):
+    """Print what was converted in pictures: a line for each kind, with an example."""
+    for text, paths in notices.items():
+        count = f"{len(paths)} pictures, such as " if len(paths) > 1 else ""
+        print(f"{count}{paths[0]}: {text}", file=sys.stderr)
+
+
+def describe_picture(image):
+    """Return the Header of a PIL image, without decoding it. Raises UserError if it is refused."""
+    if image.format == "EPS":  # Pillow would have Ghostscript run it
+        raise UserError("PostScript is a program, not a picture; save it as PNG")
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a photo with a preview
+        raise UserError("it has several pages; save the page that you mean as PNG")
+    if has_deep_channels(image):
+        raise UserError("it has more than 8 bits a channel; save it as PNG with 8 bits a channel")
+    orientation = find_orientation(image)
+    size = image.size
+    if orientation >= 5 and image.format != "TIFF":  # Pillow itself turns a TIFF
+        size = size[::-1]
+    mode = "L" if image.mode in GREY else "RGB"
+    if image.has_transparency_data:
+        mode += "A"
+    profile, notice = find_profile(image)
+    notices = [notice] if notice else []
+    if not profile and image.mode not in GREY + COLOR:
+        notices.append(f"{image.mode} without a usable colour profile: its colours are approximate")
+    return Header(size, mode, orientation, notices)
+
+
+def has_deep_channels(image):
+    """Say whether a picture has more than 8 bits a channel, of which Pillow may keep 8."""
+    stored = getattr(image, "tile", [])
+    if image.mode[0] in "IF" or re.search(";16[BLN]|SGI16", str(stored)):
+        return True
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (8,))) > 8  # bits a sample
+    if image.format == "PPM" and stored and isinstance(stored[0].args, tuple):
+        return stored[0].args[1] > 255  # the largest level
+    return False
+
+
+def find_orientation(image):
+    """Return EXIF's orientation, 1 to 8. 1 is upright, and stands for a damaged or missing one."""
+    orientation = 1
+    with contextlib.suppress(Exception):
+        if image.format == "PNG" and "exif" not in image.info and image.filename:
+            content = Path(image.filename).read_bytes()
+            if not any(word in content for word in PNG_EXIF):
+                return 1  # getexif would decode the pixels, to look behind them
+        orientation = image.getexif().get(0x0112)
+    return orientation if orientation in TURNS else 1
+
+
+def find_profile(image):
+    """Return (the colour profile to convert from, what to say); None for each if there is none."""
+    content = image.info.get("icc_profile")
+    if not content:
+        return None, None
+    left_out = "its colour profile is damaged or not of its kind of picture; taken as sRGB"
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        name = ImageCms.getProfileDescription(profile)
+    except (ImageCms.PyCMSError, OSError):
+        return None, left_out
+    space = "CMYK" if image.mode == "CMYK" else "RGB "
+    if image.mode in GREY:
+        space = "GRAY"
+    if profile.profile.xcolor_space != space:
+        return None, left_out
+    linear = "linear" in name.lower() or "g10" in name  # "Linear sRGB" is not sRGB
+    if "sRGB" in name and not linear:
+        return None, None
+    return profile, "its colour profile is converted to sRGB"
+
+
+def plain_image(image, header):
+    """Convert a PIL image of any mode to what its header says. The result carries no metadata."""
+    plain = image.convert(header.mode)
+    profile, _ = find_profile(image)
+    if profile:
+        channels = image if image.mode == "CMYK" else plain.convert(header.mode.rstrip("A"))
+        srgb = ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(channels, profile, srgb, 0, "RGB")
+        converted = converted.convert(header.mode)
+        if header.mode.endswith("A"):
+            converted.putalpha(plain.getchannel("A"))
+        plain = converted
+    if header.orientation > 1 and image.format != "TIFF":
+        plain = plain.transpose(TURNS[header.orientation])
+    plain.info = {}
+    return plain
+
+
+def picture_extensions(writable=False):
+    """Return the extensions of the formats that this Pillow reads, or writes: {".png", ...}."""
+    by_extension = Image.registered_extensions()
+    formats = (Image.SAVE if writable else Image.OPEN).keys() - NO_PICTURES
+    return {extension for extension, name in by_extension.items() if name in formats}
+
+
+def save_image(image, path, **options):
+    """Write a picture, its format by extension. Raises UserError."""
+    with atomic_write(path) as partial:
+        image.save(partial, **options)
+
+
+def make_folder(path):
+    """Claim a folder by making it. Raises UserError if it is there already."""
+    try:
+        Path(path).mkdir(parents=True)
+    except OSError as error:
+        reason = "it exists already" if isinstance(error, FileExistsError) else error
+        raise UserError(f"cannot make the folder {path}: {reason}; choose another") from None
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a temporary path beside path, and rename it to path if the block succeeds.
+
+    So path never holds half a file, and a failure leaves the old file in place. Raises UserError.
+    """
+    path = Path(path)
+    partial = path.parent / f".partial.{path.name}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except (OSError, ValueError) as error:  # ValueError: an unknown extension
+        raise UserError(f"cannot write {path}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def contact_sheet(image, rng):
-    """Return a labelled sheet of the clean image and its six degradations, four to a row.
+    """Return a labelled sheet of the clean image and each degradation of it, four to a row.
 
     Shrinks image in place to at most 320 pixels a side."""
     image.thumbnail((320, 320))
     width, height = image.size
-    sheet = Image.new("RGB", (4 * width, 2 * height), "white")
-    tiles = [("clean", image)]
+    shown = [("clean", image)]
     for name in DEGRADATIONS:
         recipe = draw_recipe([(name, {})], 1, rng)
-        tiles.append((describe(recipe), apply_recipe(image, recipe, rng)))
-    for i, (label, tile) in enumerate(tiles):
-        tile = tile.copy()
-        ImageDraw.Draw(tile).text((4, 4), label, fill="white", stroke_width=2, stroke_fill="black")
-        sheet.paste(tile, (i % 4 * width, i // 4 * height))
+        shown.append((describe(recipe), apply_recipe(image, recipe, rng)))
+    rows = math.ceil(len(shown) / 4)
+    sheet = Image.new("RGB", (4 * width, rows * height), "white")
+    for i, (label, picture) in enumerate(shown):
+        left, top = i % 4 * width, i // 4 * height
+        sheet.paste(picture, (left, top))
+        place = left + 4, top + 4
+        ImageDraw.Draw(sheet).text(place, label, "white", stroke_width=2, stroke_fill="black")
     return sheet
 
 
@@ -456,32 +642,26 @@ def main():
     add = parser.add_argument
     add("image", help="picture to degrade")
     add("out", help="where to write the result (format by extension)")
-    add("--only", metavar="NAME", help="this degradation alone: jpeg, or jpeg:quality=20")
-    most = len(DEGRADATIONS)
-    add("--num_degradations", type=between(int, 1, most), default=2, help="how many (default 2)")
-    add("--preview", action="store_true", help="write a labelled sheet of all six instead")
+    choose = parser.add_mutually_exclusive_group().add_argument
+    most = len(DEFAULT_DEGRADATIONS)
+    text = f"how many, at most {most} (default 2): color_jitter is not drawn"
+    choose("--num_degradations", type=between(int, 1, most), metavar="N", help=text)
+    choose("--only", metavar="NAME", help="this degradation alone: jpeg, or jpeg:quality=20")
+    choose("--preview", action="store_true", help="write a labelled sheet of all of them instead")
     add("--seed", type=between(int, 0), default=0, help="of everything random (default 0)")
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
-    with explain_errors(args.image, "this picture"):
-        image = Image.open(args.image)
-        if image.format == "EPS" or image.mode[0] in "IF" or ";16" in str(image.tile):
-            raise ValueError("give a picture with 8 bits a channel")
-        if image.has_transparency_data:
-            raise ValueError("transparent pixels hide colours; save it without transparency")
-        image = ImageOps.exif_transpose(image)
-        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    notices = {}
+    image = open_opaque(args.image, notices)
+    say_notices(notices)
     if args.preview:
         result = contact_sheet(image, rng)
     else:
         choices = parse_degradations([args.only] if args.only else DEFAULT_DEGRADATIONS)
-        recipe = draw_recipe(choices, args.num_degradations, rng)
+        recipe = draw_recipe(choices, args.num_degradations or 2, rng)
         result = apply_recipe(image, recipe, rng)
         print(f"{args.out}: {describe(recipe)}")
-    try:
-        result.save(args.out)
-    except ValueError as error:  # Pillow does not know the extension
-        raise UserError(f"cannot write {args.out}: {error}") from None
+    save_image(result, args.out)
 
 
 if __name__ == "__main__":

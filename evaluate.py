@@ -9,12 +9,11 @@
 
 In Python: Pipeline.load("out/demo")("noisy.jpg").save("restored.png")
 
-Pictures may have any size. They are upright and sRGB once they are open: EXIF rotation and colour
-profiles are applied. Grey stays grey, and transparency is kept.
+Pictures may have any size, and 8 bits a channel. Grey stays grey, all other modes become RGB, and
+colours sRGB. Transparency is kept, EXIF rotation is applied, the rest is dropped.
 """
 import contextlib
 import csv
-import json
 import math
 import os
 import pickle
@@ -33,13 +32,14 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data import CsvPairs, PairedDataset, check_device, list_images, load_autoencoder, load_frozen
-from data import open_image, picture_extensions, plain_image, report_bad, save_image, seed_for
-from data import to_image, to_srgb, to_tensor
-from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, explain_errors
-from degrade import parse_degradations, run_script
-from model import SAMPLERS, find_checkpoint, guided, load_restorer, read_run
-from vae import PixelAE, blend_tiles, file_digest, pad_to_multiple, read_json, write_text
+from data import CsvPairs, PairedDataset, check_device, list_images
+from data import relative, seed_for, to_image, to_tensor
+from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, describe_picture
+from degrade import explain_errors, open_image, parse_degradations, picture_extensions, plain_image
+from degrade import run_script, save_image, say_notices
+from model import SAMPLERS, find_autoencoder, find_checkpoint, guided, load_autoencoder
+from model import load_decoder, load_frozen, load_restorer, read_run, rows_trained_on
+from vae import PixelAE, blend_tiles, pad_to_multiple, write_json
 
 # --------------------------------------------------------------------------------------------------
 # PSNR and SSIM of two batches [B, C, H, W] in [-1, 1] -> one float64 value an image, [B].
@@ -453,7 +453,7 @@ def finished_image(pixels, grey):
 class Pipeline:
     """A loaded restorer: Pipeline.load("out/demo")("noisy.jpg").save("restored.png").
 
-    autoencoder, prompts: what data.load_frozen returns. enlarge: see load. steps: the sampling
+    autoencoder, prompts: what model.load_frozen returns. enlarge: see load. steps: the sampling
     steps that restore takes by default; None: 1 for a network that predicts the clean image, 20 for
     SANA; 0: no sampling, the latents of the degraded picture are decoded."""
 
@@ -480,34 +480,37 @@ class Pipeline:
         "ema", the averaged ones, or "model", the last ones. enlarge: by which factor a picture is
         enlarged before it is restored; None: as the conditions were in training. On a GPU a
         pretrained SANA is loaded in bf16, as it was trained."""
-        path = Path(path)
-        if path.name in ("best", "latest") and path.is_file():
-            path = path.parent / path.read_text(errors="replace").strip()
-        path = find_checkpoint(path)
-        restorer, config = load_restorer(path, weights, model)
-        if model:
-            config["name"] = model
+        folder = find_checkpoint(path)
+        restorer, config = load_restorer(folder, weights, model)
         if enlarge is None:
             enlarge = config["enlarge"]
-        if str(device).startswith("cuda") and not config["autoencoder"]:
+        pretrained = config["autoencoder"]["kind"] == "pretrained"
+        if str(device).startswith("cuda") and pretrained:
             restorer.sana.to(torch.bfloat16)  # half the memory; the projection stays fp32
-        steps = config["decoder"]["steps"] if config["decoder"] else None
-        pipeline = cls(restorer.to(device), *load_frozen(config, device), enlarge, steps)
+        own = find_autoencoder(folder)
+        autoencoder, prompts = load_frozen(config, own, device)
+        steps = None
+        if config["decoder"]:
+            autoencoder = load_decoder(config, own, folder, weights).to(device)
+            steps = config["decoder"]["steps"]
+        pipeline = cls(restorer.to(device), autoencoder, prompts, enlarge, steps)
+        pipeline.checkpoint = folder
         pipeline.config = config
-        pipeline.checkpoint = path
         return pipeline
 
     def __call__(self, picture, prompt="", **sampling):
         """Restore a path, a PIL image of any mode, or a uint8 array [H, W] or [H, W, 3].
 
-        -> PIL image in sRGB, grey if it was grey, with its transparency. sampling: the arguments of
+        -> PIL image, sRGB, grey if it was grey, with its transparency. sampling: the arguments of
         restore. Raises UserError."""
         if isinstance(picture, np.ndarray):
             picture = Image.fromarray(picture)
         if isinstance(picture, Image.Image):
-            picture = plain_image(to_srgb(picture.copy()))
+            picture = plain_image(picture, describe_picture(picture))
         else:
-            picture = open_image(picture, srgb=True)
+            notices = {}
+            picture = open_image(picture, notices)
+            say_notices(notices)
         if self.enlarge > 1:
             picture = ImageOps.scale(picture, self.enlarge, Image.Resampling.BICUBIC)
         pixels = to_tensor(picture)[None].to(next(self.restorer.parameters()).device)
@@ -584,12 +587,17 @@ def restore_files(pipeline, work, overwrite=False, quality=95, **options):
     # os.path.exists is False for a name that is too long; writing it fails later
     todo = [(path, out) for path, out in work if overwrite or not os.path.exists(out)]
     failed = 0
+    notices = {}
     for path, out in tqdm(todo, unit="img", desc="restore", disable=len(work) == 1):
         try:
-            save_restored(pipeline(path, **options), out, quality)
+            restored = pipeline(open_image(path, notices), **options)
+            save_restored(restored, out, quality)
         except UserError as error:
-            report_bad(error, len(work) > 1)
+            if len(work) == 1:
+                raise
+            tqdm.write(f"failed: {error}", file=sys.stderr)
             failed += 1
+    say_notices(notices)
     where = work[0][1]
     if len(work) > 1:
         where = os.path.commonpath([out.parent for _, out in work])
@@ -651,11 +659,7 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, condition=
     pictures = []
     bar = tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)
     for i in bar:
-        try:
-            item = dataset.draw(i)
-        except UserError as error:
-            report_bad(error, dataset.skip_bad)
-            continue
+        item = dataset[i]
         outputs = {condition: item["condition"]}
         for name, method in methods.items():
             outputs[name] = method(i, item)
@@ -677,8 +681,6 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, condition=
         if len(pictures) < 8:
             pictures.append(labelled)
         bar.set_postfix_str(", ".join(label for label, _ in labelled[:-1]))
-    if not rows:
-        raise UserError("no pair that can be read")
     return rows, pictures
 
 
@@ -837,14 +839,6 @@ def append_row(path, row):
         writer.writerow(row.values())
 
 
-def relative_name(path, source):
-    """Return the path of a row's picture, relative to the CSV's folder: "clean/00.png"."""
-    try:
-        return Path(os.path.relpath(path, source.path.parent)).as_posix()
-    except ValueError:  # on another drive
-        return path.as_posix()
-
-
 def picture_names(source):
     """Return the path, below pictures/, of the restored picture of each row.
 
@@ -852,7 +846,7 @@ def picture_names(source):
     with .png. Raises UserError if two rows would share one."""
     lines = {}
     for row in source.rows:
-        path = Path(relative_name(row.condition or row.clean, source)).with_suffix(".png")
+        path = Path(relative(row.condition or row.clean, source.path)).with_suffix(".png")
         name = Path(*[part for part in path.parts if part not in ("..", path.anchor)])
         if name in lines:
             both = f"line {lines[name]} and line {row.line} of {source.path}"
@@ -877,8 +871,8 @@ def make_methods(args, pipeline, dataset):
         return restoring_method(pipeline, captions, args.device, **options)
 
     if pipeline.seeing:
-        original = load_autoencoder(pipeline.config, decoder=False).to(args.device)
-        plain = Pipeline(pipeline.restorer, original, pipeline.prompts)
+        original = load_autoencoder(pipeline.config, find_autoencoder(pipeline.checkpoint))
+        plain = Pipeline(pipeline.restorer, original.to(args.device), pipeline.prompts)
         methods = {
             "ceiling": ceiling_method(original, args.device),
             "control": restoring(pipeline, 0),
@@ -890,12 +884,6 @@ def make_methods(args, pipeline, dataset):
         name = f"steps_{steps}" if len(args.steps) > 1 else "restored"
         methods[name] = restoring(pipeline, steps)
     return methods
-
-
-def write_json(path, content):
-    """Write strict JSON, which has no special numbers: what is not finite becomes null."""
-    content = json.loads(json.dumps(content), parse_constant=lambda word: None)
-    write_text(path, json.dumps(content, indent=1))
 
 
 def open_pairs(args):
@@ -914,19 +902,12 @@ def open_pairs(args):
     return source
 
 
-def say_trained_rows(run, source):
-    """Say how many rows of a CsvPairs a run has seen in training, in a line if there are any.
+def say_trained_rows(checkpoint, source):
+    """Say how many rows of a CsvPairs a run, or one it builds on, was trained on.
 
-    A row is known by its clean picture's digest. rows.json of a run names the rows that it was
-    trained on, as [name, digest of the clean picture, digest of the rest], and before: the clean
-    pictures of the runs that it builds on."""
-    path = run / "rows.json"
-    if not path.is_file():  # the demo
-        return
-    content = read_json(path)
-    trained = {digest for _, digest, _ in content["trained"]} | set(content["before"])
-    digests = {row.clean: file_digest(row.clean) for row in source.rows}
-    count = sum(digests[row.clean] in trained for row in source.rows)
+    They are known by the content of their clean pictures."""
+    trained = rows_trained_on(checkpoint)
+    count = sum(source.digests[row.clean] in trained for row in source.rows)
     if count:
         print(f"{source.path}: the checkpoint was trained on {count} of these {len(source)} rows")
 
@@ -939,15 +920,15 @@ def measure(args, out):
     names = picture_names(source) if args.save_pictures else []
     args.degradations = args.degradations or DEFAULT_DEGRADATIONS
     degradations = parse_degradations(args.degradations)
-    options = {"training": False, "seed": args.seed, "skip_bad": args.skip_bad}
+    options = {"training": False, "seed": args.seed}
     if args.checkpoint:
         pipeline = load_pipeline(args)
-        say_trained_rows(pipeline.checkpoint.parent, source)
+        say_trained_rows(pipeline.checkpoint, source)
         if pipeline.enlarge != source.enlarge:
             factors = f"{pipeline.enlarge} times in training, {source.enlarge} times here"
             print(f"conditions were enlarged {factors}")
-        trained = read_run(pipeline.checkpoint)["args"]
-        options["max_degradations"] = trained.get("max_degradations", 3)
+        in_training = read_run(pipeline.checkpoint)["args"]
+        options["max_degradations"] = in_training.get("max_degradations", 3)
     dataset = PairedDataset(source, None, degradations, **options)
     metrics = Metrics(args.metrics, args.lpips_weights, args.fid_weights, args.device)
     methods = make_methods(args, pipeline, dataset) if args.checkpoint else {}
@@ -961,9 +942,9 @@ def measure(args, out):
                 folder = out / "pictures" / (name if len(restored) > 1 else "")
                 path = folder / names[row["image"]]
                 save_image(finished_image(outputs[name], item["grey"]), path)
-        row["image"] = relative_name(pair.clean, source)
+        row["image"] = relative(pair.clean, source.path)
         if pair.condition:
-            row["condition"] = relative_name(pair.condition, source)
+            row["condition"] = relative(pair.condition, source.path)
         done = "; ".join(row["degradation"])
         append_row(out / "scores.csv", row | {"degradation": done})
 
@@ -1136,7 +1117,7 @@ def load_pipeline(args):
     """Load --checkpoint and set what it says of flags. Raises UserError for one without effect."""
     about = args.model, args.weights, args.enlarge
     pipeline = Pipeline.load(args.checkpoint, args.device, *about)
-    if args.model and pipeline.config["autoencoder"]:
+    if args.model and pipeline.config["autoencoder"]["kind"] != "pretrained":
         raise UserError("--model: this checkpoint is of no pretrained model; leave it out")
     if args.decoder_weight is not None and not pipeline.seeing:
         reason = "this checkpoint has no decoder that sees the degraded image; leave it out"

@@ -12,13 +12,16 @@ sigma in [0, 1] is the NOISE fraction: x_sigma = (1 - sigma) * x0 + sigma * nois
 noise, and the velocity is dx/dsigma = noise - x0. (Some texts call the clean fraction sigma. Mixing
 the two trains against the pretrained weights.)
 """
-import heapq
+import hashlib
 import json
 import math
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from degrade import Parser, UserError, explain_errors, run_script
-from vae import PixelAE, file_digest, load_config, load_pretrained, load_weights, read_config
-from vae import read_json, resolve_model, save_weights, weight_files, write_text
+from vae import DCAE, PARTS, PixelAE, file_digest, load_config, load_pretrained, load_weights
+from vae import read_config, read_json, resolve_model, save_weights, weight_files, write_text
 
 # --------------------------------------------------------------------------------------------------
 # The transformer. Module and parameter names are those of diffusers' checkpoints.
@@ -87,11 +90,6 @@ class Sana(nn.Module):
         self.transformer_blocks = nn.ModuleList([SanaBlock(c) for _ in range(c["num_layers"])])
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
         self.proj_out = nn.Linear(dim, c["patch_size"] ** 2 * c["out_channels"])
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        """Load a transformer/ folder of the hub. dtype None: as stored. Raises UserError."""
-        return load_pretrained(cls, folder, dtype)
 
     def forward(self, latents, timestep, text, text_mask=None):
         """Predict the velocity [B, C_out, H, W].
@@ -354,7 +352,7 @@ SHIFT = 3.0  # SANA's resolution shift (6 for its 4K model), see shift_sigma
 class Restorer(nn.Module):
     """SANA with a second input, the latent of the degraded image (the condition).
 
-    sana: takes C channels; an exported restorer takes 2C.
+    sana: takes and gives C channels. One that is widened already (an exported restorer) is refused.
     conditioning: how the condition enters.
       "projection"  a 1x1 convolution 2C -> C in front, identity on the noisy latent and zero on
                     the condition. Before training the output is the text-to-image model's, bit
@@ -366,7 +364,7 @@ class Restorer(nn.Module):
       "velocity"    noise - x0, as SANA's weights were trained.
       "residual"    x0 - condition, for training from scratch: a network that answers 0 returns its
                     input, not noise.
-    Raises ValueError for other options, and for options that do not fit sana."""
+    Raises ValueError."""
 
     def __init__(self, sana, conditioning="projection", prediction="velocity", shift=SHIFT):
         super().__init__()
@@ -374,20 +372,19 @@ class Restorer(nn.Module):
             raise ValueError(f"conditioning {conditioning!r} is not supported")
         if prediction not in ("velocity", "residual"):
             raise ValueError(f"prediction {prediction!r} is not supported")
+        channels, given = sana.config["out_channels"], sana.config["in_channels"]
+        if given != channels:
+            what = f"a transformer that takes {given} channels and gives {channels}"
+            raise ValueError(f"{what} is a restorer already (exported?); train its run further")
         self.sana = sana
         self.conditioning = conditioning
         self.prediction = prediction
         self.shift = shift
-        channels = sana.config["out_channels"]
-        widened = sana.config["in_channels"] != channels  # an exported restorer is
         if conditioning == "projection":
-            if widened:
-                raise ValueError("this model takes the condition already: --conditioning widen")
             self.projection = Projection(channels)
-        if conditioning == "none" and widened:
-            raise ValueError("this model takes a condition: --conditioning widen")
-        if conditioning == "widen" and not widened:
+        if conditioning == "widen":
             sana.patch_embed.proj = widen(sana.patch_embed.proj)
+            sana.config["in_channels"] = 2 * channels
 
     def forward(self, latents, condition, timestep, text, text_mask=None):
         """latents, condition [B, C, H, W], timestep [B] = 1000 sigma -> velocity [B, C, H, W].
@@ -612,38 +609,44 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 
 # --------------------------------------------------------------------------------------------------
 # Presets and checkpoints. The "model" part of a checkpoint's config.json says what to build:
-#   name         --model, or for a pretrained one where its other parts lie
+#   name         a preset, or a pretrained model: short name, hub id or folder
 #   stage        what was trained: "autoencoder", "restorer", or its "decoder"
-#   autoencoder  PixelAE's argument, or the config of a preset's own DC-AE; None: the DC-AE of name
-#   vae          the DC-AE's weights. A run: what name_base returns. Another DC-AE with the same
-#                encoder: its folder, short name or hub id. None: name's
-#   enlarge      factor by which pictures are enlarged before they are restored
+#   autoencoder  {"kind": "pixels", "factor": f}, PixelAE; {"kind": "own", "dcae": config}, trained in
+#                the stage autoencoder; or {"kind": "pretrained"}, the DC-AE of name
+#   digests      of a pretrained model: {part: SHA-256 of its weights}, of the parts in use
 #   sana         the transformer's config; conditioning, prediction, shift: Restorer's arguments
-#   base         for a checkpoint with only the trained weights: the model with all others
-#   lora         {"rank", "alpha"}: the trained weights are low-rank updates of base
+#   enlarge      factor by which pictures are enlarged before they are restored
+#   lora         rank, if the trained weights are low-rank updates
+#   base         whether the trained weights are a change of a run's, which lies in base/
 #   decoder      of the decoder that sees the degraded image: "dcae", its config; "gains", the
-#                factors of its skips; "parts" that were trained; "steps" of its restorer's sampler
+#                factors of its skips; "steps" of its restorer's sampler
+#
+# A run folder is whole:
+#   RUN/latest, RUN/best      name one of the checkpoints RUN/step_N/: config.json, weights, averages
+#   RUN/base/                 the checkpoint that a LoRA or a decoder is a change of
+#   RUN/autoencoder/          the checkpoint of a preset's own autoencoder
+# The last two may stand on a base/ and an autoencoder/ of their own, which lie within them.
 
 STAGES = ["autoencoder", "restorer", "decoder"]
 MODEL_DEFAULTS = {
     "name": "",
     "stage": "restorer",
-    "autoencoder": None,
+    "autoencoder": {"kind": "pretrained"},
+    "digests": {},
     "conditioning": "projection",
     "prediction": "velocity",
     "shift": SHIFT,
     "sana": {},
-    "vae": None,
     "enlarge": 1,
-    "base": None,
     "lora": None,
+    "base": False,
     "decoder": None,
 }
-PRESETS = {
+PRESETS = {  # what "sana" leaves out is as in SANA_DEFAULTS
     # small enough to train from scratch on a laptop, on pixels instead of latents
     "tiny": MODEL_DEFAULTS | {
         "name": "tiny",
-        "autoencoder": {"factor": 4},
+        "autoencoder": {"kind": "pixels", "factor": 4},
         "conditioning": "widen",
         "prediction": "residual",
         "sana": {
@@ -651,19 +654,17 @@ PRESETS = {
             "out_channels": 48,
             "num_layers": 4,
             "num_attention_heads": 3,
-            "attention_head_dim": 32,
             "num_cross_attention_heads": 3,
             "cross_attention_head_dim": 32,
             "cross_attention_dim": 96,
             "caption_channels": 256,
-            "mlp_ratio": 2.5,
             "qk_norm": "rms_norm_across_heads",
         },
     },
     # the whole latent method on a laptop: its own autoencoder, and SANA on the latents
     "mini": MODEL_DEFAULTS | {
         "name": "mini",
-        "autoencoder": {
+        "autoencoder": {"kind": "own", "dcae": {
             "latent_channels": 16,
             "encoder_block_out_channels": [32, 32, 64, 128],
             "decoder_block_out_channels": [48, 48, 96, 128],
@@ -671,7 +672,7 @@ PRESETS = {
             "decoder_layers_per_block": [0, 3, 2, 2],
             "encoder_qkv_multiscales": [[], [], [], []],
             "decoder_qkv_multiscales": [[], [], [], []],
-        },
+        }},
         "conditioning": "widen",
         "prediction": "residual",
         "sana": {
@@ -679,15 +680,25 @@ PRESETS = {
             "out_channels": 16,
             "num_layers": 6,
             "num_attention_heads": 4,
-            "attention_head_dim": 32,
             "num_cross_attention_heads": 4,
             "cross_attention_head_dim": 32,
             "cross_attention_dim": 128,
             "caption_channels": 256,
-            "mlp_ratio": 2.5,
             "qk_norm": "rms_norm_across_heads",
         },
     },
+}
+
+
+# The stages that may be trained next. A preset or a pretrained model is told by the kind of its
+# autoencoder, a run by the stage that it was.
+NEXT_STAGES = {
+    "pixels": ["restorer"],
+    "own": ["autoencoder"],
+    "pretrained": ["restorer"],
+    "autoencoder": ["autoencoder", "restorer"],
+    "restorer": ["restorer", "decoder"],
+    "decoder": ["decoder"],
 }
 
 
@@ -695,46 +706,61 @@ def build_restorer(config):
     """Build a Restorer with unset weights. config: a preset, or "model" of a config.json.
 
     Raises ValueError."""
-    c = read_config("model", config, MODEL_DEFAULTS, supported={})
-    sana = Sana(c["sana"])
+    sana = Sana(config["sana"])
     channels = sana.config["out_channels"]
-    if works_on_pixels(c) and PixelAE(**c["autoencoder"]).channels != channels:
-        raise ValueError(f"autoencoder {c['autoencoder']} does not give {channels} channels")
-    restorer = Restorer(sana, c["conditioning"], c["prediction"], c["shift"])
-    return add_lora(restorer, **c["lora"]) if c["lora"] else restorer
+    if config["autoencoder"]["kind"] == "pixels":
+        factor = config["autoencoder"]["factor"]
+        if PixelAE(factor).channels != channels:
+            raise ValueError(f"blocks of {factor}x{factor} pixels do not give {channels} channels")
+    about = config["conditioning"], config["prediction"], config["shift"]
+    restorer = Restorer(sana, *about)
+    return add_lora(restorer, config["lora"]) if config["lora"] else restorer
 
 
-def works_on_pixels(config):
-    """Say whether a model has PixelAE in place of a trained autoencoder."""
-    return "factor" in (config["autoencoder"] or {})
+def describe_model(name, stage, conditioning=None, lora=None, shift=None):
+    """Return the "model" part of config.json for a new run of a stage. Raises UserError.
 
-
-def describe_model(name, conditioning=None, stage="restorer", lora=None):
-    """Return the "model" part of config.json for --model name. Raises UserError.
-
-    name: a preset, a run of train.py, or a pretrained model. conditioning, and lora
-    ({"rank", "alpha"}): None keeps what that model has."""
-    before = stage_of(name)
-    if before:
-        config = MODEL_DEFAULTS | read_run(name)["model"]
+    name: of --model: a preset, a run of train.py, or a pretrained model. conditioning, lora (rank),
+    shift: None keeps what that model has."""
+    run = is_run(name)
+    if run:
+        before = read_model(name)
     elif name in PRESETS:
-        config = dict(PRESETS[name])
+        before = PRESETS[name]
     else:
-        config = describe_pretrained(name)
-    enter_stage(config, name, before, stage)
-    learnt = config["conditioning"] if before == "restorer" else "none"
+        before = describe_pretrained(name)
+    autoencoder = before["autoencoder"]["kind"]
+    possible = NEXT_STAGES[before["stage"] if run else autoencoder]
+    if stage == "decoder" and autoencoder == "pixels":
+        raise UserError(f"--stage decoder: {name} works on pixels, which lose nothing")
+    if stage not in possible:
+        options = " or ".join(possible)
+        advice = f"python train.py --model {name} --stage {options}, whose run can be given next"
+        raise UserError(f"--stage {stage} cannot follow {name}: begin with {advice}")
+    config = before | {"stage": stage}
+    if stage == "decoder":
+        return config | {"base": True}
+    if stage == "autoencoder":
+        return config
+    trained = run and before["stage"] == "restorer"
+    learnt = before["conditioning"] if trained else "none"
     if conditioning and learnt not in ("none", conditioning):
         raise UserError(f"--conditioning {conditioning}: {name} has learnt {learnt} already")
-    if stage != "restorer":
-        return config
-    if config["conditioning"] == "none":  # not inherited: a restorer is what is wanted
-        config["conditioning"] = "projection"
-    if conditioning:
-        config["conditioning"] = conditioning
-    if lora:
-        choose_lora(config, name, lora)
-    if conditioning == "none":  # there is nothing that a residual could be added to
+    inherited = before["conditioning"]
+    if inherited == "none":  # a restorer is what is wanted
+        inherited = "projection"
+    config["conditioning"] = conditioning or inherited
+    if config["conditioning"] == "none":  # there is nothing that a residual could be added to
         config["prediction"] = "velocity"
+    if shift:
+        config["shift"] = shift
+    if lora and before["lora"] not in (None, lora):
+        raise UserError(f"--lora {lora}: {name} has rank {before['lora']} already")
+    if lora and not before["lora"]:
+        if not trained and autoencoder != "pretrained":
+            raise UserError(f"--lora: {name} is not trained yet, and LoRA is a change of what is")
+        config["lora"] = lora
+        config["base"] = run
     with torch.device("meta"):
         try:
             build_restorer(config)  # what cannot be built is said before anything is loaded
@@ -743,84 +769,33 @@ def describe_model(name, conditioning=None, stage="restorer", lora=None):
     return config
 
 
-def enter_stage(config, name, before, stage):
-    """Make the config of --model name that of a stage, in place. Raises UserError.
-
-    before: the stage that the run of that name was; None: no run."""
-    own = config["autoencoder"]
-    if works_on_pixels(config) and stage != "restorer":
-        raise UserError(f"--stage {stage}: {name} works on pixels, which lose nothing")
-    if stage == "autoencoder" and (not own or before not in (None, "autoencoder")):
-        advice = "--stage autoencoder is for a preset that has its own, such as mini"
-        raise UserError(f"--model {name} has an autoencoder: {advice}")
-    if stage != "autoencoder" and own and not works_on_pixels(config) and not config["vae"]:
-        if before != "autoencoder":
-            first = f"python train.py --model {name} --stage autoencoder"
-            raise UserError(f"--model {name}: train its autoencoder first: {first}")
-        config["vae"] = name_base(name)
-    if stage == "restorer" and before == "decoder":
-        restorer = config["base"]["checkpoint"]
-        raise UserError(f"--model {name} is a decoder; give the restorer it belongs to, {restorer}")
-    if stage == "decoder" and before not in ("restorer", "decoder"):
-        raise UserError(f"--stage decoder: {name} is no restorer; give the run of one as --model")
-    if stage == "decoder" and before == "restorer":
-        config["base"] = name_base(name)
-    config["stage"] = stage
-
-
-def choose_lora(config, name, lora):
-    """Put --lora into the "model" of a config.json. Raises UserError."""
-    if name in PRESETS or stage_of(name) == "autoencoder":
-        raise UserError(f"--lora: {name} is not trained yet, and LoRA is a change of what is")
-    if config["lora"] not in (None, lora):
-        raise UserError(f"--lora: {name} has rank and alpha {[*config['lora'].values()]} already")
-    if not config["lora"]:
-        config["lora"] = lora
-        config["base"] = name_base(name)
-
-
-def name_base(name):
-    """Return {"checkpoint", "digest"} of a run or pretrained model that another builds on."""
-    if is_run(name):
-        name = str(find_checkpoint(name).resolve())
-    elif Path(name).is_dir():
-        name = str(Path(name).resolve())
-    return {"checkpoint": name, "digest": file_digest(base_weights(name))}
-
-
-def base_weights(name):
-    if is_run(name):
-        return find_checkpoint(name) / "ema.safetensors"
-    return weight_files(resolve_model(name, ["transformer"]) / "transformer")[0]
-
-
-def open_base(base, what, name=None):
-    """Return the path or name of a base. Raises UserError if it is gone or its weights differ.
-
-    base: what name_base returned. name: its present place, if it has moved."""
-    name = name or base["checkpoint"]
-    if Path(name).name.startswith("step_") and not is_run(name):
-        raise UserError(f"{what} stands on {name}, which is not there; put it back")
-    if file_digest(base_weights(name)) != base["digest"]:
-        raise UserError(f"{what} stands on {name}, which holds other weights now")
-    return name
-
-
 def describe_pretrained(name):
     folder = resolve_model(name)
-    sana = load_config(Sana, folder / "transformer").config
-    notes = read_json(folder / "transformer/config.json")
     shift = SHIFT
     if (folder / "scheduler/scheduler_config.json").is_file():
         shift = read_json(folder / "scheduler/scheduler_config.json").get("flow_shift", SHIFT)
-    plain = sana["in_channels"] == sana["out_channels"]
     return MODEL_DEFAULTS | {
         "name": str(folder.resolve()) if Path(name).is_dir() else name,
-        "conditioning": "projection" if plain else "widen",
-        "prediction": notes.get("_prediction", "velocity"),  # export writes both
-        "shift": notes.get("_shift", shift),
-        "sana": sana,
+        "digests": {part: weights_digest(folder / part) for part in PARTS},
+        "shift": shift,
+        "sana": load_config(Sana, folder / "transformer").config,
     }
+
+
+def weights_digest(folder):
+    """Return one SHA-256 of all weight files of a folder in the hub's layout."""
+    digests = [file_digest(path) for path in weight_files(folder)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def pretrained_part(config, part):
+    """Return the folder of a part of the pretrained model that a config names.
+
+    Raises UserError if it is gone, or holds other weights than the run was trained with."""
+    folder = resolve_model(config["name"], [part]) / part
+    if weights_digest(folder) != config["digests"][part]:
+        raise UserError(f"{folder} holds other weights than this run was trained with; see --model")
+    return folder
 
 
 def initial_restorer(name, config, generator):
@@ -831,20 +806,31 @@ def initial_restorer(name, config, generator):
     for the condition is added. generator: for all random weights. Raises UserError."""
     if stage_of(name) == "restorer":
         restorer, before = load_restorer(name)
-        if restorer.conditioning != config["conditioning"]:
-            about = config["conditioning"], config["prediction"], config["shift"]
-            restorer = Restorer(restorer.sana, *about)
-        restorer.shift = config["shift"]
+        restorer = with_conditioning(restorer, config)
         if before["lora"]:
             return restorer
-    elif config["autoencoder"]:
+    elif config["autoencoder"]["kind"] == "pretrained":
+        restorer = untrained_restorer(config)
+    else:
         restorer = build_restorer(config)
         restorer.sana.initialize(generator)
-    else:
-        sana = Sana.from_pretrained(resolve_model(config["name"]) / "transformer", torch.float32)
-        restorer = Restorer(sana, config["conditioning"], config["prediction"], config["shift"])
     if config["lora"]:
-        add_lora(restorer, generator=generator, **config["lora"])
+        add_lora(restorer, config["lora"], generator)
+    return restorer
+
+
+def untrained_restorer(config):
+    """Load the pretrained transformer, with a new layer for the condition. Raises UserError."""
+    sana = load_pretrained(Sana, pretrained_part(config, "transformer"), torch.float32)
+    return Restorer(sana, config["conditioning"], config["prediction"], config["shift"])
+
+
+def with_conditioning(restorer, config):
+    """Return a restorer as config describes it: a new one if its conditioning was "none"."""
+    if restorer.conditioning != config["conditioning"]:
+        about = config["conditioning"], config["prediction"], config["shift"]
+        return Restorer(restorer.sana, *about)
+    restorer.shift = config["shift"]
     return restorer
 
 
@@ -856,15 +842,17 @@ def is_run(name):
 
 
 def stage_of(name):
-    """Return which stage a run of train.py was; None for a name that is no run."""
-    return read_run(name)["model"].get("stage", "restorer") if is_run(name) else None
+    """Return which stage a run was; None for a name that is no run."""
+    return read_model(name)["stage"] if is_run(name) else None
 
 
 def find_checkpoint(path):
-    """Return the checkpoint folder of a run (whose file `latest` names it), or path if it is one.
+    """Return the checkpoint folder that a path names. Raises UserError.
 
-    Raises UserError."""
+    path: a run (whose file `latest` names it), that file or `best`, or the checkpoint itself."""
     folder = Path(path)
+    if folder.name in ("best", "latest") and folder.is_file():
+        folder = folder.parent / folder.read_text(errors="replace").strip()
     if (folder / "latest").is_file():
         folder = folder / (folder / "latest").read_text(errors="replace").strip()
     if not (folder / "config.json").is_file() or not (folder / "ema.safetensors").is_file():
@@ -882,6 +870,80 @@ def read_run(path):
     return config
 
 
+def read_model(path):
+    """Read the "model" part of the config.json of the checkpoint that path names.
+
+    Raises UserError, also if another version wrote it."""
+    file = find_checkpoint(path) / "config.json"
+    with explain_errors(file, "this model"):
+        return read_config("model", read_run(path)["model"], MODEL_DEFAULTS, supported={})
+
+
+def rows_trained_on(name):
+    """Return the digests of the clean pictures that the weights of --model name have seen."""
+    if not is_run(name):
+        return set()
+    rows = read_json(find_checkpoint(name) / "rows.json")
+    return {digest for _, digest, _ in rows["trained"]} | set(rows["before"])
+
+
+def find_part(folder, part):
+    """Return the checkpoint that a checkpoint or run stands on. Raises UserError if it is missing.
+
+    part: "base" or "autoencoder"."""
+    folder = Path(folder)
+    places = [folder]
+    if folder.name.startswith("step_"):
+        places.append(folder.parent)
+    for place in places:
+        if (place / part / "ema.safetensors").is_file():
+            return place / part
+    raise UserError(f"{folder} stands on {part}/ of its run, which is not there; take the whole run")
+
+
+def find_autoencoder(name):
+    """Return the checkpoint of the own autoencoder that --model name has or is. Raises UserError.
+
+    None if it has none."""
+    if not is_run(name) or read_model(name)["autoencoder"]["kind"] != "own":
+        return None
+    folder = find_checkpoint(name)
+    return folder if read_model(name)["stage"] == "autoencoder" else find_part(folder, "autoencoder")
+
+
+def link_parts(name, config, run):
+    """Put what a new run stands on into its folder: base/ and autoencoder/. Raises UserError.
+
+    name: of --model. config: describe_model(name, ...)."""
+    autoencoder = find_autoencoder(name)
+    if autoencoder and config["stage"] != "autoencoder":
+        link_checkpoint(autoencoder, run / "autoencoder")
+    if config["base"]:
+        folder = find_checkpoint(name)
+        # a LoRA or a decoder that is trained further keeps its base
+        further = read_model(name)["base"] and read_model(name)["stage"] == config["stage"]
+        link_checkpoint(find_part(folder, "base") if further else folder, run / "base")
+
+
+def link_checkpoint(source, target):
+    """Put a checkpoint, and what it stands on, into a new folder.
+
+    Files become hard links, which take no room and outlive the source; else copies. (A checkpoint's
+    files are never changed, only replaced.)"""
+    shutil.rmtree(target, ignore_errors=True)  # of a start that was killed
+    target.mkdir(parents=True)
+    for file in ("config.json", "rows.json", "ema.safetensors"):
+        try:
+            os.link(source / file, target / file)
+        except OSError:  # another disk, or a file system without links
+            shutil.copyfile(source / file, target / file)
+    config = read_model(source)
+    if config["base"]:
+        link_checkpoint(find_part(source, "base"), target / "base")
+    if config["autoencoder"]["kind"] == "own" and config["stage"] != "autoencoder":
+        link_checkpoint(find_part(source, "autoencoder"), target / "autoencoder")
+
+
 def load_restorer(path, weights="ema", name=None):
     """Load a Restorer and the "model" part of its config.json. Raises UserError.
 
@@ -889,18 +951,21 @@ def load_restorer(path, weights="ema", name=None):
     "ema", the averaged ones, or "model", the last ones. name: the present place of the pretrained
     model, if it has moved since training."""
     folder = find_checkpoint(path)
-    config = MODEL_DEFAULTS | read_run(folder)["model"]
+    config = read_model(folder)
+    if name:
+        config["name"] = name
     if config["stage"] == "autoencoder":
         raise UserError(f"{path} is an autoencoder; train a restorer on it: --model {path}")
     if config["stage"] == "decoder":
-        restorer, _ = load_restorer(open_base(config["base"], path), name=name)
-        config["decoder"]["weights"] = str(folder / f"{weights}.safetensors")
+        restorer, _ = load_restorer(find_part(folder, "base"), name=name)
         return restorer, config
-    config["name"] = name or config["name"]
     if config["lora"]:
-        moved = None if is_run(config["base"]["checkpoint"]) else name
-        base = open_base(config["base"], path, moved)
-        restorer = add_lora(initial_restorer(base, config | {"lora": None}, None), **config["lora"])
+        if config["base"]:
+            restorer, _ = load_restorer(find_part(folder, "base"), name=name)
+            restorer = with_conditioning(restorer, config)
+        else:
+            restorer = untrained_restorer(config)
+        add_lora(restorer, config["lora"])
         return load_weights(restorer, folder / f"{weights}.safetensors", trained=True), config
     with explain_errors(folder / "config.json", "this restorer"), torch.device("meta"):
         restorer = build_restorer(config)
@@ -912,12 +977,13 @@ def export(path, out, weights="ema"):
 
     Its in_channels is 2C (C without a condition): the latent, then the condition. The projection P
     and the patch embedding W that follows it become one linear map: W(Px) = (WP)x."""
-    restorer, about = load_restorer(path, weights)
-    merge_lora(restorer)
     out = Path(out)
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a model already; choose another folder")
-    config = restorer.sana.config
+    restorer, about = load_restorer(path, weights)
+    if about["stage"] == "decoder" and weights == "model":
+        raise UserError(f"--weights model: {path} is a decoder; give the run of its restorer")
+    merge_lora(restorer)
     tensors = restorer.sana.state_dict()
     if restorer.conditioning == "projection":
         w = tensors["patch_embed.proj.weight"]                      # [D, C, patch, patch]
@@ -925,15 +991,15 @@ def export(path, out, weights="ema"):
         product = torch.einsum("dcyx,ck->dkyx", w.double(), p.double())
         tensors["patch_embed.proj.weight"] = product.to(w.dtype)    # [D, 2C, patch, patch]
     channels = tensors["patch_embed.proj.weight"].shape[1]
-    notes = {"_class_name": Sana.CLASS, "_prediction": restorer.prediction}
-    notes["_shift"] = restorer.shift
+    config = restorer.sana.config | {"_class_name": Sana.CLASS, "in_channels": channels}
     save_weights(tensors, out / "diffusion_pytorch_model.safetensors")
-    config = notes | config | {"in_channels": channels}
     write_text(out / "config.json", json.dumps(config, indent=1))
     count = sum(t.numel() for t in tensors.values())
     print(f"{out}: {count / 1e6:.2f} M parameters, in_channels {channels}")
+    meaning = {"velocity": "noise - x0", "residual": "x0 - condition, which is no velocity"}
+    print(f"it predicts {meaning[restorer.prediction]}; sample with shift {restorer.shift:g}")
     if about["stage"] == "decoder":
-        print("the decoder is not in it: it is no part of diffusers' AutoencoderDC")
+        print("this is its restorer: the decoder is no part of diffusers' AutoencoderDC")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -966,11 +1032,12 @@ class GemmaTokenizer:
             self.bytes = [self.vocab[f"<0x{byte:02X}>"] for byte in range(256)]
             self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
             self.bos = self.added["<bos>"]
-            self.merges = {}  # (left id, right id) -> (rank, merged id)
+            self.ranks = {}  # (left id, right id) -> rank
+            self.merged = []  # by rank, the id of left + right
             for rank, merge in enumerate(spec["model"]["merges"]):
                 left, right = merge.split(" ") if isinstance(merge, str) else merge
-                pair = self.vocab[left], self.vocab[right]
-                self.merges[pair] = rank, self.vocab[left + right]
+                self.ranks[self.vocab[left], self.vocab[right]] = rank
+                self.merged.append(self.vocab[left + right])
             longest_first = sorted(self.added, key=len, reverse=True)
             self.pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
@@ -994,37 +1061,22 @@ class GemmaTokenizer:
         return ids
 
     def merge(self, ids):
-        """Merge neighbours in the order of their ranks.
+        """Merge two neighbours at a time: the pair of the lowest rank, at its leftmost place.
 
-        The tokens are a linked list, in which a merge writes the left one and drops the right one.
-        The candidates are a heap. One that an earlier merge has overtaken is skipped."""
-        before = list(range(-1, len(ids) - 1))
-        after = list(range(1, len(ids) + 1))
-        heap = []
-
-        def consider(left, right):
-            if left >= 0 and right < len(ids) and (ids[left], ids[right]) in self.merges:
-                rank, merged = self.merges[ids[left], ids[right]]
-                heapq.heappush(heap, (rank, left, merged))
-
-        for i in range(len(ids) - 1):
-            consider(i, i + 1)
-        while heap:
-            _, left, merged = heapq.heappop(heap)
-            right = after[left]
-            if right == len(ids):
-                continue
-            _, now = self.merges.get((ids[left], ids[right]), (None, None))
-            if now != merged:
-                continue
-            ids[left] = merged
-            ids[right] = None
-            after[left] = after[right]
-            if after[left] < len(ids):
-                before[after[left]] = left
-            consider(before[left], left)
-            consider(left, after[left])
-        return [token for token in ids if token is not None]
+        (GPT-2's loop merges all places of a pair at once. Where a token can be made in several
+        ways, as in Gemma's vocabulary, that gives other tokens.) 10,000 merges take seconds."""
+        never = len(self.merged)
+        ranks = [self.ranks.get(pair, never) for pair in zip(ids, ids[1:])]
+        while True:
+            best = min(ranks, default=never)
+            if best == never:
+                return ids
+            i = ranks.index(best)
+            ids[i : i + 2] = [self.merged[best]]
+            del ranks[i]
+            for left in (i - 1, i):  # the pairs of the new token
+                if 0 <= left < len(ranks):
+                    ranks[left] = self.ranks.get((ids[left], ids[left + 1]), never)
 
 
 def check_tokenizer(spec):
@@ -1091,11 +1143,6 @@ class Gemma2(nn.Module):
         self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
         self.layers = nn.ModuleList([GemmaLayer(c) for _ in range(c["num_hidden_layers"])])
         self.norm = GemmaNorm(c["hidden_size"], c["rms_norm_eps"])
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        """Load a text_encoder/ folder. dtype None: as stored. Raises UserError."""
-        return load_pretrained(cls, folder, dtype)
 
     def forward(self, ids, mask):
         """ids, mask (True = a real token) [B, L], padded on the right -> [B, L, D].
@@ -1253,6 +1300,125 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
                 row = row[:count]
             rows.append(row)
     return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# What stands around the transformer, frozen: pixels become latents, captions become embeddings.
+
+
+def hash_prompts(prompts):
+    """Embed prompts without a text encoder -> text [B, L, 256], text_mask [B, L] bool.
+
+    Each word becomes the 256 bits of its SHA-256 as -1 and 1. So words are nearly orthogonal, and
+    the same on every machine. The empty word stands first, as <bos> does elsewhere."""
+    rows = []
+    for prompt in prompts:
+        words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
+        digests = b"".join(hashlib.sha256(word.encode()).digest() for word in ["", *words])
+        bits = np.unpackbits(np.frombuffer(digests, np.uint8), bitorder="little")
+        rows.append(torch.from_numpy(bits).view(-1, 256).float() * 2 - 1)   # [L, 256]
+    return pad_text(rows)
+
+
+class Prompts:
+    """Turn captions into embeddings.
+
+    config: "model" of config.json. The Gemma of a pretrained model encodes each distinct caption
+    once and is then freed; presets have hash_prompts."""
+
+    def __init__(self, config, device="cpu"):
+        self.config = config
+        self.hashed = config["autoencoder"]["kind"] != "pretrained"
+        self.device = device
+        self.known = {}
+
+    def prepare(self, captions):
+        """Encode the captions that are new. Call it once with all: each call loads the encoder."""
+        new = sorted(set(captions) - self.known.keys())
+        if not new or self.hashed:
+            return
+        folder = pretrained_part(self.config, "text_encoder")
+        dtype = torch.float32 if self.device == "cpu" else None  # a CPU is slow in bf16
+        gemma = load_pretrained(Gemma2, folder, dtype).to(self.device)
+        tokenizer = GemmaTokenizer(folder.parent / "tokenizer")
+        # one by one on a CPU: rounding does not depend on the batch, so resuming is exact
+        batch_size = 1 if self.device == "cpu" else 8
+        self.known.update(zip(new, encode_prompts(tokenizer, gemma, new, batch_size)))
+
+    def __call__(self, captions):
+        """[B] captions -> text [B, L, D], text_mask [B, L] bool."""
+        if self.hashed:
+            return hash_prompts(captions)
+        self.prepare(captions)
+        return pad_text([self.known[caption] for caption in captions])
+
+
+def load_autoencoder(config, folder):
+    """Load the autoencoder for the "model" of a config.json, frozen. Raises UserError.
+
+    folder: the checkpoint of a preset's own autoencoder; not used for others."""
+    kind = config["autoencoder"]["kind"]
+    if kind == "pixels":
+        return PixelAE(config["autoencoder"]["factor"])
+    if kind == "own":
+        with torch.device("meta"):
+            autoencoder = DCAE(config["autoencoder"]["dcae"])
+        load_weights(autoencoder, folder / "ema.safetensors")
+    else:
+        autoencoder = load_pretrained(DCAE, pretrained_part(config, "vae"), torch.float32)
+    return autoencoder.requires_grad_(False).eval()
+
+
+def load_decoder(config, folder, checkpoint, weights="ema"):
+    """Load the autoencoder whose decoder sees the degraded image, frozen. Raises UserError.
+
+    folder: see load_autoencoder. checkpoint: of the decoder's run."""
+    autoencoder = load_autoencoder(config, folder)
+    autoencoder.add_skips(config["decoder"]["gains"])
+    autoencoder.freeze_around_decoder()
+    load_weights(autoencoder, checkpoint / f"{weights}.safetensors", trained=True)
+    return autoencoder.requires_grad_(False).eval()
+
+
+def load_frozen(config, folder, device):
+    """Load the autoencoder and the Prompts for the "model" of a config.json. Raises UserError.
+
+    folder: see load_autoencoder."""
+    autoencoder = load_autoencoder(config, folder)
+    if config["autoencoder"]["kind"] == "pixels":
+        return autoencoder, Prompts(config, device)
+    if config["autoencoder"]["kind"] == "pretrained":
+        text_encoder = resolve_model(config["name"], ["text_encoder"]) / "text_encoder"
+        width = load_config(Gemma2, text_encoder).config["hidden_size"]
+        sana = config["sana"]
+        if (autoencoder.channels, width) != (sana["out_channels"], sana["caption_channels"]):
+            raise UserError(
+                f"{config['name']}: the transformer takes {sana['out_channels']} channels and texts "
+                f"of {sana['caption_channels']}; autoencoder and text encoder give "
+                f"{autoencoder.channels} and {width}"
+            )
+    return autoencoder.to(device), Prompts(config, device)
+
+
+def latent_unit(config):
+    """Return the number of pixels by which the sides of crops must divide. No weights are loaded."""
+    kind = config["autoencoder"]["kind"]
+    if kind == "pixels":
+        factor = config["autoencoder"]["factor"]
+    elif kind == "own":
+        with torch.device("meta"):
+            factor = DCAE(config["autoencoder"]["dcae"]).factor
+    else:
+        factor = load_config(DCAE, resolve_model(config["name"], ["vae"]) / "vae").factor
+    return factor * config["sana"].get("patch_size", 1)
+
+
+def check_resolution(config, sides):
+    """Raise UserError for a crop that the model cannot take."""
+    unit = latent_unit(config)
+    for side in sides:
+        if side % unit:
+            raise UserError(f"--resolution {side}: give a multiple of {unit}, the model's unit")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from degrade import UserError, explain_errors
+from degrade import UserError, atomic_write, explain_errors
 
 
 class PixelAE:
@@ -73,15 +73,16 @@ DCAE_DEFAULTS = {  # diffusers' defaults for keys that config.json leaves out
     "decoder_conv_act_fn": "relu",
     "scaling_factor": 1.0,
 }
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6}
-DCAE_SUPPORTED = {
+DCAE_SUPPORTED = {  # what SANA's own has, and the mini preset's
     "encoder_block_types": ["ResBlock", "EfficientViTBlock"],
     "decoder_block_types": ["ResBlock", "EfficientViTBlock"],
     "downsample_block_type": ["pixel_unshuffle", "Conv", "conv"],
     "upsample_block_type": ["pixel_shuffle", "interpolate"],
-    "decoder_norm_types": ["rms_norm", "batch_norm"],
-    "decoder_act_fns": list(ACTIVATIONS),
-    "decoder_conv_act_fn": list(ACTIVATIONS),
+    "decoder_norm_types": ["rms_norm"],
+    "decoder_act_fns": ["silu"],
+    "encoder_out_shortcut": [True],
+    "decoder_in_shortcut": [True],
+    "decoder_conv_act_fn": ["relu"],
 }
 TILE = 512  # pixels a side; pictures with a side of over two tiles are cut up, to bound memory
 ATTENTION_TILE = TILE // 8  # the same in positions of the attention stages, 8 pixels wide in SANA
@@ -103,20 +104,15 @@ class RMSNorm2d(nn.Module):
         return y.to(x.dtype)
 
 
-def make_norm(kind, dim):
-    return RMSNorm2d(dim) if kind == "rms_norm" else nn.BatchNorm2d(dim)
-
-
 class ResBlock(nn.Module):
-    def __init__(self, dim, norm, activation):
+    def __init__(self, dim):
         super().__init__()
         self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
-        self.norm = make_norm(norm, dim)
-        self.activation = ACTIVATIONS[activation]
+        self.norm = RMSNorm2d(dim)
 
     def forward(self, x):                                           # [B, D, H, W]
-        y = self.activation(self.conv1(x), inplace=True)            # autograd copies what it needs
+        y = F.silu(self.conv1(x), inplace=True)                     # autograd copies what it needs
         return self.norm(self.conv2(y)).add_(x)
 
 
@@ -141,23 +137,23 @@ class MultiscaleAttention(nn.Module):
     Without a softmax the sum over j can be taken first: v k^T, one d x d matrix per head. So a
     large picture is processed in tiles twice: first for this sum, then for the outputs."""
 
-    def __init__(self, dim, head_dim, kernels, norm):
+    def __init__(self, dim, head_dim, kernels):
         super().__init__()
         heads = dim // head_dim
-        inner = heads * head_dim
+        width = heads * head_dim
         self.head_dim = head_dim
         self.halo = max(kernels, default=0) // 2
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_k = nn.Linear(dim, inner, bias=False)
-        self.to_v = nn.Linear(dim, inner, bias=False)
+        self.to_q = nn.Linear(dim, width, bias=False)
+        self.to_k = nn.Linear(dim, width, bias=False)
+        self.to_v = nn.Linear(dim, width, bias=False)
         self.to_qkv_multiscale = nn.ModuleList()
         for kernel in kernels:
-            self.to_qkv_multiscale.append(MultiscaleProjection(3 * inner, heads, kernel))
-        self.to_out = nn.Linear(inner * (1 + len(kernels)), dim, bias=False)
-        self.norm_out = make_norm(norm, dim)
+            self.to_qkv_multiscale.append(MultiscaleProjection(3 * width, heads, kernel))
+        self.to_out = nn.Linear(width * (1 + len(kernels)), dim, bias=False)
+        self.norm_out = RMSNorm2d(dim)
 
     def qkv(self, x, core):
-        """x [B, D, H, W]; core: the index of the part that is no halo -> q, k, v [B, h, d, N]."""
+        """x [B, D, H, W]; core: the index of what is no halo -> q, k, v [B, h, d, N]."""
         tokens = x.flatten(2).transpose(1, 2)                       # [B, N, D]
         qkv = torch.cat([self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)], 2)
         qkv = qkv.transpose(1, 2).unflatten(2, x.shape[2:])         # [B, 3D, H, W]
@@ -172,26 +168,26 @@ class MultiscaleAttention(nn.Module):
         return F.relu(q), F.relu(k), v                              # [B, h, d, N] each
 
     def forward(self, x):                                           # [B, D, H, W]
-        parts = tiles(x.shape[2:], ATTENTION_TILE, self.halo)
+        cuts = cut_tiles(x.shape[2:], ATTENTION_TILE, self.halo)
         summary = 0
         total = 0
-        for outer, inner, _ in parts:
-            q, k, v = self.qkv(x[outer], inner)
+        for outer, core, _ in cuts:
+            q, k, v = self.qkv(x[outer], core)
             summary = summary + v @ k.transpose(2, 3)               # [B, h, d, d]
             total = total + k.sum(3).unsqueeze(2)                   # [B, h, 1, d]
         out = torch.empty_like(x)
-        for outer, inner, target in parts:
-            if len(parts) > 1:  # with one part, the q from above is still valid
-                q, _, _ = self.qkv(x[outer], inner)
-            heads = (summary @ q) / (total @ q + 1e-15)             # [B, h, d, N]
-            tokens = self.to_out(heads.flatten(1, 2).transpose(1, 2).to(x.dtype))
+        for outer, core, target in cuts:
+            if len(cuts) > 1:  # with one tile, the q from above is still valid
+                q, _, _ = self.qkv(x[outer], core)
+            attended = (summary @ q) / (total @ q + 1e-15)          # [B, h, d, N]
+            tokens = self.to_out(attended.flatten(1, 2).transpose(1, 2).to(x.dtype))
             grid = x[target].shape[2:]
             out[target] = x[target] + self.norm_out(tokens.transpose(1, 2).unflatten(2, grid))
         return out                                                  # [B, D, H, W]
 
 
 class GLUMBConv(nn.Module):
-    """The gated feed-forward part: 1x1 convolution, 3x3 depthwise convolution, gate, 1x1."""
+    """The gated feed-forward network: 1x1 convolution, 3x3 depthwise convolution, gate, 1x1."""
 
     def __init__(self, dim):
         super().__init__()
@@ -209,9 +205,9 @@ class GLUMBConv(nn.Module):
 
 
 class EfficientViTBlock(nn.Module):
-    def __init__(self, dim, head_dim, kernels, norm):
+    def __init__(self, dim, head_dim, kernels):
         super().__init__()
-        self.attn = MultiscaleAttention(dim, head_dim, kernels, norm)
+        self.attn = MultiscaleAttention(dim, head_dim, kernels)
         self.conv_out = GLUMBConv(dim)
 
     def forward(self, x):                                           # [B, D, H, W]
@@ -264,51 +260,46 @@ class Up(nn.Module):
         return y                                                    # [B, D_out, 2H, 2W]
 
 
-def make_stages(c, side):
-    """Return a list of blocks per stage. c: the config. side: "encoder" or "decoder"."""
-
-    def per_stage(value):
-        return [value] * len(widths) if isinstance(value, str) else value
-
-    widths = c[f"{side}_block_out_channels"]
-    kinds = per_stage(c[f"{side}_block_types"])
-    norms = per_stage(c["decoder_norm_types"] if side == "decoder" else "rms_norm")
-    activations = per_stage(c["decoder_act_fns"] if side == "decoder" else "silu")
-    kernels = c[f"{side}_qkv_multiscales"]
+def make_stages(c, coder):
+    """Return a list of blocks per stage. c: the config. coder: "encoder" or "decoder"."""
+    widths = c[f"{coder}_block_out_channels"]
+    kinds = c[f"{coder}_block_types"]
+    if isinstance(kinds, str):
+        kinds = [kinds] * len(widths)
+    kernels = c[f"{coder}_qkv_multiscales"]
     stages = []
-    for i, count in enumerate(c[f"{side}_layers_per_block"]):
+    for i, length in enumerate(c[f"{coder}_layers_per_block"]):
         blocks = []
-        for _ in range(count):
+        for _ in range(length):
             if kinds[i] == "ResBlock":
-                blocks.append(ResBlock(widths[i], norms[i], activations[i]))
+                blocks.append(ResBlock(widths[i]))
             else:
-                head_dim = c["attention_head_dim"]
-                blocks.append(EfficientViTBlock(widths[i], head_dim, kernels[i], norms[i]))
+                blocks.append(EfficientViTBlock(widths[i], c["attention_head_dim"], kernels[i]))
         stages.append(blocks)
     return stages
 
 
-def local_stages(stages, full_resolution):
+def find_conv_stages(stages, full_resolution):
     """Find the stages that can work in tiles: those nearest to the pixels, before any attention.
 
-    -> (count, factor, halo): how many they are, the width in pixels of one position after them,
+    -> (depth, factor, halo): how many they are, the width in pixels of one position after them,
     and how far they see in pixels. Each 3x3 convolution sees one position further, and a position
     doubles in width from stage to stage. halo is rounded up to a multiple of factor. Without
-    attention, count is all stages but the last.
+    attention, depth is all stages but the last.
     SANA's encoder has three such stages of two blocks, at 1, 2 and 4 pixels a position. It sees
     1 + (1 + 2 + 4) * (2 * 2 + 2) = 43 pixels, rounded up to 48; factor is 8."""
-    count = len(stages) - 1
+    depth = len(stages) - 1
     for i, blocks in enumerate(stages):
         if any(isinstance(block, EfficientViTBlock) for block in blocks):
-            count = i
+            depth = i
             break
     factor = 1 if full_resolution else 2  # else conv_in halves the side, in place of stage 0
     receptive_field = factor
-    for i, blocks in enumerate(stages[:count]):
+    for i, blocks in enumerate(stages[:depth]):
         receptive_field += factor * (2 * len(blocks) + 2)  # 2 per block, and for Down or Up
         if full_resolution or i > 0:
             factor *= 2
-    return count, factor, -(-receptive_field // factor) * factor
+    return depth, factor, -(-receptive_field // factor) * factor
 
 
 class Encoder(nn.Module):
@@ -327,40 +318,37 @@ class Encoder(nn.Module):
             self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
         else:
             self.conv_in = Down(c["in_channels"], widths[1], kind, shortcut=False)
-        self.count, self.factor, self.halo = local_stages(stages, full_resolution)
+        self.depth, self.factor, self.halo = find_conv_stages(stages, full_resolution)
         self.down_blocks = nn.ModuleList()
         for i, blocks in enumerate(stages):
             if blocks and i + 1 < len(stages):
                 blocks.append(Down(widths[i], widths[i + 1], kind))
             self.down_blocks.append(nn.Sequential(*blocks))
         self.conv_out = nn.Conv2d(widths[-1], c["latent_channels"], 3, padding=1)
-        self.shortcut = c["encoder_out_shortcut"]
 
     def conv_stages(self, x):
         """Run the local stages on pixels [B, 3, H, W].
 
-        -> {stage: the input of its Down}, and under the key self.count the output of the last. In
+        -> {stage: the input of its Down}, and under the key self.depth the output of the last. In
         SANA [B, 128, H, W], [B, 256, H/2, W/2], [B, 512, H/4, W/4] and [B, 512, H/8, W/8]."""
         x = self.conv_in(x)
         features = {}
-        for i, stage in enumerate(self.down_blocks[: self.count]):
+        for i, stage in enumerate(self.down_blocks[: self.depth]):
             if len(stage):
                 features[i] = stage[:-1](x)
                 x = stage[-1](features[i])
-        features[self.count] = x
+        features[self.depth] = x
         return features
 
     def forward(self, x):                                           # [B, 3, H, W]
         def local(index):
-            return self.conv_stages(x[index])[self.count]
+            return self.conv_stages(x[index])[self.depth]
 
         x = in_tiles(local, x.shape[2:], TILE, self.halo, 1 / self.factor)  # [B, D, H/8, W/8]
-        for stage in self.down_blocks[self.count :]:
+        for stage in self.down_blocks[self.depth :]:
             x = stage(x)
         z = self.conv_out(x)                                        # [B, C, H/f, W/f]
-        if self.shortcut:
-            z = z + x.unflatten(1, (z.shape[1], -1)).mean(2)
-        return z
+        return z + x.unflatten(1, (z.shape[1], -1)).mean(2)
 
 
 class Decoder(nn.Module):
@@ -374,8 +362,7 @@ class Decoder(nn.Module):
         full_resolution = len(stages[0]) > 0
         self.conv_in = nn.Conv2d(c["latent_channels"], widths[-1], 3, padding=1)
         self.repeats = widths[-1] // c["latent_channels"]
-        self.shortcut = c["decoder_in_shortcut"]
-        self.count, self.factor, self.halo = local_stages(stages, full_resolution)
+        self.depth, self.factor, self.halo = find_conv_stages(stages, full_resolution)
         self.up_blocks = nn.ModuleList()
         for i, blocks in enumerate(stages):
             if blocks and i + 1 < len(stages):
@@ -383,32 +370,29 @@ class Decoder(nn.Module):
             self.up_blocks.append(nn.Sequential(*blocks))
         last = widths[0] if full_resolution else widths[1]
         self.norm_out = RMSNorm2d(last)
-        self.activation = ACTIVATIONS[c["decoder_conv_act_fn"]]
         if full_resolution:
             self.conv_out = nn.Conv2d(last, c["in_channels"], 3, padding=1)
         else:
             self.conv_out = Up(last, c["in_channels"], kind, shortcut=False)
 
     def attention_stages(self, z):                                  # [B, C, H, W]
-        x = self.conv_in(z)
-        if self.shortcut:
-            x = x + z.repeat_interleave(self.repeats, dim=1)
-        for stage in reversed(self.up_blocks[self.count :]):
+        x = self.conv_in(z) + z.repeat_interleave(self.repeats, dim=1)
+        for stage in reversed(self.up_blocks[self.depth :]):
             x = stage(x)
         return x                                                    # [B, D, 4H, 4W] in SANA's
 
     def conv_stages(self, x, skip=None):
         """Run the local stages on features [B, D, H, W] -> pixels.
 
-        skip: skip(i, x) -> x may add to x before the blocks of stage i. skip(self.count, x) comes
+        skip: skip(i, x) -> x may add to x before the blocks of stage i. skip(self.depth, x) comes
         first, before all of these stages."""
         skip = skip or (lambda i, x: x)
-        x = skip(self.count, x)
-        for i in reversed(range(self.count)):
+        x = skip(self.depth, x)
+        for i in reversed(range(self.depth)):
             stage = self.up_blocks[i]
             if len(stage):
                 x = stage[1:](skip(i, stage[0](x)))
-        return self.conv_out(self.activation(self.norm_out(x)))
+        return self.conv_out(F.relu(self.norm_out(x)))
 
 
 class DCAE(nn.Module):
@@ -418,9 +402,7 @@ class DCAE(nn.Module):
     is not supported.
 
     Precision: SANA's file holds fp32, which is the reference. bf16 is safe: it has fp32's range,
-    and norms and attention sum in fp32. With random weights a round trip in bf16 is 2% off. fp16
-    was closer (0.2%), but overflows at 65,504, and how large the activations of the published
-    weights become was not measured: prefer bf16."""
+    and norms and attention sum in fp32. With random weights a round trip in bf16 is 2% off."""
 
     CLASS = "AutoencoderDC"
 
@@ -434,11 +416,6 @@ class DCAE(nn.Module):
         self.channels = c["latent_channels"]
         self.factor = 2 ** (len(c["encoder_block_out_channels"]) - 1)
         self.gains = {}  # of the skips, by stage; see add_skips
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        """Load a checkpoint folder, frozen. dtype None: as stored. Raises UserError."""
-        return load_pretrained(cls, folder, dtype).requires_grad_(False)
 
     def forward(self, pixels, latents=None, weight=1.0):
         """Encode and decode pixels; or, given latents, decode those and show the decoder pixels.
@@ -483,8 +460,8 @@ class DCAE(nn.Module):
             features = self.encoder.conv_stages(pixels[scale_index(index, factor)])
 
             def skip(i, x):
-                part = weight.to(x.dtype) if torch.is_tensor(weight) else weight
-                return x + part * self.gains[str(i)] * self.skips[str(i)](features[i])
+                strength = weight.to(x.dtype) if torch.is_tensor(weight) else weight
+                return x + strength * self.gains[str(i)] * self.skips[str(i)](features[i])
 
             return self.decoder.conv_stages(x[index], skip)
 
@@ -500,15 +477,13 @@ class DCAE(nn.Module):
         gains: {stage: factor of its skip}, as measure_gains returns it; None: all 1. Raises
         ValueError if the stages of encoder and decoder do not match."""
         encoder, decoder = self.encoder, self.decoder
-        places = []
-        for side, blocks in ((encoder, encoder.down_blocks), (decoder, decoder.up_blocks)):
-            stages = [i for i, stage in enumerate(blocks) if len(stage)]
-            places.append((stages, side.count, side.factor))
-        if places[0] != places[1]:
+        places = [i for i, stage in enumerate(encoder.down_blocks) if len(stage)]
+        mirrored = [i for i, stage in enumerate(decoder.up_blocks) if len(stage)]
+        if (places, encoder.depth, encoder.factor) != (mirrored, decoder.depth, decoder.factor):
             raise ValueError("the decoder's stages are not the encoder's: no place for skips")
         self.skips = nn.ModuleDict()
-        for i in places[0][0]:
-            if i <= encoder.count:
+        for i in places:
+            if i <= encoder.depth:
                 seen = self.config["encoder_block_out_channels"][i]
                 width = self.config["decoder_block_out_channels"][i]
                 skip = nn.Conv2d(seen, width, 1, bias=False)
@@ -537,18 +512,13 @@ class DCAE(nn.Module):
         self.decoder.conv_stages(self.decoder.attention_stages(z), note)
         return gains
 
-    def freeze_around_decoder(self, parts="both"):
-        """Freeze all but the skips and the end of the decoder, in place. Return self.
-
-        parts: what stays trainable: "skips", "decoder" (its local stages, norm_out and conv_out) or
-        "both"."""
+    def freeze_around_decoder(self):
+        """Freeze all but the skips and the decoder's local stages, in place. Return self."""
         self.requires_grad_(False)
-        if parts != "decoder":
-            self.skips.requires_grad_(True)
-        if parts != "skips":
-            decoder = self.decoder
-            for module in (decoder.up_blocks[: decoder.count], decoder.norm_out, decoder.conv_out):
-                module.requires_grad_(True)
+        self.skips.requires_grad_(True)
+        decoder = self.decoder
+        for module in (decoder.up_blocks[: decoder.depth], decoder.norm_out, decoder.conv_out):
+            module.requires_grad_(True)
         return self
 
     def initialize(self, generator):
@@ -622,12 +592,12 @@ def pad_to_multiple(pixels, multiple):
     return pixels
 
 
-def tiles(size, tile, halo):
+def cut_tiles(size, tile, halo):
     """Cut a picture of size (H, W) into square tiles; leave it whole if no side exceeds two tiles.
 
-    -> [(outer, inner, target)], each an index (..., rows, columns). outer: the tile and a halo
-    around it, cut at the picture's edges. inner: the tile within outer. target: the tile within
-    the picture. Indices may end beyond the picture: slicing stops at its edge."""
+    -> [(outer, core, target)], each an index (..., rows, columns). outer: the tile and a halo
+    around it, cut at the picture's edges. core: the tile within outer. target: the tile within the
+    picture. Indices may end beyond the picture: slicing stops at its edge."""
 
     def cut(start):
         margin = min(start, halo)
@@ -636,33 +606,33 @@ def tiles(size, tile, halo):
 
     if max(size) <= 2 * tile:
         tile = max(size)
-    parts = []
+    cuts = []
     for top, left in itertools.product(range(0, size[0], tile), range(0, size[1], tile)):
-        parts.append([(..., rows, columns) for rows, columns in zip(cut(top), cut(left))])
-    return parts
+        cuts.append([(..., rows, columns) for rows, columns in zip(cut(top), cut(left))])
+    return cuts
 
 
 def in_tiles(function, size, tile, halo, scale=1):
-    """Run function in tiles. The result is that of one piece if function sees at most halo far.
+    """Run function in tiles. The result is that of one call if function sees at most halo far.
 
-    function: index (..., rows, columns) of a part of its input -> [B, C, h, w]. size: (H, W) of
-    the input. scale: output positions per input position, 1/8 for SANA's encoder. tile and halo
-    count input positions and are multiples of 1 / scale."""
-    parts = tiles(size, tile, halo)
-    if len(parts) == 1:
-        return function(parts[0][0])
+    function: index (..., rows, columns) into its input -> [B, C, h, w]. size: (H, W) of the input.
+    scale: output positions per input position, 1/8 for SANA's encoder. tile and halo count input
+    positions and are multiples of 1 / scale."""
+    cuts = cut_tiles(size, tile, halo)
+    if len(cuts) == 1:
+        return function(cuts[0][0])
     out = None
-    for outer, inner, target in parts:
-        part = function(outer)
+    for outer, core, target in cuts:
+        y = function(outer)
         if out is None:
             height, width = round(size[0] * scale), round(size[1] * scale)
-            out = part.new_empty(*part.shape[:2], height, width)
-        out[scale_index(target, scale)] = part[scale_index(inner, scale)]
+            out = y.new_empty(*y.shape[:2], height, width)
+        out[scale_index(target, scale)] = y[scale_index(core, scale)]
     return out
 
 
 def scale_index(index, scale):
-    """Return the index (..., rows, columns) of the same part on a grid of other resolution."""
+    """Return the index (..., rows, columns) of the same area on a grid of other resolution."""
     rows, columns = index[1:]
     return (
         ...,
@@ -683,13 +653,13 @@ def blend_tiles(function, size, tile, overlap):
     for top, left in tqdm(corners, unit="tile", desc="tiles", leave=False, delay=3):
         rows = slice(top, top + tile)
         columns = slice(left, left + tile)
-        part = function((..., rows, columns))
+        y = function((..., rows, columns))
         if total is None:
-            total = part.new_zeros(part.shape[:2] + tuple(size))
-            weights = part.new_zeros(size)
-        weight = ramp(part.shape[2], overlap)[:, None] * ramp(part.shape[3], overlap)
-        weight = weight.to(part)
-        total[..., rows, columns] += weight * part
+            total = y.new_zeros(y.shape[:2] + tuple(size))
+            weights = y.new_zeros(size)
+        weight = ramp(y.shape[2], overlap)[:, None] * ramp(y.shape[3], overlap)
+        weight = weight.to(y)
+        total[..., rows, columns] += weight * y
         weights[rows, columns] += weight
     return total.div_(weights)
 
@@ -711,45 +681,25 @@ def ramp(length, overlap):
 # Files: written whole or not at all, weights loaded strictly.
 
 
-@contextlib.contextmanager
-def atomic_write(path):
-    """Yield a temporary path beside path, and rename it to path if the block succeeds.
-
-    So path never holds half a file, and a failure leaves the old file in place. Raises UserError.
-    """
-    path = Path(path)
-    partial = path.parent / f".partial.{path.name}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: an unknown extension
-        raise UserError(f"cannot write {path}: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
 def file_digest(path):
-    """Return a file's length and a hash of its content, as text.
-
-    Hashes all of a file up to 256 KiB, else sixteen blocks of 16 KiB spread evenly over it."""
-    length = os.path.getsize(path)
-    digest = hashlib.sha256()
-    block = 2**14
+    """Return the SHA-256 of a whole file, in hex."""
     with open(path, "rb") as file:
-        if length <= 16 * block:
-            digest.update(file.read())
-        else:
-            for i in range(16):
-                file.seek((length - block) * i // 15)
-                digest.update(file.read(block))
-    return f"{length}-{digest.hexdigest()[:16]}"
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path, text):
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def strict_json(content, indent=None):
+    """Return JSON that every reader takes: a number that is not finite becomes null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    return json.dumps(content, indent=indent)
+
+
+def write_json(path, content):
+    write_text(path, strict_json(content, indent=1))
 
 
 def read_json(path):
@@ -867,33 +817,16 @@ def save_weights(tensors, path, **about):
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as partial:
         partial.touch()
-        mode = partial.stat().st_mode  # the library makes a file that nobody else can read
-        save_file(contiguous, partial, metadata={"format": "pt"} | about)
-        partial.chmod(mode)
+        mode = partial.stat().st_mode
+        try:
+            save_file(contiguous, partial, metadata={"format": "pt"} | about)
+        except SafetensorError as error:  # a full disk, for example
+            raise OSError(error) from None
+        with contextlib.suppress(OSError):  # the library makes a file that nobody else can read
+            partial.chmod(mode)
 
 
-HUB = {  # short names of --model (SANA-Sprint itself has a guidance embedding: it is refused)
-    "sana1.5-1.6b": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
-    "sana1.5-4.8b": "Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers",
-    "sana-0.6b-512": "Efficient-Large-Model/Sana_600M_512px_diffusers",
-    "sana-0.6b": "Efficient-Large-Model/Sana_600M_1024px_diffusers",
-    "sana-1.6b-512": "Efficient-Large-Model/Sana_1600M_512px_diffusers",
-    "sana-1.6b-512-multiling": "Efficient-Large-Model/Sana_1600M_512px_MultiLing_diffusers",
-    "sana-1.6b": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
-    "sana-1.6b-multiling": "Efficient-Large-Model/Sana_1600M_1024px_MultiLing_diffusers",
-    "sana-sprint-0.6b-teacher": "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers",
-    "sana-sprint-1.6b-teacher": "Efficient-Large-Model/SANA_Sprint_1.6B_1024px_teacher_diffusers",
-    "sana-1.6b-2k": "Efficient-Large-Model/Sana_1600M_2Kpx_BF16_diffusers",
-    "sana-1.6b-4k": "Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers",
-}
-# trained in fp16: their authors could not train them on in bf16 (NVlabs/Sana, issues 47 and 109)
-FP16_MODELS = [
-    "sana-0.6b-512",
-    "sana-0.6b",
-    "sana-1.6b-512",
-    "sana-1.6b-512-multiling",
-    "sana-1.6b-multiling",
-]
+HUB = {"sana1.5-1.6b": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"}  # short names
 PARTS = ["transformer", "vae", "text_encoder"]
 
 
@@ -907,8 +840,8 @@ def resolve_model(name, parts=PARTS):
         return Path(name)
     repository = HUB.get(name, name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        names = ", ".join(HUB)
-        raise UserError(f"--model {name}: no such folder; or give tiny, {names}, or a hub id")
+        names = ", ".join(["tiny", "mini", *HUB])
+        raise UserError(f"--model {name}: no such folder; give {names}, a hub id, or a run")
     from huggingface_hub import HfApi, snapshot_download  # half a second, which only this needs
 
     advice = "download it elsewhere and give its folder, or take --model tiny, which needs none"
@@ -928,20 +861,10 @@ def resolve_model(name, parts=PARTS):
         raise UserError(f"--model {name}: {str(error)[:240]}; {advice}") from None
 
 
-def resolve_vae(name):
-    """Return the folder of a DC-AE: name itself, or vae/ in the pretrained model of that name.
-
-    From the hub as resolve_model does. Raises UserError."""
-    folder = resolve_model(name, ["vae"])
-    return folder / "vae" if (folder / "vae").is_dir() else folder
-
-
 def needed_files(names, parts=PARTS):
     """Return those of a repository's file names that this project reads.
 
     Of each part, takes bf16 weights if there are any, else all weights but fp16."""
-    if not any("/" in name for name in names):  # a repository of one network, without folders
-        return [name for name in names if name == "config.json" or ".safetensors" in name]
     ends = ("/config.json", "/scheduler_config.json", "tokenizer/tokenizer.json")
     chosen = [name for name in names if name.endswith(ends)]
     for part in parts:

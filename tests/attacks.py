@@ -34,12 +34,13 @@ from PIL import Image
 
 import conftest  # noqa: F401, puts the project on the path
 import data
+import degrade
 import evaluate
 import vae
 from degrade import UserError
 from model import PRESETS, Gemma2, GemmaTokenizer, Sana, build_restorer, encode_prompts
 from pipeline import tiny_pipeline
-from vae import DCAE
+from vae import DCAE, load_pretrained
 
 SECONDS = 30  # that a case may take
 GIGABYTES = 3  # that an attack may take beyond what the process had
@@ -54,6 +55,7 @@ def attempt(use, name):
     said = io.StringIO()
     with warnings.catch_warnings(record=True) as warned, contextlib.redirect_stdout(said):
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", module="PIL")  # as run_script has it
         try:
             use()
             outcome = "worked"
@@ -402,17 +404,20 @@ def with_exif(content, exif):
 
 
 PLAIN = [  # of small_pictures: 24 x 17 pixels
-    *("JPEG CMYK", "JPEG L", "PNG LA", "PNG I;16", "PNG P;t", "GIF t", "GIF animated"),
-    *("PNG animated", "WEBP animated", "TIFF animated", "MPO animated", "TIFF CMYK", "TIFF LAB"),
-    *("PNG 1", "TIFF I;16", "TIFF I", "PPM RGB", "BMP RGB", "TGA RGBA", "JPEG2000 RGB"),
-    *("AVIF RGB", "TIFF YCbCr", "WEBP lossless"),
+    *("JPEG CMYK", "JPEG L", "PNG LA", "PNG P;t", "GIF t", "MPO animated", "TIFF CMYK", "TIFF LAB"),
+    *("PNG 1", "PPM RGB", "BMP RGB", "TGA RGBA", "JPEG2000 RGB", "AVIF RGB", "TIFF YCbCr"),
+    "WEBP lossless",
+]
+REFUSED = [  # of small_pictures
+    *("PNG I;16", "TIFF I;16", "TIFF I", "TIFF F", "JPEG2000 I;16", "PPM I", "GIF animated"),
+    *("PNG animated", "WEBP animated", "TIFF animated", "AVIF animated"),
 ]
 
 
 def good_pictures(small):
     """Return {name: (size, file name, content or the function that makes it)}."""
     found = {}
-    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
         content = encoded(Image.new(mode, (1, 1)), "PNG")
         found[f"one pixel, {mode}"] = (1, 1), "x.png", content
     for name in PLAIN:
@@ -430,7 +435,7 @@ def good_pictures(small):
     photo = Image.open(io.BytesIO(jpeg))
     profile = encoded(photo, "JPEG", icc_profile=b"\xff" * 100_000)
     wide, large = Image.new("RGB", (30_000, 2)), (12_500, 8_000)
-    deep = (12_000, 10_000)
+    tall = (12_000, 10_000)
     return found | {
         "turned": ((17, 24), "x.jpg", small["JPEG exif"]),
         "corrupt profile": ((24, 17), "x.jpg", profile),
@@ -438,17 +443,19 @@ def good_pictures(small):
         "no extension": ((24, 17), "x", jpeg),
         "30,000 wide": (wide.size, "x.png", encoded(wide, "PNG")),
         "100 megapixels": (large, "x.jpg", lambda: encoded(Image.new("RGB", large), "JPEG")),
-        "120 megapixels": (deep, "x.png", lambda: png(*deep, 16, 0, bytes(24_001 * 10_000))),
+        "120 megapixels": (tall, "x.png", lambda: png(*tall, 8, 0, bytes(12_001 * 10_000))),
     }
 
 
 def bad_pictures(small):
     """Return {name: (file name, content)}."""
     bmp = small["BMP RGB"]
-    beyond = Image.fromarray(np.array([[70_000]], np.int32))
     endless = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{ } loop\n%%EOF\n"
     gif = b"GIF89a\0\0\0\0\0\0\0,\0\0\0\0\0\0\0\0\0\x02\0;"
-    return {
+    found = {}
+    for name in REFUSED:
+        found[f"refused {name}"] = "x.png", small[name]
+    return found | {
         "bomb": ("x.png", png(30_000, 30_000, 8, 2)),
         "bigger bomb": ("x.png", png(2**31 - 1, 2**31 - 1, 8, 2)),
         "zero wide": ("x.png", png(0, 9)),
@@ -457,8 +464,6 @@ def bad_pictures(small):
         "zero, PGM": ("x.pgm", b"P5 3 0 65535\n"),
         "zero, GIF": ("x.gif", gif),
         "zero, BMP": ("x.bmp", bmp[:18] + bytes(8) + bmp[26:]),
-        "floats": ("x.tif", small["TIFF F"]),
-        "beyond 16 bits": ("x.tif", encoded(beyond, "TIFF")),
         "PostScript that never ends": ("x.eps", endless),
         "nothing": ("x.png", b""),
         "one byte": ("x.png", b"\x89"),
@@ -487,9 +492,11 @@ def pictures(folder, numbers, seed=0):
     ghostscript.chmod(0o755)
 
     def use(path, size):
-        image = data.open_image(path, notice=False)
+        header = degrade.read_header(path)
+        image = degrade.open_image(path)
         assert image.mode in ("L", "LA", "RGB", "RGBA") and image.width * image.height, image
         assert size in (None, image.size), image
+        assert (header.size, header.mode) == (image.size, image.mode), header
         data.to_tensor(image.crop((0, 0, 3, 3)))
 
     def draw(rng):
@@ -738,12 +745,12 @@ def pretrained_victims(folder):
         use_transformer(folder / "transformer")
 
     def autoencoder():
-        dcae = DCAE.from_pretrained(folder / "vae")
+        dcae = load_pretrained(DCAE, folder / "vae")
         assert dcae.decode(dcae.encode(pixels)).shape[:2] == (1, 3)
 
     def text():
         tokenizer = GemmaTokenizer(folder / "tokenizer")
-        gemma = Gemma2.from_pretrained(folder / "text_encoder")
+        gemma = load_pretrained(Gemma2, folder / "text_encoder")
         encode_prompts(tokenizer, gemma, ["Remove noise."])
 
     weights = "diffusion_pytorch_model.safetensors"
@@ -759,14 +766,14 @@ def pretrained_victims(folder):
 
 
 def use_transformer(folder):
-    sana = Sana.from_pretrained(folder)
+    sana = load_pretrained(Sana, folder)
     latents = torch.zeros(1, sana.config["in_channels"], 4, 4)
     sana(latents, torch.ones(1), torch.zeros(1, 3, sana.config["caption_channels"]))
 
 
 def sharded_victims(folder, transformer):
     """Write a transformer in two shards, and return their files."""
-    tensors = Sana.from_pretrained(transformer).state_dict()
+    tensors = load_pretrained(Sana, transformer).state_dict()
     folder.mkdir()
     shutil.copy(transformer / "config.json", folder)
     shards = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]

@@ -28,7 +28,7 @@ import degrade
 import evaluate
 import model
 import train
-from vae import load_weights
+from vae import load_pretrained, load_weights
 
 SCRIPTS = {"train.py": train, "data.py": data, "model.py": model, "evaluate.py": evaluate}
 TRAIN = ["--batch_size", "2", "--resolution", "32", "--workers", "0"]
@@ -195,7 +195,7 @@ def kill_pairs(photos, folder, kills):
 def kill_export(run, folder, kills):
     def check():
         if (folder / "out/config.json").exists():
-            model.Sana.from_pretrained(folder / "out")
+            load_pretrained(model.Sana, folder / "out")
             shutil.rmtree(folder / "out")
 
     return kill_often(["model.py", "export", run, "out"], folder, kills, 0.4, check)

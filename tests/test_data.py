@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import CsvPairs, DeadLeaves, PairedDataset, load_batches, make_pairs, open_image
-from data import seed_for, to_image, to_tensor
+from data import CsvPairs, DeadLeaves, PairedDataset, load_batches, make_pairs, seed_for
+from data import to_image, to_tensor
 from degrade import DEGRADATIONS, UserError, parse_degradations
 
 HEADER = "image_path", "condition_image_path", "caption"
@@ -43,53 +43,6 @@ def test_tensor_and_image_are_inverse_and_round_to_nearest():
     assert np.array_equal(levels(to_image(tensor)), levels(image))
     assert np.array_equal(levels(to_image(tensor + 0.9 / 255)), levels(image))
     assert levels(to_image(torch.full((3, 1, 1), 1.7))).max() == 255
-
-
-MODES_OF_FILES = [
-    ("RGB", "rgb.png", "RGB"),
-    ("L", "grey.png", "L"),
-    ("P", "palette.png", "RGB"),
-    ("1", "one.png", "L"),
-    ("CMYK", "cmyk.jpg", "RGB"),
-    ("LA", "la.png", "LA"),
-    ("RGBA", "rgba.png", "RGBA"),
-]
-
-
-@pytest.mark.parametrize("mode, name, mode_read", MODES_OF_FILES)
-def test_open_image_modes(tmp_path, photo, mode, name, mode_read):
-    photo.crop((0, 0, 20, 10)).convert(mode).save(tmp_path / name)
-    assert open_image(tmp_path / name).mode == mode_read
-
-
-def test_open_image_scales_16_bits_to_8(tmp_path, capsys):
-    ramp = np.arange(200, dtype=np.uint16).reshape(10, 20)
-    Image.fromarray(ramp * 257).save(tmp_path / "deep.png")
-    image = open_image(tmp_path / "deep.png")
-    assert image.mode == "L"
-    assert np.array_equal(levels(image), ramp)
-    assert capsys.readouterr().err.endswith("deep.png: 16 bits a channel are converted to 8 bits\n")
-
-
-def test_open_image_turns_a_picture_upright(tmp_path, photo):
-    small = photo.crop((0, 0, 20, 10))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held on its side: rotate by 90 degrees to see it upright
-    small.save(tmp_path / "turned.png", exif=exif)
-    upright = small.transpose(Image.ROTATE_270)
-    assert np.array_equal(levels(open_image(tmp_path / "turned.png")), levels(upright))
-
-
-def test_open_image_names_the_file_that_it_cannot_read(tmp_path, photo):
-    photo.save(tmp_path / "whole.png")
-    whole = (tmp_path / "whole.png").read_bytes()
-    half = whole[: len(whole) // 2]
-    for name, content in [("empty.png", b""), ("text.png", b"hello"), ("cut.png", half)]:
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=name):
-            open_image(tmp_path / name)
-    with pytest.raises(UserError, match="no such file"):
-        open_image(tmp_path / "absent.png")
 
 
 def test_dead_leaves_have_the_spectrum_of_photographs(photo):

@@ -1,13 +1,16 @@
-"""The six degradations against Pillow and OpenCV, their recipes, and the prompts that name them."""
+"""Degradations against Pillow and OpenCV, recipes, prompts; and how every picture is opened."""
 
 import io
+import struct
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageCms, ImageEnhance, ImageOps
+from tifffile import imwrite
 
 import degrade
+from degrade import UserError, open_image, read_header
 
 
 def levels(image):
@@ -170,19 +173,267 @@ def test_recipes_can_be_written_down_and_read_back():
     assert degrade.parse_degradations(degrade.describe(recipe).split()) == recipe
 
 
-BAD_RECIPES = [
-    ["blur"],
-    ["jpeg:sigma=3"],
-    ["jpeg:quality=x"],
-    ["gaussian_blur:kernel=4"],
-    ["jpeg:quality=0"],
-    ["jpeg", "jpeg"],
-    ["downscale:factor=0.5"],
-    ["gaussian_noise:sigma=nan"],
-]
+BAD_RECIPES = {  # and what is said
+    "blur": "unknown degradation 'blur'; there are gaussian_noise",
+    "jpeg:sigma=3": "write it like jpeg:quality=NUMBER",
+    "jpeg:quality=x": "give a whole number from 1 to 100",
+    "jpeg:quality=0": "give a whole number from 1 to 100",
+    "jpeg:quality=20.5": "give a whole number from 1 to 100",
+    "gaussian_blur:kernel=4": "give an odd number from 1 to 999",
+    "downscale:factor=0.5": "give a number from 1 to 1000000",
+    "gaussian_noise:sigma=nan": "give a number from 0 to 1000000",
+    "poisson_noise:scale=inf": "give a number from 0.01 to 1000000",
+    "jpeg jpeg": "named twice",
+}
 
 
 @pytest.mark.parametrize("words", BAD_RECIPES)
 def test_bad_recipes_are_refused(words):
-    with pytest.raises(degrade.UserError):
-        degrade.parse_degradations(words)
+    with pytest.raises(degrade.UserError, match=BAD_RECIPES[words]):
+        degrade.parse_degradations(words.split())
+
+
+def test_what_a_script_asks_for_is_done_or_refused(photo, rng):
+    small = photo.crop((0, 0, 8, 8))
+    with pytest.raises(TypeError, match="sigma"):
+        degrade.DEGRADATIONS["jpeg"](small, rng, sigma=25)
+    with pytest.raises(ValueError, match="there are 5"):
+        degrade.random_degradation(small, num_degradations=6)
+
+
+BAD_COMMANDS = {
+    "--num_degradations 6": "a number from 1 to 5",
+    "--only jpeg --num_degradations 2": "not allowed with",
+    "--only jpeg --preview": "not allowed with",
+    "--preview --num_degradations 3": "not allowed with",
+}
+
+
+@pytest.mark.parametrize("words", BAD_COMMANDS)
+def test_flags_without_effect_are_refused(words, photo, tmp_path, monkeypatch):
+    photo.crop((0, 0, 8, 8)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["degrade.py", "a.png", "o.png", *words.split()])
+    with pytest.raises(degrade.UserError, match=BAD_COMMANDS[words]):
+        degrade.main()
+
+
+def test_the_sheet_shows_every_degradation(photo, rng, monkeypatch):
+    invert = degrade.Degradation(lambda image, rng: image.point(lambda x: 255 - x), {}, ("x",))
+    more = {"seventh": invert, "eighth": invert}
+    monkeypatch.setattr(degrade, "DEGRADATIONS", degrade.DEGRADATIONS | more)
+    small = photo.resize((60, 40))
+    sheet = degrade.contact_sheet(small, rng)
+    assert sheet.size == (4 * 60, 3 * 40)
+    below_label = 0, 20, 60, 40
+    last = sheet.crop((0, 80, 60, 120)).crop(below_label)
+    assert np.array_equal(levels(last), 255 - levels(small.crop(below_label)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures.
+
+
+def coordinates(width=40, height=30):
+    """An image whose every pixel tells where it is: red = 6 * column, green = 6 * row."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([6 * x, 6 * y, 0 * x], 2).astype(np.uint8))
+
+
+MODES_OF_FILES = [  # as stored, name, as opened, whether something is said
+    ("RGB", "rgb.png", "RGB", False),
+    ("L", "grey.png", "L", False),
+    ("P", "palette.png", "RGB", False),
+    ("1", "one.png", "L", False),
+    ("CMYK", "cmyk.jpg", "RGB", True),
+    ("LAB", "lab.tif", "RGB", True),
+    ("LA", "la.png", "LA", False),
+    ("RGBA", "rgba.png", "RGBA", False),
+]
+
+
+@pytest.mark.parametrize("mode, name, mode_read, said", MODES_OF_FILES)
+def test_a_picture_is_grey_or_rgb_perhaps_with_alpha(tmp_path, photo, mode, name, mode_read, said):
+    small = photo.crop((0, 0, 20, 10))
+    stored = Image.merge("LAB", small.split()) if mode == "LAB" else small.convert(mode)
+    stored.save(tmp_path / name)
+    notices = {}
+    opened = open_image(tmp_path / name, notices)
+    assert opened.mode == mode_read
+    assert opened.tobytes() == Image.open(tmp_path / name).convert(mode_read).tobytes()
+    header = read_header(tmp_path / name)
+    assert (header.mode, header.size, header.transparent) == (mode_read, (20, 10), False)
+    assert header.notices == list(notices)
+    assert bool(notices) == said
+
+
+def deep(channels):
+    return np.random.default_rng(0).integers(0, 65536, (30, 20, channels), dtype=np.uint16)
+
+
+def save_pages(path):
+    first = coordinates()
+    first.save(path, save_all=True, append_images=[ImageOps.mirror(first)])
+
+
+def save_planar(path):
+    imwrite(path, np.moveaxis(deep(3), 2, 0), planarconfig="separate", photometric="rgb")
+
+
+NOT_OPENED = {  # name: (how it is written, what is said)
+    "grey.png": (lambda path: Image.fromarray(deep(1)[..., 0]).save(path), "8 bits a channel"),
+    "rgb.png": (lambda path: cv2.imwrite(str(path), deep(3)), "8 bits a channel"),
+    "rgba.png": (lambda path: cv2.imwrite(str(path), deep(4)), "8 bits a channel"),
+    "rgb.tif": (lambda path: cv2.imwrite(str(path), deep(3)), "8 bits a channel"),
+    "rgb.ppm": (lambda path: cv2.imwrite(str(path), deep(3)), "8 bits a channel"),
+    "planar.tif": (save_planar, "8 bits a channel"),
+    "floats.tif": (lambda path: coordinates().convert("F").save(path), "8 bits a channel"),
+    "rgb.sgi": (lambda path: coordinates().save(path, bpc=2), "8 bits a channel"),
+    "pages.tif": (save_pages, "several pages; save the page"),
+    "moving.gif": (save_pages, "several pages; save the page"),
+    "moving.webp": (save_pages, "several pages; save the page"),
+    "program.eps": (lambda path: coordinates().save(path), "PostScript"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OPENED)
+def test_what_would_lose_something_is_refused_by_header_and_loader(tmp_path, name):
+    save, says = NOT_OPENED[name]
+    save(tmp_path / name)
+    answers = []
+    for look in (read_header, open_image):
+        with pytest.raises(UserError, match=f"{name}: .*{says}.* PNG") as error:
+            look(tmp_path / name)
+        answers.append(str(error.value))
+    assert answers[0] == answers[1]
+
+
+def test_what_only_looks_like_it_is_opened(tmp_path):
+    """A phone's photo with a preview; colours of 5 and 6 bits, whose raw mode is BGR;16."""
+    save_pages(tmp_path / "photo.mpo")
+    assert open_image(tmp_path / "photo.mpo").size == (40, 30)
+    head = struct.pack("<2sIIIIiiHHIIiiII", b"BM", 70, 0, 66, 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    (tmp_path / "565.bmp").write_bytes(head + masks + struct.pack("<HH", 0xF800, 0x07E0))
+    assert levels(open_image(tmp_path / "565.bmp")).tolist() == [[[255, 0, 0], [0, 255, 0]]]
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_upright(tmp_path, orientation, extension):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{extension}"
+    coordinates().save(path, exif=exif)
+    opened = open_image(path)
+    assert np.array_equal(levels(opened), levels(ImageOps.exif_transpose(Image.open(path))))
+    assert read_header(path).size == opened.size == ((30, 40) if orientation > 4 else (40, 30))
+    assert read_header(path).turned == (orientation > 4)
+
+
+def test_orientation_may_stand_behind_the_pixels(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.png"
+    coordinates().save(path, exif=exif)
+    content = path.read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    last = content.index(b"IEND") - 4
+    path.write_bytes(content[:start] + content[end:last] + content[start:end] + content[last:])
+    assert "exif" not in Image.open(path).info
+    assert read_header(path).size == open_image(path).size == (30, 40)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, photo):
+    photo.save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    half = whole[: len(whole) // 2]
+    for name, content in [("empty.png", b""), ("text.png", b"hello"), ("cut.png", half)]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            open_image(tmp_path / name)
+    with pytest.raises(UserError, match="no such file"):
+        open_image(tmp_path / "absent.png")
+
+
+def display_p3(name="swap"):
+    """A profile made from sRGB's, under a name of four letters: red is green, green is red."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    table = srgb[128:]
+    count = int.from_bytes(table[:4], "big")
+    places = {}
+    for i in range(count):
+        entry = table[4 + 12 * i : 16 + 12 * i]
+        places[entry[:4]] = 128 + 4 + 12 * i
+    swapped = bytearray(srgb)
+    red, green = places[b"rXYZ"], places[b"gXYZ"]
+    swapped[red : red + 4], swapped[green : green + 4] = b"gXYZ", b"rXYZ"
+    return bytes(swapped).replace("sRGB".encode("utf-16-be"), name.encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("kind", ["plain", "alpha", "turned"])
+def test_a_profile_is_converted_to_srgb(tmp_path, photo, kind, extension, capsys):
+    small = photo.resize((40, 30))
+    red, green, blue = small.split()
+    swapped = Image.merge("RGB", (green, red, blue))
+    exif = Image.Exif()
+    if kind == "turned":
+        exif[0x0112] = 6
+        small = small.transpose(Image.Transpose.ROTATE_270)
+    if kind == "alpha" and extension != "jpg":
+        small.putalpha(red)
+        swapped.putalpha(red)
+    path = tmp_path / f"swapped.{extension}"
+    lossless = {
+        "webp": {"lossless": True, "exact": True},
+        "jpg": {"quality": 100, "subsampling": 0},
+    }
+    swapped.save(path, icc_profile=display_p3(), exif=exif, **lossless.get(extension, {}))
+    notices = {}
+    opened = open_image(path, notices)
+    assert opened.mode == small.mode
+    assert abs(levels(opened) - levels(small)).max() <= (6 if extension == "jpg" else 1)
+    assert opened.info == {}
+    open_image(path, notices)
+    degrade.say_notices(notices)
+    says = f"2 pictures, such as {path}: its colour profile is converted to sRGB\n"
+    assert capsys.readouterr().err == says
+
+
+def test_which_profiles_are_converted(tmp_path):
+    """Not sRGB's own; a linear one is another. What cannot be used is said."""
+    path = tmp_path / "a.png"
+    grey = coordinates().convert("L")
+    cases = [
+        (coordinates(), display_p3("sRGB"), None),
+        (coordinates(), display_p3("g10x"), "is converted to sRGB"),
+        (coordinates(), b"nothing", "damaged"),
+        (grey, display_p3(), "not of its kind of picture"),
+    ]
+    for image, profile, says in cases:
+        image.save(path, icc_profile=profile)
+        notices = {}
+        opened = open_image(path, notices)
+        assert len(notices) == bool(says)
+        for text in notices:
+            assert says in text
+        if says != "is converted to sRGB":
+            assert np.array_equal(levels(opened), levels(image))
+
+
+def test_degrade_takes_alpha_only_if_it_hides_nothing(tmp_path, monkeypatch):
+    image = coordinates().convert("RGBA")
+    image.save(tmp_path / "opaque.png")
+    image.putpixel((3, 3), (1, 2, 3, 254))
+    image.save(tmp_path / "hidden.png")
+    words = ["--only", "gaussian_noise:sigma=0"]
+    monkeypatch.setattr("sys.argv", ["degrade.py", "opaque.png", "o.png", *words])
+    monkeypatch.chdir(tmp_path)
+    degrade.main()
+    assert np.array_equal(levels(Image.open(tmp_path / "o.png")), levels(coordinates()))
+    monkeypatch.setattr("sys.argv", ["degrade.py", "hidden.png", "o.png", *words])
+    with pytest.raises(UserError, match="hidden.png has transparent pixels"):
+        degrade.main()
+    assert read_header(tmp_path / "hidden.png").transparent

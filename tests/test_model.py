@@ -264,6 +264,15 @@ def test_widened_patch_embedding_starts_as_the_text_to_image_model():
     assert (after - before).abs().max() <= 1e-6 * before.abs().max()
 
 
+@pytest.mark.parametrize("conditioning", ["projection", "widen", "none"])
+def test_a_transformer_that_is_widened_already_is_refused(conditioning):
+    exported = Sana(SMALL | {"in_channels": 16})
+    widened = Restorer(Sana(SMALL), "widen").sana
+    for sana in (exported, widened):
+        with pytest.raises(ValueError, match="takes 16 channels and gives 8"):
+            Restorer(sana, conditioning)
+
+
 def tiny():
     restorer = build_restorer(PRESETS["tiny"])
     restorer.sana.initialize(seeded())

@@ -9,18 +9,16 @@ import unicodedata
 from argparse import Namespace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 from test_commands import run
 from test_data import coordinates, levels, write_csv
 
 import data
 import degrade
 from data import CsvPairs, PairedDataset, list_images, make_datasets, make_pairs, match_folders
-from data import open_image
 from degrade import UserError, parse_degradations
 
 NOISE = parse_degradations(["gaussian_noise:sigma=25"])
@@ -100,66 +98,6 @@ def test_transparent_pixels_are_refused_and_opaque_ones_are_not(tmp_path, capsys
     assert capsys.readouterr().err.count("left out: ") == 1
     with pytest.raises(UserError, match="hidden.png"):
         make_pairs(tmp_path, tmp_path.parent / f"{tmp_path.name}-out", NOISE, [1], seed=0)
-
-
-@pytest.mark.parametrize("name", ["deep.png", "deep.tif", "alpha.png"])
-def test_16_bit_colours_are_rounded(tmp_path, name, capsys):
-    channels = 4 if name == "alpha.png" else 3
-    values = np.random.default_rng(0).integers(0, 65536, (30, 20, channels), dtype=np.uint16)
-    cv2.imwrite(str(tmp_path / name), values)
-    order = [2, 1, 0, 3][:channels]  # OpenCV's is blue, green, red
-    expected = np.rint(values[..., order] / 257)
-    assert np.array_equal(levels(open_image(tmp_path / name)), expected)
-    assert "16 bits a channel" in capsys.readouterr().err
-
-
-def test_pages_that_are_left_out_are_said(tmp_path, capsys):
-    first, second = coordinates(40, 40), ImageOps.mirror(coordinates(40, 40))
-    first.save(tmp_path / "pages.tif", save_all=True, append_images=[second, second])
-    assert np.array_equal(levels(open_image(tmp_path / "pages.tif")), levels(first))
-    assert "pages.tif: has several pages; only the first is used" in capsys.readouterr().err
-    CsvPairs(write_csv(tmp_path / "p.csv", [("pages.tif", "", "")]))
-    assert "1 pictures, such as pages.tif: has several pages" in capsys.readouterr().out
-
-
-def display_p3():
-    """A profile with the primaries of Display P3, made from sRGB's: its red and green swapped."""
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    table = srgb[128:]
-    count = int.from_bytes(table[:4], "big")
-    places = {}
-    for i in range(count):
-        entry = table[4 + 12 * i : 16 + 12 * i]
-        places[entry[:4]] = 128 + 4 + 12 * i
-    swapped = bytearray(srgb)
-    red, green = places[b"rXYZ"], places[b"gXYZ"]
-    swapped[red : red + 4], swapped[green : green + 4] = b"gXYZ", b"rXYZ"
-    return bytes(swapped).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
-
-
-def test_training_sees_srgb_and_input_keeps_its_profile(tmp_path, capsys):
-    """A picture whose profile says that red is green and green is red."""
-    image = coordinates(40, 40)
-    red, green, blue = image.split()
-    image.save(tmp_path / "plain.png")
-    swapped = Image.merge("RGB", (green, red, blue))
-    swapped.save(tmp_path / "profiled.png", icc_profile=display_p3())
-    source = CsvPairs(write_csv(tmp_path / "p.csv", [("plain.png", "profiled.png", "")]))
-    clean, condition, _ = source.load(0)
-    assert abs(levels(clean) - levels(condition)).max() <= 1
-    assert "its colour profile is converted to sRGB" in capsys.readouterr().out
-    kept = open_image(tmp_path / "profiled.png")
-    assert np.array_equal(levels(kept), levels(swapped))
-    assert kept.info["icc_profile"] == display_p3()
-
-
-def test_a_profile_of_another_kind_of_picture_does_no_harm(tmp_path):
-    image = coordinates(40, 40).convert("L")
-    image.save(tmp_path / "grey.png", icc_profile=display_p3())
-    assert np.array_equal(levels(open_image(tmp_path / "grey.png", srgb=True)), levels(image))
-    coordinates(40, 40).save(tmp_path / "damaged.png", icc_profile=b"nothing")
-    damaged = open_image(tmp_path / "damaged.png", srgb=True)
-    assert np.array_equal(levels(damaged), levels(coordinates(40, 40)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -421,27 +359,6 @@ def test_a_degradation_of_two_words_is_one_group(tmp_path):
 # What a second pair of eyes found.
 
 
-def test_16_bit_grey_with_a_profile_is_not_clipped(tmp_path):
-    values = np.arange(0, 65536, 40, dtype=np.uint16)[:1600].reshape(40, 40)
-    image = Image.fromarray(values)
-    image.save(tmp_path / "plain.png")
-    image.save(tmp_path / "profiled.png", icc_profile=display_p3())
-    plain = open_image(tmp_path / "plain.png", srgb=True)
-    assert np.array_equal(levels(plain), np.rint(values / 257))
-    assert open_image(tmp_path / "profiled.png", srgb=True).tobytes() == plain.tobytes()
-
-
-def test_a_turned_tiff_has_its_size_after_turning(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    coordinates(40, 60).save(tmp_path / "turned.tif", exif=exif)
-    noise_picture((60, 40), 0).save(tmp_path / "upright.png")
-    assert open_image(tmp_path / "turned.tif").size == (60, 40)
-    path = write_csv(tmp_path / "p.csv", [("upright.png", "turned.tif", "")])
-    clean, condition, _ = CsvPairs(path).load(0)
-    assert clean.size == condition.size == (60, 40)
-
-
 def test_pictures_that_differ_in_the_middle_alone_are_not_copies(tmp_path):
     digests = set()
     for i in range(20):
@@ -485,16 +402,6 @@ def test_no_picture_is_its_own_partner(tmp_path):
         match_folders(tmp_path / "data", tmp_path / "data", out)
     match_folders(tmp_path / "data", tmp_path / "data/noisy", out)
     assert [row.name for row in CsvPairs(out).rows] == ["data/1.png,data/noisy/1.png"]
-
-
-def test_a_linear_profile_is_not_srgb(tmp_path):
-    renamed = display_p3().replace("swap".encode("utf-16-be"), "g10x".encode("utf-16-be"))
-    image = coordinates(40, 40)
-    image.info["icc_profile"] = renamed
-    assert data.profile_of(image)
-    for trouble in (b"", b"nothing"):
-        image.info["icc_profile"] = trouble
-        assert data.profile_of(image) is None
 
 
 def test_doubled_columns_are_refused(tmp_path):

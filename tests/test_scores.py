@@ -50,6 +50,8 @@ def run_folder(tmp_path_factory):
         save_weights(changed, checkpoint / "model.safetensors")
         config = {"step": step, "model": PRESETS["tiny"], "args": {}}
         (checkpoint / "config.json").write_text(json.dumps(config))
+        rows = {"trained": [], "held_out": [], "before": []}
+        (checkpoint / "rows.json").write_text(json.dumps(rows))
     (folder / "best").write_text("step_000001")
     (folder / "latest").write_text("step_000002")
     return folder
@@ -191,7 +193,7 @@ def test_conditions_that_are_not_there_or_smaller_are_not_scored(command, tmp_pa
 
 def test_scores_are_kept_when_measuring_ends_early(command, tmp_path, monkeypatch):
     write_pairs(tmp_path, ["0.png", "1.png", "2.png"], "jpeg:quality=20 downscale:factor=2")
-    draw = evaluate.PairedDataset.draw
+    draw = evaluate.PairedDataset.__getitem__
 
     def fail(dataset, i):
         if i == 2:
@@ -199,7 +201,7 @@ def test_scores_are_kept_when_measuring_ends_early(command, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return draw(dataset, i)
 
-    monkeypatch.setattr(evaluate.PairedDataset, "draw", fail)
+    monkeypatch.setattr(evaluate.PairedDataset, "__getitem__", fail)
     with pytest.raises(KeyboardInterrupt):
         command("--data", "pairs.csv", "--metrics", "psnr", "--output", "o")
     rows = read_csv(tmp_path / "o/scores.csv")
@@ -332,7 +334,7 @@ def test_weights_and_the_files_that_name_a_checkpoint(command, run_folder, tmp_p
     default = Pipeline.load(run_folder)(tmp_path / "a.png").tobytes()
     assert default == Image.open(tmp_path / "latest_ema.png").tobytes()
     (tmp_path / "best").write_text("step_9")
-    with pytest.raises(UserError, match="step_9: no checkpoint here"):
+    with pytest.raises(UserError, match="best: no checkpoint here"):
         Pipeline.load(tmp_path / "best")
 
 
@@ -350,15 +352,13 @@ def test_rows_that_were_trained_on_are_counted(command, run_folder, tmp_path, ca
         "held_out": [["b", digests[3], "x"]],
         "before": [digests[1], digests[0]],
     }
-    (tmp_path / "run/rows.json").write_text(json.dumps(rows))
+    (tmp_path / "run/step_000001/rows.json").write_text(json.dumps(rows))
     words = "--data", "pairs.csv", "--metrics", "psnr", "--checkpoint"
-    for name in ("run", "run/best", "run/step_000001"):
+    for name in ("run/best", "run/step_000001"):
         command(*words, tmp_path / name)
         said = "pairs.csv: the checkpoint was trained on 3 of these 5 rows\n"
         assert said in capsys.readouterr().out
-    rows |= {"trained": [], "before": []}
-    (tmp_path / "run/rows.json").write_text(json.dumps(rows))
-    command(*words, tmp_path / "run")
+    command(*words, tmp_path / "run")  # its step_000002
     assert "trained on" not in capsys.readouterr().out
 
 
@@ -445,7 +445,7 @@ def test_a_name_that_is_too_long_stops_its_picture_only(run_folder, tmp_path, ca
     assert restore_files(pipeline, work) == 2
     assert (tmp_path / "out/a.png").is_file()
     captured = capsys.readouterr()
-    assert captured.err.count("left out: cannot write") == 2
+    assert captured.err.count("failed: cannot write") == 2
     assert "restored 1 image(s)" in captured.out
 
 

@@ -507,9 +507,12 @@ def test_pipeline_uses_the_decoder(stages, photo):
 
 def test_export_says_what_it_leaves_out(stages, tmp_path):
     output = run("model.py", "export", stages / "decoder", tmp_path / "exported", cwd=tmp_path)
-    assert "the decoder is not in it" in output
+    assert "the decoder is no part of" in output
+    assert "x0 - condition, which is no velocity" in output
+    command = ["model.py", "export", stages / "decoder", "last", "--weights", "model"]
+    assert "decoder is a decoder" in run(*command, cwd=tmp_path, status=2)
     other = run("model.py", "export", stages / "pairs", tmp_path / "other", cwd=tmp_path)
-    assert "decoder" not in other
+    assert "AutoencoderDC" not in other
     name = "diffusion_pytorch_model.safetensors"
     a, b = load_file(tmp_path / "exported" / name), load_file(tmp_path / "other" / name)
     assert all(torch.equal(a[key], b[key]) for key in b)

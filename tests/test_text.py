@@ -17,6 +17,7 @@ from transformers import Gemma2Config, Gemma2Model
 from degrade import UserError
 from model import INSTRUCTION, Gemma2, GemmaTokenizer, Sana, encode_prompts, pad_text
 from pipeline import CORPUS, GEMMA, randomize, vocabulary
+from vae import load_pretrained
 
 # --------------------------------------------------------------------------------------------------
 # The tokenizer.
@@ -108,6 +109,21 @@ def test_tokenizer_gives_the_ids_of_the_tokenizers_library(tmp_path, split, merg
     assert len(used) > 300  # of 571: most merges are steps to longer ones
 
 
+def test_one_place_is_merged_at_a_time(tmp_path):
+    """Here abc can be made in two ways, and abca is learnt between them."""
+    merges = [("b", "c"), ("ab", "c"), ("abc", "a"), ("a", "bc")]
+    tokens = ["<unk>", "<bos>", "a", "b", "c", "ab", "bc", "abc", "abca"]
+    tokens += [f"<0x{byte:02X}>" for byte in range(256)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    peer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    peer.normalizer = normalizers.Replace(" ", "▁")
+    peer.add_special_tokens(["<bos>"])
+    (tmp_path / "tokenizer.json").write_text(peer.to_str())
+    ids = GemmaTokenizer(tmp_path).encode("abcabc")
+    assert ids == [vocab["<bos>"], *peer.encode("abcabc").ids]
+    assert ids == [vocab[token] for token in ("<bos>", "abca", "bc")]
+
+
 def test_tokenizers_of_another_kind_are_refused(tmp_path):
     spec = json.loads(peer_tokenizer(True).to_str())
     stripping = {"id": 9, "content": "x", "lstrip": True}
@@ -152,11 +168,11 @@ def test_gemma_computes_what_transformers_computes(tmp_path, change):
 
     with torch.no_grad():
         expected = compute(theirs)
-        got = Gemma2.from_pretrained(tmp_path)(ids, mask)[mask]
+        got = load_pretrained(Gemma2, tmp_path)(ids, mask)[mask]
         assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
         # in bf16 every rounding falls on the same place: bit for bit
         theirs = Gemma2Model.from_pretrained(tmp_path, dtype=torch.bfloat16, **eager)
-        half = Gemma2.from_pretrained(tmp_path, torch.bfloat16)(ids, mask)[mask]
+        half = load_pretrained(Gemma2, tmp_path, torch.bfloat16)(ids, mask)[mask]
         assert half.dtype == torch.bfloat16
         assert torch.equal(half, compute(theirs))
 
@@ -211,7 +227,7 @@ def encode_as_diffusers(pipeline, prompt):
 
 def encode_here(pipeline_folder, prompts):
     tokenizer = GemmaTokenizer(pipeline_folder / "tokenizer")
-    gemma = Gemma2.from_pretrained(pipeline_folder / "text_encoder")
+    gemma = load_pretrained(Gemma2, pipeline_folder / "text_encoder")
     return encode_prompts(tokenizer, gemma, prompts, batch_size=3)
 
 
@@ -231,7 +247,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(pipeline, pipeline_folder, cap
 def test_leaving_out_the_padding_changes_nothing(pipeline, pipeline_folder):
     """The velocity from 300 masked positions is that from the fewest that hold the batch."""
     prompts = ["  Remove NOISE\nand jpeg   artifacts. ", "a"]
-    sana = Sana.from_pretrained(pipeline_folder / "transformer")
+    sana = load_pretrained(Sana, pipeline_folder / "transformer")
     latents = torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(0))
     timestep = torch.tensor([300.0, 900.0])
     text, mask = pad_text(encode_here(pipeline_folder, prompts))
