@@ -648,8 +648,8 @@ def list_work(sources, target):
 # Measuring. A method is a function (i, item of the data set) -> its picture [3, H, W].
 
 
-def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, condition="input"):
-    """Score {name: method} on each pair, and the condition itself, under the name condition.
+def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, unrestored="input"):
+    """Score {name: method} on each pair, and the condition itself, under the name unrestored.
 
     -> rows [{"image": i, "condition": "", "degradation": [name, ...], "input_psnr", "NAME_psnr",
     ...}], and the labelled pictures of the first eight pairs, as draw_grid takes them. save: called
@@ -660,7 +660,7 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, condition=
     bar = tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)
     for i in bar:
         item = dataset[i]
-        outputs = {condition: item["condition"]}
+        outputs = {unrestored: item["condition"]}
         for name, method in methods.items():
             outputs[name] = method(i, item)
         row = {"image": i, "condition": "", "degradation": dataset.name_degradations(i)}
@@ -932,7 +932,7 @@ def measure(args, out):
     dataset = PairedDataset(source, None, degradations, **options)
     metrics = Metrics(args.metrics, args.lpips_weights, args.fid_weights, args.device)
     methods = make_methods(args, pipeline, dataset) if args.checkpoint else {}
-    condition = "input" if args.checkpoint else "conditions"
+    unrestored = "input" if args.checkpoint else "conditions"
     restored = [name for name in methods if name not in BESIDE]
 
     def save(row, item, outputs):
@@ -948,8 +948,8 @@ def measure(args, out):
         done = "; ".join(row["degradation"])
         append_row(out / "scores.csv", row | {"degradation": done})
 
-    rows, pictures = evaluate_pairs(dataset, methods, metrics, save=save, condition=condition)
-    summary = summarize(rows, [condition, *methods], metrics)
+    rows, pictures = evaluate_pairs(dataset, methods, metrics, save=save, unrestored=unrestored)
+    summary = summarize(rows, [unrestored, *methods], metrics)
     print_summary(rows, summary, metrics)
     save_image(draw_grid(pictures), out / "grid.png")
     if len(restored) > 1 and "psnr" in metrics.names and len(metrics.names) > 1:
@@ -1104,9 +1104,11 @@ def parse_args(argv=None):
     else:
         parser.refuse(given, "with --input", "goes with --input, not with --data; leave it out")
     if not args.checkpoint:
-        if args.input or args.save_pictures:
-            raise UserError("--input and --save_pictures need --checkpoint: what to restore with")
-        parser.refuse(given, "how to restore", "needs --checkpoint: what to restore with")
+        reason = "needs --checkpoint: what to restore with"
+        parser.refuse(given, "how to restore", reason)
+        for name in ("input", "save_pictures"):
+            if name in given:
+                raise UserError(f"--{name}: {reason}")
     for metric in ("lpips", "fid"):
         if f"{metric}_weights" in given and metric not in args.metrics:
             raise UserError(f"--{metric}_weights: --metrics leaves out {metric}; leave it out too")
