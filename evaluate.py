@@ -19,7 +19,6 @@ import os
 import pickle
 import sys
 from argparse import SUPPRESS, Namespace
-from collections import Counter
 from pathlib import Path
 
 # threads that wait soon sleep instead of spinning, see train.py
@@ -39,7 +38,7 @@ from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, describe_p
 from degrade import explain_errors, open_image, parse_degradations, picture_extensions, plain_image
 from degrade import run_script, save_image, say_notices
 from model import SAMPLERS, find_autoencoder, find_checkpoint, guided, load_autoencoder
-from model import load_decoder, load_frozen, load_restorer
+from model import load_decoder, load_frozen, load_restorer, read_run, rows_trained_on
 from vae import PixelAE, blend_tiles, pad_to_multiple, write_json
 
 # --------------------------------------------------------------------------------------------------
@@ -387,7 +386,7 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     return max(0.0, distance.item())
 
 
-METRICS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}  # of one image; FID is of all
+METRICS = {"psnr": 2, "ssim": 4, "lpips": 4}  # of one image, printed digits; FID is of all
 
 
 class Metrics:
@@ -463,7 +462,9 @@ class Pipeline:
         self.autoencoder = autoencoder
         self.prompts = prompts
         self.enlarge = enlarge
-        self.config = None  # "model" of the checkpoint's config.json, if load made this
+        # where load found it: the step folder, and "model" of its config.json
+        self.checkpoint = None
+        self.config = None
         self.steps = steps
         if restorer and steps is None:
             self.steps = DEFAULT_STEPS[restorer.prediction]
@@ -493,6 +494,7 @@ class Pipeline:
             autoencoder = load_decoder(config, own, folder, weights).to(device)
             steps = config["decoder"]["steps"]
         pipeline = cls(restorer.to(device), autoencoder, prompts, enlarge, steps)
+        pipeline.checkpoint = folder
         pipeline.config = config
         return pipeline
 
@@ -585,14 +587,17 @@ def restore_files(pipeline, work, overwrite=False, quality=95, **options):
     # os.path.exists is False for a name that is too long; writing it fails later
     todo = [(path, out) for path, out in work if overwrite or not os.path.exists(out)]
     failed = 0
+    notices = {}
     for path, out in tqdm(todo, unit="img", desc="restore", disable=len(work) == 1):
         try:
-            save_restored(pipeline(path, **options), out, quality)
+            restored = pipeline(open_image(path, notices), **options)
+            save_restored(restored, out, quality)
         except UserError as error:
             if len(work) == 1:
                 raise
             tqdm.write(f"failed: {error}", file=sys.stderr)
             failed += 1
+    say_notices(notices)
     where = work[0][1]
     if len(work) > 1:
         where = os.path.commonpath([out.parent for _, out in work])
@@ -603,14 +608,12 @@ def restore_files(pipeline, work, overwrite=False, quality=95, **options):
 
 
 def save_restored(image, path, quality):
-    """Save a picture with its format's options. Drop alpha it cannot hold, and print that."""
+    """Save a picture. Drop alpha that its format cannot hold, and print that."""
     kind = Image.registered_extensions().get(path.suffix.lower())
-    options = {}
+    options = {"quality": quality} if kind in ("JPEG", "MPO", "WEBP", "AVIF") else {}
     if image.mode.endswith("A") and kind in ("JPEG", "MPO", "BMP", "DIB", "PPM", "PCX"):
         print(f"{path}: this format holds no transparency; saved without", file=sys.stderr)
         image = image.convert(image.mode.rstrip("A"))
-    if kind in ("JPEG", "MPO", "WEBP", "AVIF"):
-        options["quality"] = quality
     save_image(image, path, **options)
 
 
@@ -645,8 +648,8 @@ def list_work(sources, target):
 # Measuring. A method is a function (i, item of the data set) -> its picture [3, H, W].
 
 
-def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, condition="input"):
-    """Score {name: method} on each pair, and the condition itself, under the name condition.
+def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, unrestored="input"):
+    """Score {name: method} on each pair, and the condition itself, under the name unrestored.
 
     -> rows [{"image": i, "condition": "", "degradation": [name, ...], "input_psnr", "NAME_psnr",
     ...}], and the labelled pictures of the first eight pairs, as draw_grid takes them. save: called
@@ -657,7 +660,7 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, condition=
     bar = tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)
     for i in bar:
         item = dataset[i]
-        outputs = {condition: item["condition"]}
+        outputs = {unrestored: item["condition"]}
         for name, method in methods.items():
             outputs[name] = method(i, item)
         row = {"image": i, "condition": "", "degradation": dataset.name_degradations(i)}
@@ -720,11 +723,7 @@ def summarize(rows, methods, metrics):
     return summary
 
 
-BESIDE = "ceiling", "control", "plain"  # what stands beside a restorer's scores
-
-
-DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
-LABELS = {
+BESIDE = {  # what stands beside a restorer's scores
     "input": "degraded input",
     "ceiling": "ceiling: autoencoder alone",
     # of a decoder that sees the degraded image
@@ -733,12 +732,14 @@ LABELS = {
 }
 
 
+def number(value, key):
+    return "n/a" if math.isnan(value) else f"{value:.{METRICS[key]}f}"
+
+
 def cell(scores, key):
     """Format a mean and its interval: "28.76 (28.10, 29.41)"."""
-    mean, low, high = (f"{scores[end]:.{DIGITS[key]}f}" for end in ("mean", "low", "high"))
-    if mean == "nan":
-        return "n/a"
-    return mean if low == "nan" else f"{mean} ({low}, {high})"
+    mean, low, high = (number(scores[name], key) for name in ("mean", "low", "high"))
+    return mean if low == "n/a" else f"{mean} ({low}, {high})"
 
 
 def print_row(label, cells):
@@ -747,7 +748,7 @@ def print_row(label, cells):
 
 def print_summary(rows, summary, metrics):
     """Print the table: a line for each method, then for each degradation."""
-    titles = [METRICS[key] for key in metrics.names]
+    titles = [key.upper() for key in metrics.names]
     if metrics.fid:
         titles.append("FID")
     print_row(f"{len(rows)} images, mean (95%)", titles)
@@ -755,27 +756,16 @@ def print_summary(rows, summary, metrics):
         cells = [cell(scores[key], key) for key in metrics.names]
         if metrics.fid:
             cells.append(f"{scores['fid']:.2f}")
-        print_row(LABELS.get(method, method), cells)
-    methods = [method for method in summary if method not in ("ceiling", "plain")]
-    groups = Counter()
-    for row in rows:
-        groups.update(set(row["degradation"]))
-    for group, count in sorted(groups.items()):
-        some = means([row for row in rows if group in row["degradation"]])
-        print_row(f"with {group} ({count})", group_cells(some, methods, metrics.names))
+        print_row(BESIDE.get(method, method), cells)
+    methods = [name for name in summary if name not in ("ceiling", "plain")]
+    for group in sorted({name for row in rows for name in row["degradation"]}):
+        some = [row for row in rows if group in row["degradation"]]
+        values = means(some)
+        cells = []
+        for key in metrics.names:  # "20.44 -> 28.76": all methods in a cell
+            cells.append(" -> ".join(number(values[f"{name}_{key}"], key) for name in methods))
+        print_row(f"with {group} ({len(some)})", cells)
     print_notes(rows, summary, metrics)
-
-
-def group_cells(values, methods, keys):
-    """Format {column: mean} of a group, all methods in a cell for each metric: "20.44 -> 28.76"."""
-    cells = []
-    for key in keys:
-        texts = []
-        for method in methods:
-            value = values[f"{method}_{key}"]
-            texts.append("n/a" if math.isnan(value) else f"{value:.{DIGITS[key]}f}")
-        cells.append(" -> ".join(texts))
-    return cells
 
 
 def print_notes(rows, methods, metrics):
@@ -785,15 +775,16 @@ def print_notes(rows, methods, metrics):
     if metrics.fid and len(rows) < 2048:
         print(f"FID of {len(rows)} images is too high: compare it only at the same number of them")
     for key in metrics.names:
-        small = len(rows) - len(scored(rows, f"{next(iter(methods))}_{key}"))
+        small = len(rows) - len(scored(rows, f"{list(methods)[0]}_{key}"))
         if small and key not in metrics.missing:
-            print(f"{METRICS[key]}: {small} of {len(rows)} images are too small for it")
-    counts = []
+            print(f"{key.upper()}: {small} of {len(rows)} images are too small for it")
+    at_the_end = []
     for name in methods:
         count = sum(row.get(f"{name}_psnr") == 100 for row in rows)
-        counts += [f"{name} {count}"] if count else []
-    if counts:
-        print("PSNR ends at 100 dB, where pictures equal the clean ones:", ", ".join(counts))
+        if count:
+            at_the_end.append(f"{name} {count}")
+    if at_the_end:
+        print("PSNR ends at 100 dB, where pictures equal the clean ones:", ", ".join(at_the_end))
 
 
 def ceiling_method(autoencoder, device):
@@ -834,8 +825,8 @@ def claim_folder(output):
         except FileExistsError:
             if output:
                 raise UserError(f"--output {output} exists already; name a new folder") from None
-            number += 1
-            out = Path(f"out/evaluation-{number}")
+        number += 1
+        out = Path(f"out/evaluation-{number}")
 
 
 def append_row(path, row):
@@ -849,127 +840,129 @@ def append_row(path, row):
 
 
 def picture_names(source):
-    """Return the relative path under which the restored picture of each row is saved.
+    """Return the path, below pictures/, of the restored picture of each row.
 
-    It is the path of the condition, or else of the clean picture, relative to the CSV, without ..
-    and with .png. Raises UserError if two rows would share one."""
-    names = []
+    It is that of the condition, or else of the clean picture, relative to the CSV, without .. and
+    with .png. Raises UserError if two rows would share one."""
     lines = {}
     for row in source.rows:
         path = Path(relative(row.condition or row.clean, source.path)).with_suffix(".png")
         name = Path(*[part for part in path.parts if part not in ("..", path.anchor)])
-        line = lines.setdefault(name, row.line)
-        if line != row.line:
-            both = f"line {line} and line {row.line} of {source.path}"
+        if name in lines:
+            both = f"line {lines[name]} and line {row.line} of {source.path}"
             raise UserError(f"--save_pictures: {both} have one name, {name}; rename a picture")
-        names.append(name)
-    return names
+        lines[name] = row.line
+    return list(lines)
 
 
 def make_methods(args, pipeline, dataset):
-    """Return the methods that the flags ask for: {name: method}."""
+    """Return {name: method}: the ceiling, and the restorer with each number of --steps.
+
+    The ceiling is the round trip of the clean picture through the autoencoder. A decoder that sees
+    the degraded image has two more. control: this decoder on the condition's own latents (no
+    steps); if it scores as well, the transformer adds nothing. plain: the original decoder."""
     captions = [dataset.plan(i)[2] for i in range(len(dataset))]
     if args.prompt is not None:
         captions = [args.prompt] * len(dataset)
     pipeline.prompts.prepare([*captions, ""])
-    steps = args.steps or [pipeline.steps]
-    sampling = sampling_options(args) | {"steps": steps[0]}
+
+    def restoring(pipeline, steps):
+        options = sampling_options(args) | {"steps": steps}
+        return restoring_method(pipeline, captions, args.device, **options)
+
     if pipeline.seeing:
-        methods = decoder_methods(args, pipeline, sampling, captions)
+        original = load_autoencoder(pipeline.config, find_autoencoder(pipeline.checkpoint))
+        plain = Pipeline(pipeline.restorer, original.to(args.device), pipeline.prompts)
+        methods = {
+            "ceiling": ceiling_method(original, args.device),
+            "control": restoring(pipeline, 0),
+            "plain": restoring(plain, args.steps[0]),
+        }
     else:
         methods = {"ceiling": ceiling_method(pipeline.autoencoder, args.device)}
-    for count in steps:
-        name = f"steps_{count}" if len(steps) > 1 else "restored"
-        options = sampling | {"steps": count}
-        methods[name] = restoring_method(pipeline, captions, args.device, **options)
+    for steps in args.steps:
+        name = f"steps_{steps}" if len(args.steps) > 1 else "restored"
+        methods[name] = restoring(pipeline, steps)
     return methods
 
 
-def decoder_methods(args, pipeline, sampling, captions):
-    """Return what a decoder that sees the degraded image is compared with: {name: method}.
+def open_pairs(args):
+    """Open --data. Raises UserError for pairs or flags that do not go together."""
+    source = CsvPairs(args.data, args.skip_bad)
+    print(source.summary())
+    unpaired = [row.line for row in source.rows if not row.condition]
+    if args.degradations and not unpaired:
+        raise UserError(f"--degradations: every row of {args.data} has a condition; leave it out")
+    if not args.checkpoint and unpaired:
+        where = f"{args.data}, line {unpaired[0]}"
+        raise UserError(f"{where}: no condition to score; name one, or give --checkpoint")
+    if not args.checkpoint and source.enlarge > 1:
+        sizes = f"conditions {source.enlarge} times smaller than the clean pictures"
+        raise UserError(f"{args.data}: {sizes} need --checkpoint; without, sizes must be the same")
+    return source
 
-    ceiling: the round trip of the clean picture through the original autoencoder. control: this
-    decoder on the condition's own latents; if it scores as well as the restorer, the transformer
-    adds nothing. plain: restored with the original decoder."""
-    own = find_autoencoder(find_checkpoint(args.checkpoint))
-    plain = load_autoencoder(pipeline.config, own).to(args.device)
-    restore = Pipeline(pipeline.restorer, plain, pipeline.prompts)
-    unchanged = sampling | {"steps": 0}
-    return {
-        "ceiling": ceiling_method(plain, args.device),
-        "control": restoring_method(pipeline, captions, args.device, **unchanged),
-        "plain": restoring_method(restore, captions, args.device, **sampling),
-    }
 
+def say_trained_rows(checkpoint, source):
+    """Say how many rows of a CsvPairs a run, or one it builds on, was trained on.
 
-def check_conditions(source):
-    """Raise UserError if the conditions of a CsvPairs cannot be scored as they are."""
-    if source.enlarge > 1:
-        sizes = f"the conditions are {source.enlarge} times smaller than the clean pictures"
-        raise UserError(f"{source.path}: {sizes}; without --checkpoint they need the same size")
-    for row in source.rows:
-        if not row.condition:
-            where = f"{source.path}, line {row.line}"
-            raise UserError(f"{where}: no condition to score; name one, or give --checkpoint")
+    They are known by the content of their clean pictures."""
+    trained = rows_trained_on(checkpoint)
+    count = sum(source.digests[row.clean] in trained for row in source.rows)
+    if count:
+        print(f"{source.path}: the checkpoint was trained on {count} of these {len(source)} rows")
 
 
 def measure(args, out):
     """Do what --data asks: print the table, write scores.csv, scores.json and grid.png to out.
 
     With several --steps also sweep.png, with --save_pictures also pictures/."""
-    source = CsvPairs(args.data, args.skip_bad)
-    if args.degradations and all(row.condition for row in source.rows):
-        paired = f"every row of {args.data} has a condition, nothing is degraded here"
-        raise UserError(f"--degradations: {paired}; leave it out")
-    print(source.summary())
-    pipeline = None
+    source = open_pairs(args)
+    names = picture_names(source) if args.save_pictures else []
+    args.degradations = args.degradations or DEFAULT_DEGRADATIONS
+    degradations = parse_degradations(args.degradations)
+    options = {"training": False, "seed": args.seed}
     if args.checkpoint:
         pipeline = load_pipeline(args)
-    else:
-        check_conditions(source)
-    if pipeline and pipeline.enlarge != source.enlarge:
-        factors = f"{pipeline.enlarge} times in training, {source.enlarge} times here"
-        print(f"conditions were enlarged {factors}")
-    names = picture_names(source) if args.save_pictures else []
-    degradations = args.degradations or DEFAULT_DEGRADATIONS
-    choices = parse_degradations(degradations)
-    fixed = {"training": False, "seed": args.seed}
-    dataset = PairedDataset(source, None, choices, **fixed)
+        say_trained_rows(pipeline.checkpoint, source)
+        if pipeline.enlarge != source.enlarge:
+            factors = f"{pipeline.enlarge} times in training, {source.enlarge} times here"
+            print(f"conditions were enlarged {factors}")
+        in_training = read_run(pipeline.checkpoint)["args"]
+        options["max_degradations"] = in_training.get("max_degradations", 3)
+    dataset = PairedDataset(source, None, degradations, **options)
     metrics = Metrics(args.metrics, args.lpips_weights, args.fid_weights, args.device)
-    methods = make_methods(args, pipeline, dataset) if pipeline else {}
+    methods = make_methods(args, pipeline, dataset) if args.checkpoint else {}
+    unrestored = "input" if args.checkpoint else "conditions"
     restored = [name for name in methods if name not in BESIDE]
-    condition = "input" if pipeline else "conditions"
 
     def save(row, item, outputs):
-        index = row["image"]
-        pair = source.rows[index]
-        row["image"] = relative(pair.clean, source.path)
-        if pair.condition:
-            row["condition"] = relative(pair.condition, source.path)
+        pair = source.rows[row["image"]]
         if args.save_pictures:
             for name in restored:
                 folder = out / "pictures" / (name if len(restored) > 1 else "")
-                save_image(finished_image(outputs[name], item["grey"]), folder / names[index])
+                path = folder / names[row["image"]]
+                save_image(finished_image(outputs[name], item["grey"]), path)
+        row["image"] = relative(pair.clean, source.path)
+        if pair.condition:
+            row["condition"] = relative(pair.condition, source.path)
         done = "; ".join(row["degradation"])
         append_row(out / "scores.csv", row | {"degradation": done})
 
-    rows, pictures = evaluate_pairs(dataset, methods, metrics, save=save, condition=condition)
-    summary = summarize(rows, [condition, *methods], metrics)
+    rows, pictures = evaluate_pairs(dataset, methods, metrics, save=save, unrestored=unrestored)
+    summary = summarize(rows, [unrestored, *methods], metrics)
     print_summary(rows, summary, metrics)
     save_image(draw_grid(pictures), out / "grid.png")
+    if len(restored) > 1 and "psnr" in metrics.names and len(metrics.names) > 1:
+        draw_sweep({name: summary[name] for name in restored}, metrics, out / "sweep.png")
     report = {
-        "flags": vars(args) | {"degradations": degradations},
+        "flags": vars(args),
         "count": len(rows),
         "methods": summary,
         "missing": metrics.missing,
         "images": rows,
     }
     write_json(out / "scores.json", report)
-    written = "scores.csv, scores.json, grid.png"
-    if len(restored) > 1 and "psnr" in metrics.names and len(metrics.names) > 1:
-        draw_sweep({name: summary[name] for name in restored}, metrics, out / "sweep.png")
-        written += ", sweep.png"
-    print(f"{out}: {written}")
+    print("written:", ", ".join(str(path) for path in sorted(out.glob("*.*"))))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1040,44 +1033,21 @@ def draw_chart(draw, top, title, points, log_scale, labels):
 def draw_sweep(summary, metrics, path):
     """Draw LPIPS (SSIM if it is missing) over PSNR, a point for each number of steps."""
     key = "lpips" if metrics.lpips else "ssim"
-    points = []
-    for scores in summary.values():
-        points.append((scores["psnr"]["mean"], scores[key]["mean"]))
+    points = [(scores["psnr"]["mean"], scores[key]["mean"]) for scores in summary.values()]
     labels = [name.removeprefix("steps_") for name in summary]
-    title = f"{METRICS[key]} over PSNR (dB), by sampling steps"
+    title = f"{key.upper()} over PSNR (dB), by sampling steps"
     draw_charts([(title, points, False, labels)], path)
 
 
 # --------------------------------------------------------------------------------------------------
 
-
-DEFAULTS = {
-    "checkpoint": None,
-    "input": None,
-    "data": None,
-    "output": None,
-    "seed": 0,
-    # how to restore
-    "weights": "ema",
-    "model": None,
-    "prompt": None,
-    "steps": None,  # those of the checkpoint
-    "sampler": "euler",
-    "guidance": 1.0,
-    "condition_guidance": 1.0,
-    "decoder_weight": None,  # 1
-    # with --input
-    "overwrite": False,
-    "enlarge": None,  # as in training
-    "quality": 95,
-    # with --data
-    "degradations": None,  # degrade.DEFAULT_DEGRADATIONS
-    "skip_bad": False,
-    "metrics": [*METRICS, "fid"],
-    "lpips_weights": None,
-    "fid_weights": None,
-    "save_pictures": False,
-}
+# None: what the checkpoint, the pairs or the machine say
+DEFAULTS = dict.fromkeys(["checkpoint", "input", "data", "output", "device", "model", "prompt"])
+DEFAULTS |= dict.fromkeys(["steps", "decoder_weight", "enlarge", "degradations"])
+DEFAULTS |= dict.fromkeys(["lpips_weights", "fid_weights"])
+DEFAULTS |= dict.fromkeys(["overwrite", "skip_bad", "save_pictures"], False)
+DEFAULTS |= {"seed": 0, "weights": "ema", "sampler": "euler", "guidance": 1.0}
+DEFAULTS |= {"condition_guidance": 1.0, "quality": 95, "metrics": [*METRICS, "fid"]}
 
 
 def make_parser():
@@ -1121,8 +1091,8 @@ def parse_args(argv=None):
     """Return the flags. Raises UserError, also for one that has no effect beside the others."""
     parser = make_parser()
     given = vars(parser.parse_args(argv))  # what was typed
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    args = Namespace(**(DEFAULTS | {"device": device} | given))
+    args = Namespace(**(DEFAULTS | given))
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if bool(args.input) == bool(args.data):
         raise UserError("give --input (pictures to restore) or --data (pairs to measure on)")
     if args.input:
@@ -1134,9 +1104,11 @@ def parse_args(argv=None):
     else:
         parser.refuse(given, "with --input", "goes with --input, not with --data; leave it out")
     if not args.checkpoint:
-        if args.input or args.save_pictures:
-            raise UserError("--input and --save_pictures need --checkpoint: what to restore with")
-        parser.refuse(given, "how to restore", "needs --checkpoint: what to restore with")
+        reason = "needs --checkpoint: what to restore with"
+        parser.refuse(given, "how to restore", reason)
+        for name in ("input", "save_pictures"):
+            if name in given:
+                raise UserError(f"--{name}: {reason}")
     for metric in ("lpips", "fid"):
         if f"{metric}_weights" in given and metric not in args.metrics:
             raise UserError(f"--{metric}_weights: --metrics leaves out {metric}; leave it out too")
@@ -1144,7 +1116,7 @@ def parse_args(argv=None):
 
 
 def load_pipeline(args):
-    """Load --checkpoint. Raises UserError for a flag that has no effect on it."""
+    """Load --checkpoint and set what it says of flags. Raises UserError for one without effect."""
     about = args.model, args.weights, args.enlarge
     pipeline = Pipeline.load(args.checkpoint, args.device, *about)
     if args.model and pipeline.config["autoencoder"]["kind"] != "pretrained":
@@ -1152,18 +1124,18 @@ def load_pipeline(args):
     if args.decoder_weight is not None and not pipeline.seeing:
         reason = "this checkpoint has no decoder that sees the degraded image; leave it out"
         raise UserError(f"--decoder_weight: {reason}")
+    args.steps = args.steps or [pipeline.steps]
+    if args.decoder_weight is None:
+        args.decoder_weight = 1.0
     return pipeline
+
+
+SAMPLING = ["sampler", "seed", "guidance", "condition_guidance", "decoder_weight"]
 
 
 def sampling_options(args):
     """Return the arguments of Pipeline.restore that flags set, but steps."""
-    return {
-        "sampler": args.sampler,
-        "seed": args.seed,
-        "guidance": args.guidance,
-        "condition_guidance": args.condition_guidance,
-        "decoder_weight": 1.0 if args.decoder_weight is None else args.decoder_weight,
-    }
+    return {name: getattr(args, name) for name in SAMPLING}
 
 
 def main():
@@ -1178,9 +1150,7 @@ def main():
         return
     work = list_work(args.input, args.output)
     pipeline = load_pipeline(args)
-    options = sampling_options(args) | {"prompt": args.prompt or ""}
-    if args.steps:
-        options["steps"] = args.steps[0]
+    options = sampling_options(args) | {"steps": args.steps[0], "prompt": args.prompt or ""}
     if restore_files(pipeline, work, args.overwrite, args.quality, **options):
         sys.exit(1)
 

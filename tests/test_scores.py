@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -17,9 +18,9 @@ import degrade
 import evaluate
 from data import to_image, to_tensor
 from degrade import UserError
-from evaluate import Metrics, Pipeline, list_work, restore_files, summarize
+from evaluate import Metrics, Pipeline, list_work, means, restore_files, summarize
 from model import PRESETS, build_restorer
-from vae import save_weights
+from vae import file_digest, save_weights
 
 
 @pytest.fixture
@@ -49,6 +50,8 @@ def run_folder(tmp_path_factory):
         save_weights(changed, checkpoint / "model.safetensors")
         config = {"step": step, "model": PRESETS["tiny"], "args": {}}
         (checkpoint / "config.json").write_text(json.dumps(config))
+        rows = {"trained": [], "held_out": [], "before": []}
+        (checkpoint / "rows.json").write_text(json.dumps(rows))
     (folder / "best").write_text("step_000001")
     (folder / "latest").write_text("step_000002")
     return folder
@@ -94,31 +97,18 @@ def write_pairs(folder, names, more=""):
 # Means.
 
 
-def rows_of(**columns):
-    """{"input_psnr": [..], ...} -> rows."""
-    count = len(next(iter(columns.values())))
-    rows = []
-    for i in range(count):
-        row = {"image": str(i), "condition": "", "degradation": ["a" if i < 2 else "b"]}
-        rows.append(row | {name: values[i] for name, values in columns.items()})
-    return rows
-
-
 def test_means_and_their_intervals():
     """A picture too small for SSIM has none, whatever the method."""
-    rows = rows_of(
-        input_psnr=[20.0, 22.0, 30.0, 24.0],
-        restored_psnr=[21.0, 25.0, 100.0, 26.0],
-        input_ssim=[0.5, math.nan, 0.7, 0.6],
-        restored_ssim=[0.6, math.nan, 1.0, 0.8],
-    )
-    summary = summarize(rows, ["input", "restored"], Metrics(["psnr", "ssim"]))
-    assert summary["input"]["psnr"]["mean"] == 24
-    assert summary["restored"]["psnr"]["mean"] == 43
-    assert 20 <= summary["input"]["psnr"]["low"] < 24 < summary["input"]["psnr"]["high"] <= 30
-    assert summary["input"]["ssim"]["mean"] == pytest.approx(0.6)
-    assert summary["restored"]["ssim"]["mean"] == pytest.approx(0.8)
-    one = summarize(rows[:1], ["input"], Metrics(["psnr"]))["input"]["psnr"]
+    rows = []
+    for psnr, ssim in [(20.0, 0.5), (22.0, math.nan), (100.0, 1.0), (26.0, 0.6)]:
+        rows.append({"image": "x", "restored_psnr": psnr, "restored_ssim": ssim})
+    assert means(rows) == {"restored_psnr": 42, "restored_ssim": pytest.approx(0.7)}
+    assert math.isnan(means(rows[1:2])["restored_ssim"])
+    summary = summarize(rows, ["restored"], Metrics(["psnr", "ssim"]))["restored"]
+    assert summary["psnr"]["mean"] == 42
+    assert 20 <= summary["psnr"]["low"] < 42 < summary["psnr"]["high"] <= 100
+    assert summary["ssim"]["mean"] == pytest.approx(0.7)
+    one = summarize(rows[:1], ["restored"], Metrics(["psnr"]))["restored"]["psnr"]
     assert one["mean"] == 20 and math.isnan(one["low"])
 
 
@@ -177,8 +167,9 @@ def test_conditions_that_are_not_there_or_smaller_are_not_scored(command, tmp_pa
         file.write("clean/0.png,,,\n")
     with pytest.raises(UserError, match="pairs.csv, line 3: no condition to score"):
         command("--data", "pairs.csv", "--metrics", "psnr")
+    write_pairs(tmp_path, ["0.png"])
     save(picture(0, 20, 16), tmp_path / "noisy/0.png")
-    with pytest.raises(UserError, match="2 times smaller than the clean pictures; without --check"):
+    with pytest.raises(UserError, match="conditions 2 times smaller than .* need --checkpoint"):
         command("--data", "pairs.csv", "--metrics", "psnr")
     assert not list((tmp_path / "out").iterdir())
 
@@ -189,7 +180,7 @@ def test_conditions_that_are_not_there_or_smaller_are_not_scored(command, tmp_pa
 
 def test_scores_are_kept_when_measuring_ends_early(command, tmp_path, monkeypatch):
     write_pairs(tmp_path, ["0.png", "1.png", "2.png"], "jpeg:quality=20 downscale:factor=2")
-    draw = evaluate.PairedDataset.draw
+    draw = evaluate.PairedDataset.__getitem__
 
     def fail(dataset, i):
         if i == 2:
@@ -197,7 +188,7 @@ def test_scores_are_kept_when_measuring_ends_early(command, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return draw(dataset, i)
 
-    monkeypatch.setattr(evaluate.PairedDataset, "draw", fail)
+    monkeypatch.setattr(evaluate.PairedDataset, "__getitem__", fail)
     with pytest.raises(KeyboardInterrupt):
         command("--data", "pairs.csv", "--metrics", "psnr", "--output", "o")
     rows = read_csv(tmp_path / "o/scores.csv")
@@ -240,29 +231,8 @@ def test_each_evaluation_claims_a_folder(command, tmp_path, monkeypatch):
 # What is scored, and what is saved of it.
 
 
-def test_grey_answers_are_scored_grey(run_folder):
-    """The network's answer has colours; the picture that is saved for a grey one has none."""
-    pipeline = Pipeline.load(run_folder)
-    grey = picture(3, mode="L")
-    pixels = to_tensor(grey)
-    restored = pipeline.restore(pixels[None], [""], seed=4)[0]
-    assert (restored[0] - restored[1]).abs().max() > 0.01
-    saved = pipeline(grey, seed=4)
-    assert saved.mode == "L"
-    item = {"condition": pixels, "clean": pixels, "grey": True}
-    method = evaluate.restoring_method(pipeline, [""], "cpu", seed=4)
-    assert to_image(method(0, item)).convert("L").tobytes() == saved.tobytes()
-    scored = to_image(method(0, item))
-    assert scored.tobytes() == saved.convert("RGB").tobytes()
-    method = evaluate.ceiling_method(pipeline.autoencoder, "cpu")
-    ceiling = method(0, item | {"clean": to_tensor(picture(5))})
-    method = evaluate.restoring_method(pipeline, [""], "cpu", seed=4)
-    assert to_image(ceiling).tobytes() == picture(5, mode="L").convert("RGB").tobytes()
-    colour = to_image(method(0, item | {"grey": False}))
-    assert colour.tobytes() == to_image(restored).tobytes()
-
-
 def test_the_scores_of_grey_pairs_are_those_of_the_saved_pictures(command, run_folder, tmp_path):
+    """The network's answer has colours; the picture that is saved for a grey one has none."""
     save(picture(0, mode="L"), tmp_path / "clean.png")
     save(picture(1, mode="L"), tmp_path / "grey.png")
     (tmp_path / "pairs.csv").write_text("image_path,condition_image_path\nclean.png,grey.png\n")
@@ -271,6 +241,10 @@ def test_the_scores_of_grey_pairs_are_those_of_the_saved_pictures(command, run_f
     restored = Image.open(tmp_path / "out/evaluation/pictures/grey.png")
     assert restored.mode == "L"
     clean = np.asarray(Image.open(tmp_path / "clean.png"), float)
+    pixels = to_tensor(Image.open(tmp_path / "grey.png"))[None]
+    answer = Pipeline.load(run_folder).restore(pixels, [""])[0]
+    assert (answer[0] - answer[1]).abs().max() > 0.01
+    assert restored.tobytes() == to_image(answer).convert("L").tobytes()
     error = np.mean((clean - np.asarray(restored, float)) ** 2)
     row = read_csv(tmp_path / "out/evaluation/scores.csv")[0]
     assert float(row["restored_psnr"]) == pytest.approx(10 * math.log10(255**2 / error), abs=1e-4)
@@ -330,8 +304,46 @@ def test_weights_and_the_files_that_name_a_checkpoint(command, run_folder, tmp_p
     default = Pipeline.load(run_folder)(tmp_path / "a.png").tobytes()
     assert default == Image.open(tmp_path / "latest_ema.png").tobytes()
     (tmp_path / "best").write_text("step_9")
-    with pytest.raises(UserError, match="step_9: no checkpoint here"):
+    with pytest.raises(UserError, match="best: no checkpoint here"):
         Pipeline.load(tmp_path / "best")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run says of its training.
+
+
+def test_rows_that_were_trained_on_are_counted(command, run_folder, tmp_path, capsys):
+    """Known by content: one in this run, one in a run before it, one renamed, one held out."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    write_pairs(tmp_path, ["0.png", "1.png", "2.png", "3.png", "4.png"])
+    digests = [file_digest(tmp_path / f"clean/{i}.png") for i in range(5)]
+    rows = {
+        "trained": [["a", digests[0], "x"], ["renamed", digests[2], "x"], ["gone", "0", "x"]],
+        "held_out": [["b", digests[3], "x"]],
+        "before": [digests[1], digests[0]],
+    }
+    (tmp_path / "run/step_000001/rows.json").write_text(json.dumps(rows))
+    words = "--data", "pairs.csv", "--metrics", "psnr", "--checkpoint"
+    for name in ("run/best", "run/step_000001"):
+        command(*words, tmp_path / name)
+        said = "pairs.csv: the checkpoint was trained on 3 of these 5 rows\n"
+        assert said in capsys.readouterr().out
+    command(*words, tmp_path / "run")  # its step_000002
+    assert "trained on" not in capsys.readouterr().out
+
+
+def test_pictures_get_as_many_degradations_as_in_training(command, run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    save(picture(0), tmp_path / "0.png")
+    (tmp_path / "pairs.csv").write_text("image_path\n" + "0.png\n" * 12)
+    words = "--data", "pairs.csv", "--metrics", "psnr", "--checkpoint", "run", "--output"
+    config = json.loads((tmp_path / "run/step_000002/config.json").read_text())
+    for most in (3, 1):  # 3 is also the default
+        (tmp_path / "run/step_000002/config.json").write_text(json.dumps(config))
+        command(*words, f"scores{most}")
+        rows = read_csv(tmp_path / f"scores{most}/scores.csv")
+        assert max(len(row["degradation"].split("; ")) for row in rows) == most
+        config["args"]["max_degradations"] = 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -345,32 +357,27 @@ IDLE = [
     (f"{DATA} --quality 80", "--quality: goes with --input"),
     (f"{INPUT} --steps 1 2", "--steps: several numbers"),
     (f"{INPUT} --metrics psnr", "--metrics: goes with --data"),
-    (f"{INPUT} --lpips_weights a b", "--lpips_weights: goes with --data"),
-    (f"{INPUT} --fid_weights a", "--fid_weights: goes with --data"),
-    (f"{INPUT} --degradations jpeg", "--degradations: goes with --data"),
     (f"{INPUT} --save_pictures", "--save_pictures: goes with --data"),
-    (f"{INPUT} --skip_bad", "--skip_bad: goes with --data"),
-    (f"{ALONE} --prompt x", "--prompt: needs --checkpoint"),
-    (f"{ALONE} --steps 1", "--steps: needs --checkpoint"),
     (f"{ALONE} --sampler euler", "--sampler: needs --checkpoint"),
-    (f"{ALONE} --guidance 1", "--guidance: needs --checkpoint"),
     (f"{ALONE} --condition_guidance=1", "--condition_guidance: needs --checkpoint"),
     (f"{ALONE} --weights ema", "--weights: needs --checkpoint"),
-    (f"{ALONE} --model x", "--model: needs --checkpoint"),
-    (f"{ALONE} --save_pictures", "--input and --save_pictures need --checkpoint"),
+    (f"{ALONE} --save_pictures", "--save_pictures: needs --checkpoint"),
+    ("--input a.png --output o.png", "--input: needs --checkpoint"),
     (f"{ALONE} --metrics psnr --lpips_weights a b", "--lpips_weights: --metrics leaves out"),
     (f"{ALONE} --metrics psnr --fid_weights a", "--fid_weights: --metrics leaves out"),
-    (f"{ALONE} --degradations jpeg", "--degradations"),
+    (f"{ALONE} --degradations jpeg", "--degradations: every row"),
+    (f"{DATA} --model x", "--model: this checkpoint"),
+    (f"{DATA} --decoder_weight 1", "--decoder_weight: this checkpoint"),
 ]
 
 
-@pytest.mark.parametrize("words, says", IDLE)
-def test_a_flag_without_an_effect_is_refused(command, tmp_path, run_folder, words, says):
+def test_a_flag_without_an_effect_is_refused(command, tmp_path, run_folder):
     write_pairs(tmp_path, ["0.png"])
     save(picture(0), tmp_path / "a.png")
-    with pytest.raises(UserError) as error:
-        command(*words.replace("RUN", str(run_folder)).split())
-    assert str(error.value).startswith(says)
+    for words, says in IDLE:
+        with pytest.raises(UserError) as error:
+            command(*words.replace("RUN", str(run_folder)).split())
+        assert str(error.value).startswith(says)
     assert not list(tmp_path.glob("out/*")) and not (tmp_path / "o.png").exists()
 
 
@@ -403,7 +410,7 @@ def test_a_name_that_is_too_long_stops_its_picture_only(run_folder, tmp_path, ca
     assert restore_files(pipeline, work) == 2
     assert (tmp_path / "out/a.png").is_file()
     captured = capsys.readouterr()
-    assert captured.err.count("left out: cannot write") == 2
+    assert captured.err.count("failed: cannot write") == 2
     assert "restored 1 image(s)" in captured.out
 
 
