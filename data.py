@@ -659,10 +659,12 @@ def collate(items):
     """[item] -> {"clean", "condition": [B, 3, H, W], "caption": [str], "draw": [n]}.
 
     From a cache "clean" and "condition" are latents [B, C, H/f, W/f]."""
-    batch = {key: [item[key] for item in items] for key in ("clean", "condition", "caption", "draw")}
-    batch["clean"] = torch.stack(batch["clean"])
-    batch["condition"] = torch.stack(batch["condition"])
-    return batch
+    return {
+        "clean": torch.stack([item["clean"] for item in items]),
+        "condition": torch.stack([item["condition"] for item in items]),
+        "caption": [item["caption"] for item in items],
+        "draw": [item["draw"] for item in items],
+    }
 
 
 def load_batches(dataset, batch_size, draws, workers=1, pin_memory=False):
@@ -1084,7 +1086,8 @@ def match_folders(clean_folder, degraded_folder, out, pattern="", skip_bad=False
         key = Path(wanted).with_suffix("").as_posix()
         if key not in degraded:
             if not skip_bad:
-                raise UserError(f"{path}: no {wanted} in {degraded_folder}; --skip_bad leaves it out")
+                partner = f"no {wanted} in {degraded_folder}"
+                raise UserError(f"{path}: {partner}; --skip_bad leaves it out")
             print(f"left out: {path} has no partner", file=sys.stderr)
             left_out += 1
             continue
@@ -1153,19 +1156,20 @@ def run_cache(args):
     name = args.model or default_model(args.data, args.device)
     config = model.describe_model(name, "restorer")
     resolution = args.resolution or RESOLUTIONS.get(config["name"], RESOLUTION)
-    model.check_resolution(config, [resolution])
     drawing = {
         "degradations": degrade.parse_degradations(args.degradations),
         "max_degradations": args.max_degradations,
         "caption_dropout": args.caption_dropout,
         "seed": args.seed,
     }
+    own = model.find_autoencoder(model.find_checkpoint(name)) if model.is_run(name) else None
+    frozen = model.load_frozen(config, own, args.device)
+    model.check_resolution([resolution], frozen[0], config)
     before = model.rows_trained_on(name)
     tables = args.data, args.val_data
     train_set, val_set, _ = make_datasets(*tables, resolution, drawing, args.skip_bad, before)
     index = fingerprint(config, drawing, resolution)
     index |= {"epochs": args.epochs, "rows": list_rows(train_set)}
-    frozen = model.load_frozen(config, model.find_autoencoder(name), args.device)
     make_cache(Path(args.out), index, train_set, val_set, *frozen, args.device, args.workers)
 
 

@@ -128,13 +128,13 @@ class Strength:
             low, high = self.legal
             if low <= value <= high:
                 return value
-            kind = "a number"
+            wanted = "a number"
         else:
             if value in self.legal:
                 return int(value)
             low, high = self.legal[0], self.legal[-1]
-            kind = "an odd number" if self.legal.step == 2 else "a whole number"
-        raise ValueError(f"{text} is not possible; give {kind} from {low:.7g} to {high:.7g}")
+            wanted = "an odd number" if self.legal.step == 2 else "a whole number"
+        raise ValueError(f"{text} is not possible; give {wanted} from {low:.7g} to {high:.7g}")
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ class Degradation:
 
     def draw_strengths(self, rng, given):
         """Return all strengths: those given as they are, and the others drawn."""
-        drawn = {}
+        chosen = {}
         for key, strength in self.strengths.items():
-            drawn[key] = given[key] if key in given else strength.draw(rng)
-        return drawn | given  # one that is unknown: the function refuses it
+            chosen[key] = given[key] if key in given else strength.draw(rng)
+        return chosen | given  # one that is unknown: the function refuses it
 
     def __call__(self, image, rng, **given):
         """Degrade a PIL image. Modes other than "L" and "RGB" become RGB.
@@ -439,14 +439,9 @@ class Header:
 
     size: tuple  # (width, height), upright
     mode: str  # L, LA, RGB or RGBA
-    orientation: int  # EXIF's, 1 to 8
+    orientation: int  # EXIF's, 1 to 8; from 5 on, width and height are stored the other way round
     notices: list  # texts: what is converted
     transparent: bool = False  # some pixel is; only read_header looks
-
-    @property
-    def turned(self):
-        """Say whether width and height are stored the other way round."""
-        return self.orientation >= 5
 
 
 def read_header(path):
@@ -465,8 +460,8 @@ def open_image(path, notices=None):
     with explain_errors(path, "this picture"), Image.open(path) as image:
         header = describe_picture(image)
         plain = plain_image(image, header)
-    for text in header.notices:
-        if notices is not None:
+    if notices is not None:
+        for text in header.notices:
             notices.setdefault(text, []).append(path)
     return plain
 
@@ -483,8 +478,10 @@ def open_opaque(path, notices=None):
 def say_notices(notices):
     """Print what was converted in pictures: a line for each kind, with an example."""
     for text, paths in notices.items():
-        count = f"{len(paths)} pictures, such as " if len(paths) > 1 else ""
-        print(f"{count}{paths[0]}: {text}", file=sys.stderr)
+        example = paths[0]
+        if len(paths) > 1:
+            example = f"{len(paths)} pictures, such as {example}"
+        print(f"{example}: {text}", file=sys.stderr)
 
 
 def describe_picture(image):
@@ -538,17 +535,17 @@ def find_profile(image):
     content = image.info.get("icc_profile")
     if not content:
         return None, None
-    left_out = "its colour profile is damaged or not of its kind of picture; taken as sRGB"
+    channels = "CMYK" if image.mode == "CMYK" else "RGB "
+    if image.mode in GREY:
+        channels = "GRAY"
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
         name = ImageCms.getProfileDescription(profile)
+        usable = profile.profile.xcolor_space == channels
     except (ImageCms.PyCMSError, OSError):
-        return None, left_out
-    space = "CMYK" if image.mode == "CMYK" else "RGB "
-    if image.mode in GREY:
-        space = "GRAY"
-    if profile.profile.xcolor_space != space:
-        return None, left_out
+        usable = False
+    if not usable:
+        return None, "its colour profile is damaged or not of its kind of picture; taken as sRGB"
     linear = "linear" in name.lower() or "g10" in name  # "Linear sRGB" is not sRGB
     if "sRGB" in name and not linear:
         return None, None
@@ -560,9 +557,9 @@ def plain_image(image, header):
     plain = image.convert(header.mode)
     profile, _ = find_profile(image)
     if profile:
-        channels = image if image.mode == "CMYK" else plain.convert(header.mode.rstrip("A"))
+        colors = image if image.mode == "CMYK" else plain.convert(header.mode.rstrip("A"))
         srgb = ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(channels, profile, srgb, 0, "RGB")
+        converted = ImageCms.profileToProfile(colors, profile, srgb, 0, "RGB")
         converted = converted.convert(header.mode)
         if header.mode.endswith("A"):
             converted.putalpha(plain.getchannel("A"))

@@ -431,31 +431,30 @@ def widen(conv):
 class LoRA(nn.Module):
     """A frozen linear map W plus a trained low-rank update (arXiv 2106.09685).
 
-    Computes W x + alpha / rank * B A x. B starts at zero: before training the output is W x, bit
-    for bit. A [rank, d_in] and B [d_out, rank] are fp32; W may be bf16."""
+    Computes W x + B A x (the paper's alpha is the rank). B starts at zero: before training the
+    output is W x, bit for bit. A [rank, d_in] and B [d_out, rank] are fp32; W may be bf16."""
 
-    def __init__(self, linear, rank, alpha):
+    def __init__(self, linear, rank):
         super().__init__()
         d_out, d_in = linear.weight.shape[:2]
         self.linear = linear
-        self.scale = alpha / rank
         self.A = nn.Parameter(torch.empty(rank, d_in))
         self.B = nn.Parameter(torch.zeros(d_out, rank))
 
     def forward(self, x):                                           # [B, N, d_in]
         low = F.linear(x, self.A.to(x.dtype))                       # [B, N, rank]
-        return self.linear(x) + self.scale * F.linear(low, self.B.to(x.dtype))
+        return self.linear(x) + F.linear(low, self.B.to(x.dtype))   # [B, N, d_out]
 
     @torch.no_grad()
     def merge(self):
         """Return the linear map with the change added to its weight."""
-        change = self.scale * (self.B.double() @ self.A.double())   # [d_out, d_in]
+        change = self.B.double() @ self.A.double()                  # [d_out, d_in]
         weight = self.linear.weight
         weight.copy_(weight.double() + change.view_as(weight))
         return self.linear
 
 
-def add_lora(restorer, rank, alpha, generator=None):
+def add_lora(restorer, rank, generator=None):
     """Freeze a restorer and add trainable low-rank updates to its blocks, in place.
 
     The layer that takes the condition (the projection, or the widened patch embedding) is trained
@@ -464,7 +463,7 @@ def add_lora(restorer, rank, alpha, generator=None):
     for block in restorer.sana.transformer_blocks:
         for name, module in list(block.named_modules()):
             if isinstance(module, (nn.Linear, PointwiseConv)):
-                lora = LoRA(module, rank, alpha)
+                lora = LoRA(module, rank)
                 if generator:
                     nn.init.normal_(lora.A, std=lora.A.shape[1] ** -0.5, generator=generator)
                 block.set_submodule(name, lora)
@@ -494,16 +493,17 @@ def shift_sigma(sigma, shift=SHIFT):
     The more pixels show the same thing, the more noise it takes to hide it: high resolutions need a
     shift above 1. But a degraded picture shows most of the image already. The detail it leaves open
     has a standard deviation of about 0.1 (that of the latents is 1), and is decided at sigmas of
-    that size. With shift 3 hardly any sampling step falls there."""
+    that size. With shift 3 hardly any sampling step falls there. It is the default all the same:
+    SANA was trained with it, and one step, which gives the best PSNR, is the same with any shift.
+    (tests/BENCH.md, "Texture", has both.)"""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def draw_sigma(count, generator, share_at_one=0.0, shift=SHIFT, mean=0.0):
-    """Draw sigmas to train at, [count]: the sigmoid of N(mean, 1), shifted.
+def draw_sigma(count, generator, share_at_one=0.0, shift=SHIFT):
+    """Draw sigmas to train at, [count]: the sigmoid of N(0, 1), shifted.
 
     share_at_one: probability that a sigma is exactly 1 instead, where one-step sampling starts."""
-    normal = mean + torch.randn(count, generator=generator)
-    sigma = shift_sigma(normal.sigmoid(), shift)
+    sigma = shift_sigma(torch.randn(count, generator=generator).sigmoid(), shift)
     at_one = torch.rand(count, generator=generator) < share_at_one
     return torch.where(at_one, 1.0, sigma)
 
@@ -611,8 +611,8 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 # Presets and checkpoints. The "model" part of a checkpoint's config.json says what to build:
 #   name         a preset, or a pretrained model: short name, hub id or folder
 #   stage        what was trained: "autoencoder", "restorer", or its "decoder"
-#   autoencoder  {"kind": "pixels", "factor": f}, PixelAE; {"kind": "own", "dcae": config}, trained in
-#                the stage autoencoder; or {"kind": "pretrained"}, the DC-AE of name
+#   autoencoder  {"kind": "pixels", "factor": f}: PixelAE; {"kind": "own", "dcae": config}: trained
+#                in the stage autoencoder; {"kind": "pretrained"}: the DC-AE of name
 #   digests      of a pretrained model: {part: SHA-256 of its weights}, of the parts in use
 #   sana         the transformer's config; conditioning, prediction, shift: Restorer's arguments
 #   enlarge      factor by which pictures are enlarged before they are restored
@@ -622,9 +622,10 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 #                factors of its skips; "steps" of its restorer's sampler
 #
 # A run folder is whole:
-#   RUN/latest, RUN/best      name one of the checkpoints RUN/step_N/: config.json, weights, averages
-#   RUN/base/                 the checkpoint that a LoRA or a decoder is a change of
-#   RUN/autoencoder/          the checkpoint of a preset's own autoencoder
+#   RUN/step_N/         a checkpoint: config.json, rows.json, weights, averages, optimizer
+#   RUN/latest, best    name one of them
+#   RUN/base/           the checkpoint that a LoRA or a decoder is a change of
+#   RUN/autoencoder/    the checkpoint of a preset's own autoencoder
 # The last two may stand on a base/ and an autoencoder/ of their own, which lie within them.
 
 STAGES = ["autoencoder", "restorer", "decoder"]
@@ -706,15 +707,12 @@ def build_restorer(config):
     """Build a Restorer with unset weights. config: a preset, or "model" of a config.json.
 
     Raises ValueError."""
-    sana = Sana(config["sana"])
-    channels = sana.config["out_channels"]
-    if config["autoencoder"]["kind"] == "pixels":
-        factor = config["autoencoder"]["factor"]
-        if PixelAE(factor).channels != channels:
-            raise ValueError(f"blocks of {factor}x{factor} pixels do not give {channels} channels")
-    about = config["conditioning"], config["prediction"], config["shift"]
-    restorer = Restorer(sana, *about)
+    restorer = Restorer(Sana(config["sana"]), *restorer_options(config))
     return add_lora(restorer, config["lora"]) if config["lora"] else restorer
+
+
+def restorer_options(config):
+    return config["conditioning"], config["prediction"], config["shift"]
 
 
 def describe_model(name, stage, conditioning=None, lora=None, shift=None):
@@ -722,51 +720,49 @@ def describe_model(name, stage, conditioning=None, lora=None, shift=None):
 
     name: of --model: a preset, a run of train.py, or a pretrained model. conditioning, lora (rank),
     shift: None keeps what that model has."""
-    run = is_run(name)
-    if run:
-        before = read_model(name)
-    elif name in PRESETS:
-        before = PRESETS[name]
+    if is_run(name):
+        before = read_run(name)["model"]
+        possible = NEXT_STAGES[before["stage"]]
     else:
-        before = describe_pretrained(name)
-    autoencoder = before["autoencoder"]["kind"]
-    possible = NEXT_STAGES[before["stage"] if run else autoencoder]
-    if stage == "decoder" and autoencoder == "pixels":
+        before = PRESETS[name] if name in PRESETS else describe_pretrained(name)
+        possible = NEXT_STAGES[before["autoencoder"]["kind"]]
+    if stage == "decoder" and before["autoencoder"]["kind"] == "pixels":
         raise UserError(f"--stage decoder: {name} works on pixels, which lose nothing")
     if stage not in possible:
-        options = " or ".join(possible)
-        advice = f"python train.py --model {name} --stage {options}, whose run can be given next"
-        raise UserError(f"--stage {stage} cannot follow {name}: begin with {advice}")
+        advice = f"begin with python train.py --model {name} --stage {' or '.join(possible)}"
+        raise UserError(f"--stage {stage} cannot follow {name}: {advice}, and give its run next")
     config = before | {"stage": stage}
+    if stage == "restorer":
+        describe_restorer(config, name, conditioning, lora)
+        config["shift"] = shift or config["shift"]
     if stage == "decoder":
-        return config | {"base": True}
-    if stage == "autoencoder":
-        return config
-    trained = run and before["stage"] == "restorer"
-    learnt = before["conditioning"] if trained else "none"
+        config["base"] = True
+    return config
+
+
+def describe_restorer(config, name, conditioning, lora):
+    """Set conditioning and LoRA in the config of a new restorer. Raises UserError."""
+    trained = stage_of(name) == "restorer"
+    learnt = config["conditioning"] if trained else "none"
     if conditioning and learnt not in ("none", conditioning):
         raise UserError(f"--conditioning {conditioning}: {name} has learnt {learnt} already")
-    inherited = before["conditioning"]
-    if inherited == "none":  # a restorer is what is wanted
-        inherited = "projection"
-    config["conditioning"] = conditioning or inherited
-    if config["conditioning"] == "none":  # there is nothing that a residual could be added to
+    if config["conditioning"] == "none":  # not inherited: a restorer is what is wanted
+        config["conditioning"] = "projection"
+    config["conditioning"] = conditioning or config["conditioning"]
+    if conditioning == "none":  # there is nothing that a residual could be added to
         config["prediction"] = "velocity"
-    if shift:
-        config["shift"] = shift
-    if lora and before["lora"] not in (None, lora):
-        raise UserError(f"--lora {lora}: {name} has rank {before['lora']} already")
-    if lora and not before["lora"]:
-        if not trained and autoencoder != "pretrained":
+    if lora and config["lora"] not in (None, lora):
+        raise UserError(f"--lora {lora}: {name} has rank {config['lora']} already")
+    if lora and not config["lora"]:
+        if not trained and config["autoencoder"]["kind"] != "pretrained":
             raise UserError(f"--lora: {name} is not trained yet, and LoRA is a change of what is")
         config["lora"] = lora
-        config["base"] = run
+        config["base"] = trained
     with torch.device("meta"):
         try:
             build_restorer(config)  # what cannot be built is said before anything is loaded
         except ValueError as error:
             raise UserError(f"--model {name}: {error}") from None
-    return config
 
 
 def describe_pretrained(name):
@@ -798,42 +794,6 @@ def pretrained_part(config, part):
     return folder
 
 
-def initial_restorer(name, config, generator):
-    """Make the Restorer that training begins with. config: describe_model(name, ...).
-
-    Weights: a restorer's run gives its averaged ones. A preset, or an autoencoder's run, gives
-    random ones. A pretrained model gives SANA's, and so does a run without a condition: the layer
-    for the condition is added. generator: for all random weights. Raises UserError."""
-    if stage_of(name) == "restorer":
-        restorer, before = load_restorer(name)
-        restorer = with_conditioning(restorer, config)
-        if before["lora"]:
-            return restorer
-    elif config["autoencoder"]["kind"] == "pretrained":
-        restorer = untrained_restorer(config)
-    else:
-        restorer = build_restorer(config)
-        restorer.sana.initialize(generator)
-    if config["lora"]:
-        add_lora(restorer, config["lora"], generator)
-    return restorer
-
-
-def untrained_restorer(config):
-    """Load the pretrained transformer, with a new layer for the condition. Raises UserError."""
-    sana = load_pretrained(Sana, pretrained_part(config, "transformer"), torch.float32)
-    return Restorer(sana, config["conditioning"], config["prediction"], config["shift"])
-
-
-def with_conditioning(restorer, config):
-    """Return a restorer as config describes it: a new one if its conditioning was "none"."""
-    if restorer.conditioning != config["conditioning"]:
-        about = config["conditioning"], config["prediction"], config["shift"]
-        return Restorer(restorer.sana, *about)
-    restorer.shift = config["shift"]
-    return restorer
-
-
 def is_run(name):
     """Say whether name is a folder that train.py wrote: a run, or one of its checkpoints."""
     if name in PRESETS:  # ./mini is a folder of that name
@@ -843,7 +803,7 @@ def is_run(name):
 
 def stage_of(name):
     """Return which stage a run was; None for a name that is no run."""
-    return read_model(name)["stage"] if is_run(name) else None
+    return read_run(name)["model"]["stage"] if is_run(name) else None
 
 
 def find_checkpoint(path):
@@ -851,32 +811,23 @@ def find_checkpoint(path):
 
     path: a run (whose file `latest` names it), that file or `best`, or the checkpoint itself."""
     folder = Path(path)
-    if folder.name in ("best", "latest") and folder.is_file():
-        folder = folder.parent / folder.read_text(errors="replace").strip()
-    if (folder / "latest").is_file():
-        folder = folder / (folder / "latest").read_text(errors="replace").strip()
+    pointer = folder if folder.is_file() else folder / "latest"
+    if pointer.name in ("best", "latest") and pointer.is_file():
+        folder = pointer.parent / pointer.read_text(errors="replace").strip()
     if not (folder / "config.json").is_file() or not (folder / "ema.safetensors").is_file():
         raise UserError(f"{path}: no checkpoint here; give a run folder or one of its step folders")
     return folder
 
 
 def read_run(path):
-    """Read config.json of the checkpoint that path names. Raises UserError."""
+    """Read config.json of the checkpoint that path names. Raises UserError.
+
+    Its "model" has the keys of MODEL_DEFAULTS; one of another version is refused."""
     file = find_checkpoint(path) / "config.json"
     config = read_json(file)
-    for key in ("step", "model", "args"):
-        if key not in config:
-            raise UserError(f"{file}: {key} is missing; take another step folder")
+    with explain_errors(file, "this configuration"):
+        config["model"] = read_config("model", config["model"], MODEL_DEFAULTS, supported={})
     return config
-
-
-def read_model(path):
-    """Read the "model" part of the config.json of the checkpoint that path names.
-
-    Raises UserError, also if another version wrote it."""
-    file = find_checkpoint(path) / "config.json"
-    with explain_errors(file, "this model"):
-        return read_config("model", read_run(path)["model"], MODEL_DEFAULTS, supported={})
 
 
 def rows_trained_on(name):
@@ -887,42 +838,42 @@ def rows_trained_on(name):
     return {digest for _, digest, _ in rows["trained"]} | set(rows["before"])
 
 
-def find_part(folder, part):
-    """Return the checkpoint that a checkpoint or run stands on. Raises UserError if it is missing.
+def find_part(checkpoint, part):
+    """Return the checkpoint that another stands on. Raises UserError if it is missing.
 
-    part: "base" or "autoencoder"."""
-    folder = Path(folder)
-    places = [folder]
-    if folder.name.startswith("step_"):
-        places.append(folder.parent)
-    for place in places:
-        if (place / part / "ema.safetensors").is_file():
-            return place / part
-    raise UserError(f"{folder} stands on {part}/ of its run, which is not there; take the whole run")
+    part: "base" or "autoencoder". It lies in the run of a step_N, else within the checkpoint."""
+    run = checkpoint.parent if checkpoint.name.startswith("step_") else checkpoint
+    if not (run / part / "ema.safetensors").is_file():
+        whole = f"{part}/ of its run, which is not there; take the whole run folder"
+        raise UserError(f"{checkpoint} stands on {whole}")
+    return run / part
 
 
-def find_autoencoder(name):
-    """Return the checkpoint of the own autoencoder that --model name has or is. Raises UserError.
+def find_autoencoder(checkpoint):
+    """Return the checkpoint of the own autoencoder that a checkpoint has or is; None: it has none.
 
-    None if it has none."""
-    if not is_run(name) or read_model(name)["autoencoder"]["kind"] != "own":
+    Raises UserError."""
+    config = read_run(checkpoint)["model"]
+    if config["autoencoder"]["kind"] != "own":
         return None
-    folder = find_checkpoint(name)
-    return folder if read_model(name)["stage"] == "autoencoder" else find_part(folder, "autoencoder")
+    return checkpoint if config["stage"] == "autoencoder" else find_part(checkpoint, "autoencoder")
 
 
 def link_parts(name, config, run):
     """Put what a new run stands on into its folder: base/ and autoencoder/. Raises UserError.
 
     name: of --model. config: describe_model(name, ...)."""
-    autoencoder = find_autoencoder(name)
+    if not is_run(name):
+        return
+    checkpoint = find_checkpoint(name)
+    before = read_run(checkpoint)["model"]
+    autoencoder = find_autoencoder(checkpoint)
     if autoencoder and config["stage"] != "autoencoder":
         link_checkpoint(autoencoder, run / "autoencoder")
     if config["base"]:
-        folder = find_checkpoint(name)
         # a LoRA or a decoder that is trained further keeps its base
-        further = read_model(name)["base"] and read_model(name)["stage"] == config["stage"]
-        link_checkpoint(find_part(folder, "base") if further else folder, run / "base")
+        further = before["base"] and before["stage"] == config["stage"]
+        link_checkpoint(find_part(checkpoint, "base") if further else checkpoint, run / "base")
 
 
 def link_checkpoint(source, target):
@@ -930,18 +881,56 @@ def link_checkpoint(source, target):
 
     Files become hard links, which take no room and outlive the source; else copies. (A checkpoint's
     files are never changed, only replaced.)"""
+
+    def link(file, place):
+        try:
+            os.link(file, place)
+        except OSError:  # another disk, or a file system without links
+            shutil.copyfile(file, place)
+
     shutil.rmtree(target, ignore_errors=True)  # of a start that was killed
     target.mkdir(parents=True)
     for file in ("config.json", "rows.json", "ema.safetensors"):
-        try:
-            os.link(source / file, target / file)
-        except OSError:  # another disk, or a file system without links
-            shutil.copyfile(source / file, target / file)
-    config = read_model(source)
-    if config["base"]:
-        link_checkpoint(find_part(source, "base"), target / "base")
-    if config["autoencoder"]["kind"] == "own" and config["stage"] != "autoencoder":
-        link_checkpoint(find_part(source, "autoencoder"), target / "autoencoder")
+        link(source / file, target / file)
+    run = source.parent if source.name.startswith("step_") else source
+    for part in ("base", "autoencoder"):
+        if (run / part).is_dir():
+            shutil.copytree(run / part, target / part, copy_function=link)
+
+
+def initial_restorer(name, config, generator):
+    """Make the Restorer that training begins with. config: describe_model(name, ...).
+
+    Weights: a restorer's run gives its averaged ones. A preset, or an autoencoder's run, gives
+    random ones. A pretrained model gives SANA's, and so does a run without a condition: the layer
+    for the condition is added. generator: for all random weights. Raises UserError."""
+    if stage_of(name) == "restorer":
+        restorer, before = load_restorer(name)
+        restorer = with_options(restorer, config)
+        if before["lora"]:
+            return restorer
+    elif config["autoencoder"]["kind"] == "pretrained":
+        restorer = pretrained_restorer(config)
+    else:
+        restorer = build_restorer(config)
+        restorer.sana.initialize(generator)
+    if config["lora"]:
+        add_lora(restorer, config["lora"], generator)
+    return restorer
+
+
+def pretrained_restorer(config):
+    """Load the pretrained transformer, with a new layer for the condition. Raises UserError."""
+    sana = load_pretrained(Sana, pretrained_part(config, "transformer"), torch.float32)
+    return Restorer(sana, *restorer_options(config))
+
+
+def with_options(restorer, config):
+    """Return a restorer as config describes it: with a condition, if it had none."""
+    if restorer.conditioning != config["conditioning"]:
+        return Restorer(restorer.sana, *restorer_options(config))
+    restorer.shift = config["shift"]
+    return restorer
 
 
 def load_restorer(path, weights="ema", name=None):
@@ -951,25 +940,25 @@ def load_restorer(path, weights="ema", name=None):
     "ema", the averaged ones, or "model", the last ones. name: the present place of the pretrained
     model, if it has moved since training."""
     folder = find_checkpoint(path)
-    config = read_model(folder)
-    if name:
-        config["name"] = name
+    config = read_run(folder)["model"]
+    config["name"] = name or config["name"]
     if config["stage"] == "autoencoder":
         raise UserError(f"{path} is an autoencoder; train a restorer on it: --model {path}")
     if config["stage"] == "decoder":
         restorer, _ = load_restorer(find_part(folder, "base"), name=name)
         return restorer, config
-    if config["lora"]:
-        if config["base"]:
-            restorer, _ = load_restorer(find_part(folder, "base"), name=name)
-            restorer = with_conditioning(restorer, config)
-        else:
-            restorer = untrained_restorer(config)
-        add_lora(restorer, config["lora"])
-        return load_weights(restorer, folder / f"{weights}.safetensors", trained=True), config
-    with explain_errors(folder / "config.json", "this restorer"), torch.device("meta"):
-        restorer = build_restorer(config)
-    return load_weights(restorer, folder / f"{weights}.safetensors").eval(), config
+    file = folder / f"{weights}.safetensors"
+    if not config["lora"]:
+        with explain_errors(folder / "config.json", "this restorer"), torch.device("meta"):
+            restorer = build_restorer(config)
+        return load_weights(restorer, file).eval(), config
+    if config["base"]:
+        restorer, _ = load_restorer(find_part(folder, "base"), name=name)
+        restorer = with_options(restorer, config)
+    else:
+        restorer = pretrained_restorer(config)
+    add_lora(restorer, config["lora"])
+    return load_weights(restorer, file, trained=True), config
 
 
 def export(path, out, weights="ema"):
@@ -1400,22 +1389,9 @@ def load_frozen(config, folder, device):
     return autoencoder.to(device), Prompts(config, device)
 
 
-def latent_unit(config):
-    """Return the number of pixels by which the sides of crops must divide. No weights are loaded."""
-    kind = config["autoencoder"]["kind"]
-    if kind == "pixels":
-        factor = config["autoencoder"]["factor"]
-    elif kind == "own":
-        with torch.device("meta"):
-            factor = DCAE(config["autoencoder"]["dcae"]).factor
-    else:
-        factor = load_config(DCAE, resolve_model(config["name"], ["vae"]) / "vae").factor
-    return factor * config["sana"].get("patch_size", 1)
-
-
-def check_resolution(config, sides):
+def check_resolution(sides, autoencoder, config):
     """Raise UserError for a crop that the model cannot take."""
-    unit = latent_unit(config)
+    unit = autoencoder.factor * config["sana"].get("patch_size", 1)
     for side in sides:
         if side % unit:
             raise UserError(f"--resolution {side}: give a multiple of {unit}, the model's unit")

@@ -60,6 +60,7 @@ COMMON = data.DEFAULTS | {
     "optimizer": "adamw",
     "weight_decay": 0.0,
     "ema_decay": 0.9999,
+    "proj_lr": 0.0,
     "accumulate": 1,
     "checkpointing": False,
     "cache": None,
@@ -69,20 +70,21 @@ COMMON = data.DEFAULTS | {
 }
 TINY = {"resolution": data.RESOLUTIONS["tiny"], "batch_size": 8, "share_at_one": 0.3}
 MINI = {"resolution": data.RESOLUTIONS["mini"], "batch_size": 8, "share_at_one": 0.3}
-PRETRAINED = {"resolution": data.RESOLUTION, "batch_size": 4, "steps": 10000}
+SANA = {"resolution": data.RESOLUTION, "batch_size": 4, "steps": 10000}
+# proj_lr: of the projection, whose new weights grow from 0 to about 1, or of the skips (to 0.1)
 DEFAULTS = {
-    ("tiny", "restorer"): TINY | {"lr": 5e-3, "steps": 12000, "clip": 0.2},
+    ("tiny", "restorer"): TINY | {"lr": 5e-3, "proj_lr": 0.05, "steps": 12000, "clip": 0.2},
     ("mini", "autoencoder"): MINI | {"lr": 2e-3, "steps": 4500, "clip": 1.0},
-    ("mini", "restorer"): MINI | {"lr": 2e-3, "steps": 4500, "clip": 0.2},
-    ("mini", "decoder"): MINI | {"lr": 2e-3, "steps": 3200, "clip": 1.0},
-    ("pretrained", "restorer"): PRETRAINED | {"lr": 1e-5, "clip": 0.1},
+    ("mini", "restorer"): MINI | {"lr": 2e-3, "proj_lr": 0.05, "steps": 4500, "clip": 0.2},
+    ("mini", "decoder"): MINI | {"lr": 2e-3, "proj_lr": 5e-3, "steps": 3200, "clip": 1.0},
+    ("pretrained", "restorer"): SANA | {"lr": 1e-5, "proj_lr": 1e-3, "clip": 0.1},
     # few weights, and their product starts at 0
-    ("pretrained", "LoRA"): PRETRAINED | {"lr": 1e-4, "clip": 0.1},
-    ("pretrained", "decoder"): PRETRAINED | {"lr": 1e-4, "clip": 1.0},
+    ("pretrained", "LoRA"): SANA | {"lr": 1e-4, "proj_lr": 1e-3, "clip": 0.1},
+    ("pretrained", "decoder"): SANA | {"lr": 1e-4, "proj_lr": 1e-3, "clip": 1.0},
 }
 DEMO_STEPS = 4000
 KEPT = ["stage", "conditioning", "lora", "optimizer", "shift"]  # a resumed run cannot change them
-DERIVED = ["device", "ema_device", "workers", "accumulate", "proj_lr"]  # anew, unless typed
+DERIVED = ["device", "ema_device", "workers", "accumulate"]  # anew, unless typed
 
 # Several processes, as torchrun starts them: one a GPU, on one machine or several.
 RANK = int(os.environ.get("RANK", 0))
@@ -96,9 +98,8 @@ OF_DECODER = "--stage decoder"
 
 def make_parser():
     """Make the parser. It returns only what was typed."""
-    parser = Parser(
-        __doc__, usage="python train.py [flags]", argument_default=argparse.SUPPRESS
-    )
+    silent = argparse.SUPPRESS
+    parser = Parser(__doc__, usage="python train.py [flags]", argument_default=silent)
     data.add_data_flags(parser)
     count, share, positive = between(int, 1), between(float, 0, 1), between(float, 0)
     add = parser.group("training")
@@ -106,7 +107,7 @@ def make_parser():
     add("--steps", type=count, help="default: the demo 4000, tiny 12000, SANA 10000; see DEFAULTS")
     add("--batch_size", type=count, help="of all processes together (default 8; SANA 4)")
     add("--lr", type=share, help="peak rate (default 1e-5 for SANA, with LoRA 1e-4; see DEFAULTS)")
-    add("--proj_lr", type=share, help="of the projection or the skips (see projection_lr)")
+    add("--proj_lr", type=share, help="of the projection or the skips (see DEFAULTS)")
     add("--weight_decay", type=positive, help="AdamW's (default 0)")
     add("--clip", type=positive, help="largest gradient norm (SANA 0.1; see DEFAULTS); 0: no limit")
     add("--ema_decay", type=share, help="of the average (default 0.9999)")
@@ -163,17 +164,16 @@ def parse_args(argv=None):
     return args
 
 
-def find_run(typed):
+def find_run(flags):
     """Return the folder of the run that the flags name. Raises UserError."""
-    table = typed.get("data")
-    out = typed.get("out", f"out/{Path(table).stem if table else 'demo'}")
-    named = typed.get("resume", True)
-    if named is True:
-        return Path(out)
+    table = flags.get("data")
+    named = flags.get("resume")
+    if not isinstance(named, str):
+        return Path(flags.get("out", f"out/{Path(table).stem if table else 'demo'}"))
+    if "out" in flags:
+        raise UserError("--out: --resume names the folder already")
     if not Path(named).is_dir():
-        raise UserError(f"--resume {named}: no run in {Path(named).resolve()}; see --out")
-    if "out" in typed and out != named:
-        raise UserError("--out and --resume name two folders; --resume goes on in its own")
+        raise UserError(f"--resume {named}: no such folder; give the one that --out named")
     return Path(named)
 
 
@@ -187,7 +187,7 @@ def new_settings(given):
     family = name if name in model.PRESETS else "pretrained"
     further = False
     if model.is_run(name):
-        before = model.read_model(name)
+        before = model.read_run(name)["model"]
         if stage == "restorer":
             lora = lora or before["lora"]
         if before["autoencoder"]["kind"] != "pretrained":
@@ -199,7 +199,7 @@ def new_settings(given):
 def resumed_settings(checkpoint, typed):
     """Return (all that was typed, {flag: value}) for a run that goes on. Raises UserError."""
     saved = model.read_run(checkpoint)
-    config = model.read_model(checkpoint)
+    config = saved["model"]
     begun = saved["args"] | {"conditioning": config["conditioning"], "shift": config["shift"]}
     run = checkpoint.parent
     for name in KEPT:
@@ -230,6 +230,7 @@ def choose_settings(known, family, stage, further=False):
         values["steps"] = DEMO_STEPS
     if further:
         values["lr"] /= 10  # at the peak it would forget what it has learnt
+        values["proj_lr"] /= 10
         if "lr" not in known and RANK == 0:
             print(f"--model {known['model']} is trained already: --lr {values['lr']:g}, a tenth")
     values |= known
@@ -237,26 +238,12 @@ def choose_settings(known, family, stage, further=False):
         values["steps"] = sum(steps for _, steps in values["curriculum"])
         values["resolution"] = values["curriculum"][0][0]
     on_gpu = values["device"].startswith("cuda")
-    derived = {
-        "ema_device": values["device"],
-        "proj_lr": projection_lr(values["lr"], stage, values["lora"]),
-    }
+    derived = {"ema_device": values["device"]}
     if (family, row) == ("pretrained", "restorer") and on_gpu:
         derived["optimizer"] = "adamw_bf16"
     if (family, row) == ("pretrained", "decoder"):  # 4.6 GB an image of 512 pixels
         derived["accumulate"] = max(1, values["batch_size"] // WORLD)
     return values | derived | known
-
-
-def projection_lr(lr, stage, lora):
-    """Return the learning rate of the projection or the skips: new weights that start at 0.
-
-    Those of the projection have to grow to about 1, those of the skips to about 0.1."""
-    if stage == "decoder":
-        return min(10 * lr, 5e-3)
-    if lora:  # whose own rate is ten times the whole network's
-        return min(10 * lr, 0.05)
-    return min(100 * lr, 0.05)
 
 
 def check_flags(parser, args):
@@ -479,7 +466,6 @@ class State:
         self.step = 0
         self.draws = 0  # pictures drawn for them
         self.skipped = 0  # steps without a finite loss
-        self.consistent = True  # False while an update is under way
         self.validation = None  # the last line of validate()
         self.best = [0.0, None]  # validation PSNR, name of the checkpoint that had it
         self.saved = None  # name of the checkpoint that was written last
@@ -539,7 +525,6 @@ class State:
         average <- decay * average + (1 - decay) * weights. The decay warms up, so that the start is
         soon forgotten."""
         args = self.args
-        self.consistent = False
         for group in self.adamw.param_groups:
             group["lr"] = get_lr(self.step, args.steps, group["peak"])
         rates = [group["lr"] for group in self.adamw.param_groups]
@@ -555,7 +540,6 @@ class State:
         if self.step % self.average_every == 0:
             for name, p in self.own.items():
                 self.move_average(name, p.detach(), 1 - decay)
-        self.consistent = True
 
     def update_bf16(self, name, weight, grad, lr, scale, share):
         """Do the update of one bf16 weight; with its average, if that lies on the same device."""
@@ -734,6 +718,8 @@ class RestorerStage:
         self.autoencoder, self.prompts = load_frozen(config, args, train_set, val_set, draws)
         if args.cache:
             self.autoencoder = None
+        if "proj_lr" in args.given and config["conditioning"] != "projection":
+            raise UserError("--proj_lr: no projection is trained here; leave it out")
         # errors in brightness, which no picture tells, would drown all others: see flow_loss
         self.mean_weight = 0.1 if "color_jitter" in train_set.degradation_names() else 1.0
 
@@ -959,6 +945,7 @@ def load_frozen(config, args, train_set, val_set, draws):
     So the text encoder has left the memory when training begins. draws: the numbers of all pictures
     that this process will draw."""
     autoencoder, prompts = model.load_frozen(config, Path(args.out) / "autoencoder", args.device)
+    model.check_resolution(sides_of(args), autoencoder, config)
     if args.cache:
         prompts.known = train_set.prompts()
     elif not prompts.hashed:
@@ -970,6 +957,8 @@ def load_perceptual(args):
     """Load LPIPS from the local files of --lpips_weights; None without them."""
     if not args.lpips_weights:
         return None
+    if min(sides_of(args)) < 64:
+        raise UserError("--lpips_weights: LPIPS needs crops of 64 pixels; see --resolution")
     trunk, heads = args.lpips_weights
     trunk = evaluate.read_published(evaluate.LPIPS_TRUNK, trunk)
     heads = evaluate.read_published(evaluate.LPIPS_HEADS, heads)
@@ -1151,9 +1140,11 @@ def train(state, stage, batches, val_set, run, rows):
             before = time.monotonic()
             try:
                 batch = next(batches)
-            except UserError as error:
+            except UserError as error:  # a damaged picture
+                if WORLD == 1:  # else the last checkpoint stands
+                    state.save(run, stage.config, rows, scored)
                 advice = f"python train.py --resume {run} --data CSV goes on with a mended table"
-                raise UserError(f"{error}; {advice}") from None
+                raise UserError(f"{error}; {state.saved} is saved: {advice}") from None
             waited += time.monotonic() - before
             loss, norm, stopped = train_step(state, stage, batch, lanes, stop)
             losses.append(loss)
@@ -1262,10 +1253,15 @@ def describe_run(args):
     if saved["step"] >= args.steps:
         at = f"{args.out} is at step {saved['step']} of {args.steps} already"
         raise UserError(f"{at}: --steps sets the end")
-    config = model.read_model(args.checkpoint)
+    config = saved["model"]
     if "model" in args.typed:  # where a pretrained model is now
         config["name"] = args.model
     return config, saved["step"], saved["draws"], vae.read_json(args.checkpoint / "rows.json")
+
+
+def sides_of(args):
+    """Return all sides of crops that a run has."""
+    return [args.resolution] + [side for side, _ in args.curriculum or []]
 
 
 def crop_sides(args, step, draws):
@@ -1312,17 +1308,6 @@ def load_data(args, step, draws, rows):
     return train_set, val_set, now
 
 
-def check_model(args, config):
-    """Raise UserError for flags that do not suit the model. Loads no weights."""
-    sides = [args.resolution] + [side for side, _ in args.curriculum or []]
-    model.check_resolution(config, sides)
-    if args.lpips_weights and min(sides) < 64:
-        raise UserError("--lpips_weights: LPIPS needs crops of 64 pixels; see --resolution")
-    if "proj_lr" in args.given and args.stage == "restorer":
-        if config["conditioning"] != "projection":
-            raise UserError("--proj_lr: no projection is trained here; leave it out")
-
-
 def claim_run(args, config):
     """Make the folder of a new run, and put what it stands on there. Raises UserError."""
     run = Path(args.out)
@@ -1361,16 +1346,11 @@ def run_training(args, config, data_sets, rows, draws):
     introduce(args, state, len(train_set))
     on_gpu = args.device.startswith("cuda")
     batches = data.load_batches(train_set, args.batch_size // WORLD, draws, args.workers, on_gpu)
-    begun = state.step
     try:
         if not state.validation:
             state.validation = validate(state, stage, val_set, run)
             add_line(run, state.validation)
         return state, train(state, stage, batches, val_set, run, rows)
-    except Exception:  # a bad picture, no memory: keep what there is
-        if state.consistent and state.step > begun and WORLD == 1:
-            state.save(run, stage.config, rows, f"{stage.method}_psnr")
-        raise
     finally:
         batches.close()  # ends the threads
 
@@ -1423,7 +1403,6 @@ def main():
     start_processes(args)
     run = Path(args.out)
     config, step, first, rows = first_does(lambda: describe_run(args))
-    check_model(args, config)
     train_set, val_set, rows = first_does(lambda: load_data(args, step, first, rows))
     config["enlarge"] = train_set.source.enlarge
     if args.cache:

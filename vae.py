@@ -305,7 +305,7 @@ def find_conv_stages(stages, full_resolution):
 class Encoder(nn.Module):
     """Stages of ResBlocks, which are local, then stages of attention, which see everything.
 
-    The local stages work in tiles, with the result of the whole picture up to rounding. The grid
+    The conv stages work in tiles, with the result of the whole picture up to rounding. The grid
     after them is small: an eighth of the picture's height and width in SANA's DC-AE."""
 
     def __init__(self, c):
@@ -327,7 +327,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], c["latent_channels"], 3, padding=1)
 
     def conv_stages(self, x):
-        """Run the local stages on pixels [B, 3, H, W].
+        """Run the conv stages on pixels [B, 3, H, W].
 
         -> {stage: the input of its Down}, and under the key self.depth the output of the last. In
         SANA [B, 128, H, W], [B, 256, H/2, W/2], [B, 512, H/4, W/4] and [B, 512, H/8, W/8]."""
@@ -341,10 +341,10 @@ class Encoder(nn.Module):
         return features
 
     def forward(self, x):                                           # [B, 3, H, W]
-        def local(index):
+        def encode_tile(index):
             return self.conv_stages(x[index])[self.depth]
 
-        x = in_tiles(local, x.shape[2:], TILE, self.halo, 1 / self.factor)  # [B, D, H/8, W/8]
+        x = in_tiles(encode_tile, x.shape[2:], TILE, self.halo, 1 / self.factor)  # [B, D, H/8, W/8]
         for stage in self.down_blocks[self.depth :]:
             x = stage(x)
         z = self.conv_out(x)                                        # [B, C, H/f, W/f]
@@ -382,7 +382,7 @@ class Decoder(nn.Module):
         return x                                                    # [B, D, 4H, 4W] in SANA's
 
     def conv_stages(self, x, skip=None):
-        """Run the local stages on features [B, D, H, W] -> pixels.
+        """Run the conv stages on features [B, D, H, W] -> pixels.
 
         skip: skip(i, x) -> x may add to x before the blocks of stage i. skip(self.depth, x) comes
         first, before all of these stages."""
@@ -454,7 +454,7 @@ class DCAE(nn.Module):
             if not self.gains or pixels.shape[2:] != size:
                 raise ValueError("degraded pixels need a decoder with skips, and the latents' size")
 
-        def local(index):
+        def decode_tile(index):
             if degraded is None:
                 return self.decoder.conv_stages(x[index])
             features = self.encoder.conv_stages(pixels[scale_index(index, factor)])
@@ -465,12 +465,12 @@ class DCAE(nn.Module):
 
             return self.decoder.conv_stages(x[index], skip)
 
-        return in_tiles(local, x.shape[2:], TILE // factor, halo // factor, factor).float()
+        return in_tiles(decode_tile, x.shape[2:], TILE // factor, halo // factor, factor).float()
 
     def add_skips(self, gains=None):
         """Add skips from the encoder of the degraded pixels to the decoder, in place. Return self.
 
-        The latents have lost the fine detail; the degraded picture still holds it. At each local
+        The latents have lost the fine detail; the degraded picture still holds it. At each conv
         stage and on the grid after them, the encoder's features pass a 1x1 convolution that starts
         at zero and are added to the decoder's. So decode starts as the published decoder, bit for
         bit.
@@ -513,7 +513,7 @@ class DCAE(nn.Module):
         return gains
 
     def freeze_around_decoder(self):
-        """Freeze all but the skips and the decoder's local stages, in place. Return self."""
+        """Freeze all but the skips and the decoder's conv stages, in place. Return self."""
         self.requires_grad_(False)
         self.skips.requires_grad_(True)
         decoder = self.decoder

@@ -745,12 +745,12 @@ def pretrained_victims(folder):
         use_transformer(folder / "transformer")
 
     def autoencoder():
-        dcae = load_pretrained(DCAE, folder / "vae")
+        dcae = load_pretrained(DCAE, folder / "vae").requires_grad_(False)
         assert dcae.decode(dcae.encode(pixels)).shape[:2] == (1, 3)
 
     def text():
         tokenizer = GemmaTokenizer(folder / "tokenizer")
-        gemma = load_pretrained(Gemma2, folder / "text_encoder")
+        gemma = Gemma2.from_pretrained(folder / "text_encoder")
         encode_prompts(tokenizer, gemma, ["Remove noise."])
 
     weights = "diffusion_pytorch_model.safetensors"
@@ -766,14 +766,14 @@ def pretrained_victims(folder):
 
 
 def use_transformer(folder):
-    sana = load_pretrained(Sana, folder)
+    sana = Sana.from_pretrained(folder)
     latents = torch.zeros(1, sana.config["in_channels"], 4, 4)
     sana(latents, torch.ones(1), torch.zeros(1, 3, sana.config["caption_channels"]))
 
 
 def sharded_victims(folder, transformer):
     """Write a transformer in two shards, and return their files."""
-    tensors = load_pretrained(Sana, transformer).state_dict()
+    tensors = Sana.from_pretrained(transformer).state_dict()
     folder.mkdir()
     shutil.copy(transformer / "config.json", folder)
     shards = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]

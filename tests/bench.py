@@ -922,7 +922,7 @@ def training_args(flags):
 
 
 def card_config(name, args):
-    lora = {"rank": args.lora, "alpha": float(args.lora)} if args.lora else None
+    lora = {"rank": args.lora} if args.lora else None
     with torch.device("meta"):
         sana = Sana(SANAS[name]).config
     return model.MODEL_DEFAULTS | {"sana": sana, "lora": lora}

@@ -24,9 +24,9 @@ FAST = ["--batch_size", 2, "--resolution", 32, "--val_every", 6, "--save_every",
 FAST += ["--workers", 0, "--steps", 6]
 
 
-def with_lora(sana, rank=3, alpha=6.0, conditioning="projection"):
+def with_lora(sana, rank=3, conditioning="projection"):
     """A Restorer whose low-rank changes are random."""
-    restorer = add_lora(Restorer(sana, conditioning), rank, alpha, seeded(3))
+    restorer = add_lora(Restorer(sana, conditioning), rank, seeded(3))
     for i, module in enumerate(m for m in restorer.modules() if isinstance(m, LoRA)):
         torch.nn.init.normal_(module.B, std=0.3, generator=seeded(i))
     return restorer.eval()
@@ -45,7 +45,7 @@ def test_before_training_it_is_the_base_bit_for_bit(conditioning, dtype):
     sana = randomized(Sana(SMALL | QK_NORM)).to(dtype)
     expected = answer(Restorer(sana, conditioning), dtype)
     sana = randomized(Sana(SMALL | QK_NORM)).to(dtype)
-    restorer = add_lora(Restorer(sana, conditioning), 4, 4.0, seeded())
+    restorer = add_lora(Restorer(sana, conditioning), 4, seeded())
     assert torch.equal(answer(restorer, dtype), expected)
 
 
@@ -62,9 +62,9 @@ def test_a_merged_model_is_the_unmerged_one():
 def test_the_same_changes_give_what_peft_gives():
     """Output and gradients of A and B, on diffusers' module."""
     theirs, sana = twins(SMALL | QK_NORM)
-    ours = add_lora(Restorer(sana, "none"), 3, 6.0, seeded())
+    ours = add_lora(Restorer(sana, "none"), 3, seeded())
     # only the blocks: other layers of SANA have linear maps of these names nowhere
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, bias="none")
+    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=TARGETS, bias="none")
     theirs = peft.get_peft_model(theirs, config)
     pairs = {}
     for name, p in theirs.named_parameters():
@@ -117,8 +117,8 @@ def runs(photos_csv, pipeline_folder, tmp_path_factory):
     """A run of LoRA on a pretrained model, one on a restorer, and that restorer."""
     folder = tmp_path_factory.mktemp("lora")
     flags = ["--data", photos_csv, *FAST]
-    lora = ["--lora", 2, "--lora_alpha", 4]
-    run("train.py", *flags, "--model", pipeline_folder, *lora, "--out", "sana", cwd=folder)
+    sana = ["--model", pipeline_folder, "--lora", 2, "--out", "sana"]
+    run("train.py", *flags, *sana, cwd=folder)
     run("train.py", *flags, "--out", "tiny", cwd=folder)
     run("train.py", *flags, "--model", folder / "tiny", "--lora", 2, "--out", "more", cwd=folder)
     return folder
@@ -139,7 +139,7 @@ def test_a_checkpoint_holds_only_what_was_trained(runs):
 def test_resuming_is_exact(runs, photos_csv, pipeline_folder, tmp_path):
     """Also in two parts of a batch, with activations computed twice."""
     flags = ["--data", photos_csv, *FAST, "--model", pipeline_folder]
-    flags += ["--lora", 2, "--lora_alpha", 4]
+    flags += ["--lora", 2]
     train_until(3, *flags, "--out", "half", cwd=tmp_path)
     run("train.py", "--resume", "half", cwd=tmp_path)
     assert_same_checkpoint(tmp_path / "half", runs / "sana")
@@ -156,7 +156,7 @@ def test_resuming_is_exact(runs, photos_csv, pipeline_folder, tmp_path):
 def test_from_a_cache_it_is_the_same(runs, photos_csv, pipeline_folder, tmp_path):
     flags = ["--data", photos_csv, "--resolution", 32, "--model", pipeline_folder]
     run("data.py", "cache", *flags, "--epochs", 2, "--out", "cache", cwd=tmp_path)
-    lora = ["--lora", 2, "--lora_alpha", 4, "--cache", "cache", "--out", "cached"]
+    lora = ["--lora", 2, "--cache", "cache", "--out", "cached"]
     run("train.py", *flags, *FAST, *lora, cwd=tmp_path)
     assert losses(tmp_path / "cached") == pytest.approx(losses(runs / "sana"), rel=1e-3)
 
@@ -215,7 +215,7 @@ def test_going_on_from_it_keeps_its_base(runs, photos_csv, tmp_path):
     before = model.read_run(runs / "more")["model"]
     now = model.read_run(tmp_path / "again")["model"]
     assert now["base"] == before["base"]
-    assert now["lora"] == before["lora"] == {"rank": 2, "alpha": 2.0}
+    assert now["lora"] == before["lora"] == {"rank": 2}
     first = [line for line in read_log(tmp_path / "again") if line["step"] == 0][0]
     last = model.read_run(runs / "more")["validation"]
     assert first["restored_psnr"] == last["restored_psnr"]
@@ -231,7 +231,6 @@ def test_going_on_from_it_keeps_its_base(runs, photos_csv, tmp_path):
     [
         (["--lora", 4], "not trained yet"),
         (["--lora", 4, "--model", "SANA", "--optimizer", "adamw_bf16"], "trains fp32 weights"),
-        (["--lora_alpha", 4], "give --lora RANK too"),
         (["--lora", 4, "--stage", "decoder"], "no effect with --stage decoder"),
     ],
 )
@@ -250,7 +249,7 @@ def test_a_decoder_stands_on_it(runs, photos_csv, pipeline_folder, tmp_path):
 def test_memory_is_kept_for_what_is_trained_alone(pipeline_folder):
     """No gradient, no moments, no average of the base; on a GPU it would be bf16."""
     args = train.parse_args(["--model", str(pipeline_folder), "--lora", "2", "--device", "cpu"])
-    lora = {"rank": 2, "alpha": 2.0}
+    lora = {"rank": 2}
     config = model.describe_model(str(pipeline_folder), lora=lora)
     restorer = model.initial_restorer(str(pipeline_folder), config, seeded())
     state = train.State(config, restorer, args)

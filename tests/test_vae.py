@@ -1,5 +1,7 @@
 """DC-AE against diffusers' AutoencoderDC; any size, in tiles; the tiny preset's autoencoder."""
 
+import hashlib
+import json
 import math
 
 import numpy as np
@@ -9,6 +11,7 @@ from diffusers import AutoencoderDC
 
 import vae
 from data import to_tensor
+from degrade import UserError
 from pipeline import DC_AE, randomize
 from vae import DCAE, PixelAE, load_pretrained, pad_to_multiple
 
@@ -31,8 +34,8 @@ def with_another_stage(config, **changes):
 
 
 # The published families in small widths: sana-1.0/1.1 (strided convolutions, nearest-neighbour up),
-# in-1.0 and mix-1.0 of f32, f64 and f128 (pixel shuffles, no convolution at full resolution, batch
-# norm in the decoder), and one of all defaults.
+# in-1.0 and mix-1.0 of f32, f64 and f128 (pixel shuffles, no convolution at full resolution; their
+# batch norm is not built), and one of all defaults.
 IMAGENET = {
     "encoder_block_types": block_types(6, 3),
     "decoder_block_types": block_types(6, 3),
@@ -42,8 +45,6 @@ IMAGENET = {
     "decoder_layers_per_block": [0, 2, 1, 1, 1, 1],
     "encoder_qkv_multiscales": [[]] * 6,
     "decoder_qkv_multiscales": [[]] * 6,
-    "decoder_norm_types": ["batch_norm"] * 3 + ["rms_norm"] * 3,
-    "decoder_act_fns": ["relu"] * 3 + ["silu"] * 3,
     "attention_head_dim": 4,
     "latent_channels": 8,
 }
@@ -57,9 +58,6 @@ PLAIN = {
     "decoder_layers_per_block": [1, 1],
     "encoder_qkv_multiscales": [[], []],
     "decoder_qkv_multiscales": [[], []],
-    "encoder_out_shortcut": False,
-    "decoder_in_shortcut": False,
-    "decoder_conv_act_fn": "silu",
 }
 ODD_HEADS = {"attention_head_dim": 5, "encoder_qkv_multiscales": [[], [], [3, 5]]}
 # DC-AE-Lite: SANA's encoder, and a decoder without attention.
@@ -91,7 +89,7 @@ def test_dcae_computes_what_diffusers_computes(name, tmp_path):
     config = (CONFIGS | {"conv": CONV})[name]
     theirs = randomize(AutoencoderDC(**config), scale=0.15)
     theirs.save_pretrained(tmp_path)
-    ours = load_pretrained(DCAE, tmp_path)
+    ours = load_pretrained(DCAE, tmp_path).requires_grad_(False)
     scaling = config.get("scaling_factor", 1.0)
     assert ours.factor == theirs.spatial_compression_ratio
     # few enough positions for diffusers' quadratic attention, and many
@@ -178,7 +176,10 @@ def test_full_size_dcae_has_the_published_number_of_tensors_and_parameters():
 
 NOT_BUILT = [
     {"encoder_block_types": "ViTBlock"},
-    {"decoder_norm_types": "layer_norm"},
+    {"decoder_norm_types": ["batch_norm", "rms_norm", "rms_norm"]},
+    {"decoder_act_fns": "relu"},
+    {"decoder_conv_act_fn": "silu"},
+    {"decoder_in_shortcut": False},
     {"downsample_block_type": "CONV"},
     {"depth": 3},
 ]
@@ -203,7 +204,7 @@ def test_any_size_is_mirrored_to_the_multiple():
 # In tiles.
 
 
-def count_parts(network, monkeypatch):
+def note_tiles(network, monkeypatch):
     """Have the sizes of what goes through the stages that work in tiles noted -> their list."""
     sizes = []
     whole = network.conv_stages
@@ -226,11 +227,11 @@ def test_large_pictures_go_through_dcae_in_tiles_with_the_same_numbers(name, pho
 
     monkeypatch.setattr(vae, "TILE", side // 4)
     monkeypatch.setattr(vae, "ATTENTION_TILE", side // 32)
-    parts = count_parts(ours.encoder, monkeypatch), count_parts(ours.decoder, monkeypatch)
+    sizes = note_tiles(ours.encoder, monkeypatch), note_tiles(ours.decoder, monkeypatch)
     assert_close(ours.encode(pixels), latents)
     assert_close(ours.decode(latents), whole)
-    assert min(map(len, parts)) >= 12
-    assert max(parts[0]) < pixels[0, 0].numel() / 2
+    assert min(map(len, sizes)) >= 12
+    assert max(sizes[0]) < pixels[0, 0].numel() / 2
 
 
 def test_a_halo_that_is_too_small_would_be_noticed(photo, monkeypatch):
@@ -266,3 +267,43 @@ def test_padding_mirrors(size):
     for side in size:
         margins.append((0, math.ceil(side / 4) * 4 - side))
     assert np.array_equal(padded.numpy(), np.pad(pixels.numpy(), margins, "reflect"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Files.
+
+
+def test_a_digest_is_of_the_whole_file(tmp_path):
+    """Two long files that differ in one byte, wherever it is."""
+    content = bytearray(3_000_000)
+    digests = set()
+    for place in (0, 1_234_567, 2_999_999):
+        content[place] ^= 1
+        (tmp_path / "a").write_bytes(content)
+        assert vae.file_digest(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+        digests.add(vae.file_digest(tmp_path / "a"))
+    assert len(digests) == 3
+
+
+def test_json_is_strict(tmp_path):
+    content = {"a": [1.5, math.nan, -math.inf], "b": {"c": math.inf, "d": "NaN", "é": None}}
+    vae.write_json(tmp_path / "a.json", content)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    expected = {"a": [1.5, None, None], "b": {"c": None, "d": "NaN", "é": None}}
+    assert json.loads(text, parse_constant=refuse) == expected
+    assert vae.read_json(tmp_path / "a.json") == expected
+
+
+def test_weights_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write .*a.safetensors"):
+        vae.save_weights({"w": torch.ones(3)}, tmp_path / "file/a.safetensors")
+    vae.save_weights({"w": torch.ones(3)}, tmp_path / "a.safetensors")
+    (tmp_path / "b").touch()
+    modes = [(tmp_path / name).stat().st_mode for name in ("a.safetensors", "b")]
+    assert modes[0] == modes[1]  # who may read it
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b", "file"]
