@@ -260,8 +260,9 @@ class CsvPairs:
         if sizes_fit(clean.size, condition.size, self.enlarge):
             return
         problem = f"a pair of different sizes, {as_text(clean.size)} and {as_text(condition.size)}"
-        if clean.turned != condition.turned and clean.size == condition.size[::-1]:
-            turned = row.clean if clean.turned else row.condition
+        sideways = clean.orientation >= 5, condition.orientation >= 5
+        if sideways[0] != sideways[1] and clean.size == condition.size[::-1]:
+            turned = row.clean if sideways[0] else row.condition
             problem += f"; they fit before {turned.name} is turned by its EXIF orientation"
         raise UserError(problem)
 
@@ -814,11 +815,15 @@ def hold_out(source, before=(), kept=()):
     than half of the rows, and one with a picture that was trained on. Without any, nothing is held
     out and rows of the first units are measured.
     before: digests of the clean pictures that the weights were trained on already. kept: what
-    list_rows said of the rows held out earlier in this run; those still there stay held out."""
+    list_rows said of the rows held out earlier in this run; the pictures still there stay held out,
+    whatever became of their captions and conditions."""
     count = min(HELD_OUT, len(source) // 10)
-    places = {source.identity(i)[1:]: i for i in range(len(source))}
-    held_out = [places[tuple(row[1:])] for row in kept if tuple(row[1:]) in places]
+    order = {}  # {digest of a clean picture: where it stands in kept}
+    for _, digest, _ in kept:
+        order.setdefault(digest, len(order))
+    held_out = [i for i in range(len(source)) if source.identity(i)[1] in order]
     if held_out:
+        held_out.sort(key=lambda i: (order[source.identity(i)[1]], source.identity(i)[2]))
         return held_out[: max(1, count)], held_out
     units = find_units(source)
     for unit in units:
@@ -991,7 +996,7 @@ def make_cache(out, index, train_set, val_set, autoencoder, prompts, device, wor
         raise UserError(f"{out} holds another cache; choose another --out")
     write_json(out / "index.json", index)
     count = index["epochs"] * len(train_set)
-    if prompts.folder and not (out / "prompts.safetensors").exists():
+    if not prompts.hashed and not (out / "prompts.safetensors").exists():
         prompts.prepare(captions_of(train_set, range(count), val_set))
         named = {f"caption {caption}": row for caption, row in prompts.known.items()}
         save_weights(named, out / "prompts.safetensors")

@@ -367,11 +367,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} -h)")
 
 
-def given_flags():
-    """Return the flags that the command line names: {"--data", ...}."""
-    return {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
-
-
 def between(kind, low, high=math.inf):
     """Return an argparse type: a finite int or float (kind), from low to high inclusive."""
 
@@ -400,12 +395,12 @@ def run_script(main):
         fail(error)
     except (MemoryError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        if "DataLoader worker" in reason:
-            fail(f"a --workers process ended, as it does where memory runs out: {reason}")
         shortages = "out of memory", "not enough memory", "allocate memory"
         if isinstance(error, RuntimeError) and not any(word in reason for word in shortages):
             raise
-        fail(f"out of memory: use smaller batches, crops or pictures, or see the README ({reason})")
+        advice = "smaller pictures, crops and batches help; in training --accumulate, "
+        advice += "--checkpointing, --ema_device cpu, --cache and --lora spare memory"
+        fail(f"out of memory: {advice} ({reason})")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1295,12 +1295,15 @@ def load_data(args, step, draws, rows):
     crop = crop_sides(args, step, draws)
     tables = args.data, args.val_data
     before, kept = set(rows["before"]), rows["held_out"]
+    before |= {digest for _, digest, _ in rows["trained"]}
     train_set, val_set, held_out = data.make_datasets(
         *tables, crop, drawing_of(args), args.skip_bad, before, kept
     )
     if args.data:
         data.refuse_useless_flags(args.given, train_set.source, val_set.source)
-    now = rows | {"trained": data.list_rows(train_set), "held_out": held_out}
+    now = {"trained": data.list_rows(train_set), "held_out": held_out}
+    # of other weights, and of a table that has changed since
+    now["before"] = sorted(before - {digest for _, digest, _ in now["trained"]})
     if args.checkpoint and "data" not in args.typed:
         what = f"{args.out} began with other pictures; --data, given again, goes on with these"
         for key in ("trained", "held_out"):
@@ -1308,11 +1311,17 @@ def load_data(args, step, draws, rows):
     return train_set, val_set, now
 
 
+RUN_FILES = "autoencoder", "base", "config.json", "log.jsonl", "loss.png", "samples"
+
+
 def claim_run(args, config):
     """Make the folder of a new run, and put what it stands on there. Raises UserError."""
     run = Path(args.out)
-    killed = args.resume and run.is_dir() and not (run / "latest").is_file()
-    if not killed:
+    if args.resume and run.is_dir():  # a start that was killed
+        for path in run.iterdir():
+            if path.name not in RUN_FILES and not path.name.startswith((".", "step_")):
+                raise UserError(f"--resume {run}: no run is here, but {path.name}; see --out")
+    else:
         degrade.make_folder(run)
     model.link_parts(args.model, config, run)
 
@@ -1411,12 +1420,13 @@ def main():
     # every draw of the run has a number; this process takes every WORLD-th
     last = first + (args.steps - step) * args.batch_size
     draws = range(first + RANK, last, WORLD)
+    made = not run.exists()
     if not args.checkpoint:
         first_does(lambda: claim_run(args, config))
     try:
         state, caught = run_training(args, config, (train_set, val_set), rows, draws)
     except BaseException:
-        if RANK == 0 and not (run / "latest").exists():
+        if made and RANK == 0 and not (run / "latest").exists():
             shutil.rmtree(run, ignore_errors=True)  # nothing was learnt: leave no trace
         raise
     report(state, STAGES[args.stage].method, run, len(val_set))

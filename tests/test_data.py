@@ -1,7 +1,7 @@
 """Pictures, pairs and their draws: read, cropped, degraded, and made by the data.py command."""
 
 import csv
-import multiprocessing
+import threading
 
 import numpy as np
 import pytest
@@ -114,23 +114,15 @@ def test_every_row_is_drawn_once_per_epoch_in_a_new_order():
     assert int(dataset.order[9]) == epochs[1][2]  # any draw can be asked for on its own
 
 
-def batches(workers, first):
-    """Draws first to 23 of five pictures, in batches of four."""
-    dataset = PairedDataset(DeadLeaves(5, 48, 0), 32, seed=3)
-    return list(load_batches(dataset, 4, range(first, 24), workers))
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_on_the_fly_pairs_do_not_depend_on_the_number_of_workers(workers):
-    alone = batches(0, 0)
-    split = batches(workers, 0)
-    later = batches(workers, 8)
-    assert len(alone) == 6
-    for a, b in [*zip(alone, split, strict=True), *zip(alone[2:], later, strict=True)]:
-        assert torch.equal(a["clean"], b["clean"])
-        assert torch.equal(a["condition"], b["condition"])
-        assert a["caption"] == b["caption"]
-    assert not torch.equal(alone[0]["condition"], alone[1]["condition"])
+def test_a_draw_depends_on_its_number_alone():
+    drawn = PairedDataset(DeadLeaves(5, 48, 0), 32, seed=3)
+    again = PairedDataset(DeadLeaves(5, 48, 0), 32, seed=3)
+    for n in (11, 4):  # in another order
+        for key in ("clean", "condition"):
+            assert torch.equal(drawn[n][key], again[n][key])
+    assert not torch.equal(drawn[4]["condition"], drawn[11]["condition"])
+    other = PairedDataset(DeadLeaves(5, 48, 0), 32, seed=4)
+    assert not torch.equal(drawn[4]["condition"], other[4]["condition"])
 
 
 def test_seeds_differ_in_each_part():
@@ -147,13 +139,13 @@ def test_captions(tmp_path):
     coordinates(40, 40).save(tmp_path / "a.png")
     own = CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "", "my words")]))
     dataset = PairedDataset(own, 32)
-    drawn = [dataset[n]["caption"] for n in range(1000)]
+    drawn = [dataset.plan(n).caption for n in range(1000)]
     assert set(drawn) == {"", "my words"}
     assert 70 <= drawn.count("") <= 130
     auto = CsvPairs(write_csv(tmp_path / "q.csv", [("a.png", "", "")]))
     dataset = PairedDataset(auto, 32, parse_degradations(["jpeg"]), caption_dropout=0)
     for n in range(50):
-        caption = dataset[n]["caption"]
+        caption = dataset.plan(n).caption
         assert "JPEG" in caption or "compression" in caption
     paired = CsvPairs(write_csv(tmp_path / "r.csv", [("a.png", "a.png", "")]))
     assert PairedDataset(paired, 32, caption_dropout=0)[0]["caption"] == ""
@@ -179,10 +171,67 @@ def test_captions_are_known_without_opening_an_image(photos, tmp_path, training,
         rows.append((picture, picture if i % 2 else "", "given" if i % 3 else ""))
     source = CsvPairs(write_csv(tmp_path / "plan.csv", rows))
     dataset = PairedDataset(source, 32, seed=3, training=training)
-    captions = [dataset.draw(i)["caption"] for i in range(12)]
+    captions = [dataset[i]["caption"] for i in range(12)]
     monkeypatch.setattr(source, "load", None)
-    assert [dataset.plan(i)[2] for i in range(12)] == captions
+    assert [dataset.plan(i).caption for i in range(12)] == captions
     assert len(set(captions)) > 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Threads that open pictures ahead of the training loop.
+
+
+class Recorded:
+    """A data set that notes what it is asked for, and in which thread. Draw 9 cannot be read."""
+
+    def __init__(self):
+        self.planned = []
+        self.threads = set()
+
+    def plan(self, n):
+        assert threading.current_thread() is threading.main_thread()
+        self.planned.append(n)
+
+    def prepare(self, n, plan):
+        self.threads.add(threading.get_ident())
+        if n == 9:
+            raise UserError("draw 9")
+        picture = np.full((2, 2, 3), n, np.uint8)
+        return {"clean": picture, "condition": picture, "caption": "", "draw": n}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_are_the_draws_in_their_order(workers):
+    dataset = PairedDataset(DeadLeaves(5, 48, 0), 32, seed=3)
+    draws = [*range(7, 24, 2), 40]
+    seen = []
+    for batch in load_batches(dataset, 4, draws, workers):
+        for i, n in enumerate(batch["draw"]):
+            item = dataset[n]
+            assert torch.equal(batch["clean"][i], item["clean"])
+            assert torch.equal(batch["condition"][i], item["condition"])
+            assert batch["caption"][i] == item["caption"]
+            seen.append(n)
+    assert seen == draws
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_threads_stay_two_batches_ahead_and_end(workers):
+    before = threading.active_count()
+    dataset = Recorded()
+    batches = load_batches(dataset, 2, range(100), workers)
+    for k in range(4):  # the batches 0 to 3
+        assert next(batches)["draw"] == [2 * k, 2 * k + 1]
+        assert dataset.planned == list(range(2 * k + 6))
+    with pytest.raises(UserError, match="^draw 9$"):  # of batch 4, and no sooner
+        next(batches)
+    assert threading.active_count() == before
+    assert threading.get_ident() not in dataset.threads
+    batches = load_batches(dataset, 2, range(20, 100), workers)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert threading.active_count() == before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,7 +257,7 @@ def test_paths_headers_and_encodings(tmp_path):
 def refused(path, *words):
     """Draw the first row of a CSV, which fails in one line with these words."""
     with pytest.raises(UserError) as error:
-        PairedDataset(CsvPairs(path), 32).draw(0)
+        PairedDataset(CsvPairs(path), 32)[0]
     message = str(error.value)
     assert "\n" not in message
     for word in words:
@@ -256,36 +305,30 @@ def test_bad_rows_are_refused_with_the_place(pictures, rows, words):
     refused(write_csv(pictures / "p.csv", rows), "p.csv", *words)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_batches_name_the_row_that_cannot_be_read_in_one_line(pictures, workers):
-    """From a worker process, too, it is the message and not a page of traceback."""
-    rows = [("a.png", "", ""), ("cut.png", "", "")]
-    path = write_csv(pictures / "p.csv", rows)
+def test_damage_behind_the_header_is_named_when_it_is_drawn(pictures):
+    path = write_csv(pictures / "p.csv", [("a.png", "", ""), ("cut.png", "", "")])
     dataset = PairedDataset(CsvPairs(path), 32, training=False)
+    batches = load_batches(dataset, 1, range(2))
+    assert next(batches)["draw"] == [0]
     with pytest.raises(UserError) as error:
-        list(load_batches(dataset, 1, range(2), workers))
-    left = multiprocessing.active_children()
-    for process in left:
-        process.kill()
+        next(batches)
     message = str(error.value)
     assert message.startswith(f"{path}, line 3: {pictures / 'cut.png'}: cannot read")
-    assert "Traceback" not in message
     assert "\n" not in message
-    with pytest.raises(UserError) as alone:
-        dataset.draw(1)
-    assert message == str(alone.value)
-    assert not left  # a worker ignores SIGTERM: Python would wait for it for ever as it exits
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_with_skip_bad_the_next_row_takes_the_place_and_is_counted(pictures, workers, capfd):
-    rows = [("a.png", "", "good"), ("cut.png", "", "bad")]
-    source = CsvPairs(write_csv(pictures / "p.csv", rows))
-    dataset = PairedDataset(source, 32, caption_dropout=0, skip_bad=True)
-    seen = list(load_batches(dataset, 2, range(6), workers))
-    assert [batch["caption"] for batch in seen] == [["good", "good"]] * 3
-    assert sum(batch["bad"] for batch in seen) >= 3  # once an epoch, or more
-    assert capfd.readouterr().err.count("left out: ") == 1  # said once
+def test_with_skip_bad_whole_pictures_are_decoded_and_rows_left_out(pictures, capsys):
+    rows = [("cut.png", "", ""), ("a.png", "", "good"), ("gone.png", "", ""), ("a.png", "cut.png")]
+    rows += [("a.png", "b.png", ""), ("", "", ""), ("small.png", "", "")]
+    source = CsvPairs(write_csv(pictures / "p.csv", rows), skip_bad=True)
+    source.check_sides(32)
+    assert [row.caption for row in source.rows] == ["good"]
+    said = capsys.readouterr().err
+    assert said.count("left out: ") == 6
+    for line in (2, 4, 5, 6, 7, 8):
+        assert f"p.csv, line {line}: " in said
+    with pytest.raises(UserError, match="no row that can be used"):
+        CsvPairs(write_csv(pictures / "p.csv", rows[:1]), skip_bad=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,5 +355,5 @@ def test_make_pairs_writes_what_training_reads(photos, tmp_path):
     make_pairs(photos, again, choices, [1], seed=0)
     written = sorted(made.rglob("*.png"))
     assert len(written) == 24
-    for path in written:
+    for path in [*written, made / "pairs.csv"]:
         assert path.read_bytes() == (again / path.relative_to(made)).read_bytes()

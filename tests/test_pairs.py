@@ -1,63 +1,66 @@
 """Pairs as people have them: what data.py refuses, converts, says and keeps apart.
 
-Each test has the value that is right. All of these once gave a wrong one without a word.
+Each test has the value that is right. Most of these once gave a wrong one without a word.
 """
 
-import json
+import hashlib
+import itertools
 import os
-import unicodedata
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_commands import run
+from test_commands import read_csv
 from test_data import coordinates, levels, write_csv
 
 import data
 import degrade
-from data import CsvPairs, PairedDataset, list_images, make_datasets, make_pairs, match_folders
+from data import CsvPairs, PairedDataset, list_images, list_rows, make_pairs, match_folders
 from degrade import UserError, parse_degradations
+from model import PRESETS, Prompts
+from vae import PixelAE
 
 NOISE = parse_degradations(["gaussian_noise:sigma=25"])
+DRAWING = {
+    "degradations": parse_degradations(degrade.DEFAULT_DEGRADATIONS),
+    "max_degradations": 3,
+    "caption_dropout": 0.1,
+    "seed": 0,
+}
 
 
-def flags(path, **others):
-    """The flags of make_datasets, as train.py has them by default."""
-    defaults = {
-        "data": path,
-        "val_data": None,
-        "val_count": None,
-        "degradations": degrade.DEFAULT_DEGRADATIONS,
-        "max_degradations": 3,
-        "caption_dropout": 0.1,
-        "seed": 0,
-        "skip_bad": False,
-        "resolution": 16,
-    }
-    return Namespace(**(defaults | others))
+def datasets(path, val=None, crop=16, seed=0, **others):
+    """The data sets of training and validation of a table, and list_rows of those held out."""
+    return data.make_datasets(path, val, crop, DRAWING | {"seed": seed}, **others)
 
 
-def noise_picture(size, seed, mode="RGB"):
-    channels = () if mode == "L" else (3,)
-    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *channels))
-    return Image.fromarray(values.astype(np.uint8), mode)
+def names(dataset):
+    return [dataset.source.rows[i].name for i in dataset.rows]
 
 
-def made_of(folder, count, size=(40, 40)):
+def noise_picture(size, seed):
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3))
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def made_of(folder, count, size=(20, 20)):
     """Write count different pictures into a folder -> their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = []
     for i in range(count):
         noise_picture(size, i).save(folder / f"{i:02d}.png")
-        names.append(f"{i:02d}.png")
-    return names
+    return [f"{i:02d}.png" for i in range(count)]
+
+
+def write_pictures(folder, *paths, size=(20, 20)):
+    for name in paths:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        coordinates(*size).save(folder / name)
 
 
 # --------------------------------------------------------------------------------------------------
-# Grey, transparency, bits, profiles.
+# Grey, transparency.
 
 
 def test_grey_is_degraded_in_one_channel(tmp_path, photo):
@@ -65,7 +68,7 @@ def test_grey_is_degraded_in_one_channel(tmp_path, photo):
     grey = photo.convert("L")
     grey.save(tmp_path / "grey.png")
     source = CsvPairs(write_csv(tmp_path / "p.csv", [("grey.png",)], ["image_path"]))
-    item = PairedDataset(source, None, NOISE, training=False, max_degradations=1).draw(0)
+    item = PairedDataset(source, None, NOISE, training=False, max_degradations=1)[0]
     assert item["grey"]
     assert torch.equal(item["condition"][0], item["condition"][1])
     middle = (levels(grey) > 100) & (levels(grey) < 150)  # where nothing is clipped
@@ -73,7 +76,7 @@ def test_grey_is_degraded_in_one_channel(tmp_path, photo):
     assert abs(noise.std() - 25) < 0.3
 
 
-def test_pairs_and_degrade_keep_grey(tmp_path, photo, monkeypatch, capsys):
+def test_pairs_and_degrade_keep_grey(tmp_path, photo, monkeypatch):
     (tmp_path / "photos").mkdir()
     photo.convert("L").save(tmp_path / "photos/grey.png")
     make_pairs(tmp_path / "photos", tmp_path / "out", NOISE, [1], seed=0)
@@ -90,14 +93,19 @@ def test_transparent_pixels_are_refused_and_opaque_ones_are_not(tmp_path, capsys
     opaque.save(tmp_path / "opaque.png")
     opaque.putpixel((3, 3), (1, 2, 3, 254))
     opaque.save(tmp_path / "hidden.png")
-    rows = [("opaque.png", "", ""), ("hidden.png", "", "")]
-    path = write_csv(tmp_path / "p.csv", rows)
+    path = write_csv(tmp_path / "p.csv", [("opaque.png", "", ""), ("hidden.png", "", "")])
     with pytest.raises(UserError, match="line 3: .*hidden.png has transparent pixels"):
         CsvPairs(path)
     assert len(CsvPairs(path, skip_bad=True)) == 1
-    assert capsys.readouterr().err.count("left out: ") == 1
+    out = tmp_path.parent / f"{tmp_path.name}-out"
     with pytest.raises(UserError, match="hidden.png"):
-        make_pairs(tmp_path, tmp_path.parent / f"{tmp_path.name}-out", NOISE, [1], seed=0)
+        make_pairs(tmp_path, out, NOISE, [1], seed=0)
+    with pytest.raises(UserError, match="exists already"):  # it is not gone on with
+        make_pairs(tmp_path, out, NOISE, [1], seed=0)
+    make_pairs(tmp_path, tmp_path.parent / f"{out.name}2", NOISE, [1], 0, skip_bad=True)
+    said = capsys.readouterr()
+    assert "1 pairs in" in said.out and "1 pictures left out" in said.out
+    assert said.err.count("left out: ") == 2  # a row and a picture
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,31 +113,17 @@ def test_transparent_pixels_are_refused_and_opaque_ones_are_not(tmp_path, capsys
 
 
 def test_which_files_of_a_folder_are_pictures(tmp_path, capsys):
-    picture = coordinates(40, 40)
-    for name in ("a.png", "b.jfif", "c.tga", "deep/d.jp2"):
-        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(tmp_path / "photos" / name)
-    for folder in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
-        (tmp_path / "photos" / folder).mkdir()
-        picture.save(tmp_path / "photos" / folder / "thumbnail.png")
-    (tmp_path / "photos/notes.txt").write_text("x")
-    (tmp_path / "photos/more.txt").write_text("x")
-    (tmp_path / "photos/film.mov").write_text("x")
-    (tmp_path / "elsewhere").mkdir()
-    picture.save(tmp_path / "elsewhere/e.png")
+    shown = ["a.png", "b.jfif", "c.tga", "deep/d.jp2"]
+    hidden = [".ipynb_checkpoints/e.png", "@eaDir/e.png", "__MACOSX/e.png", ".e.png"]
+    write_pictures(tmp_path, "elsewhere/e.png", *[f"photos/{name}" for name in shown + hidden])
+    for name in ("notes.txt", "more.txt", "film.mov"):
+        (tmp_path / "photos" / name).write_text("x")
     os.symlink(tmp_path / "elsewhere", tmp_path / "photos/link")
     os.symlink(tmp_path / "photos", tmp_path / "photos/loop")
     found = list_images(tmp_path / "photos")
-    names = [path.relative_to(tmp_path / "photos").as_posix() for path in found]
-    assert names == ["a.png", "b.jfif", "c.tga", "deep/d.jp2", "link/e.png"]
-    assert "left out: 1 .mov, 2 .txt" in capsys.readouterr().err
-
-
-def test_a_name_in_another_unicode_form_is_named(tmp_path):
-    composed = unicodedata.normalize("NFC", "é.png")
-    coordinates(40, 40).save(tmp_path / unicodedata.normalize("NFD", composed))
-    with pytest.raises(UserError, match="line 2: no file .* another Unicode form"):
-        CsvPairs(write_csv(tmp_path / "p.csv", [(composed, "", "")]))
+    below = [path.relative_to(tmp_path / "photos").as_posix() for path in found]
+    assert below == [*shown, "link/e.png"]
+    assert "left out as no pictures: 3 files such as film.mov" in capsys.readouterr().err
 
 
 LAYOUTS = {
@@ -137,61 +131,106 @@ LAYOUTS = {
     "GoPro": ("gopro/scene/sharp/1.png", "gopro/scene/blur/1.png", "gopro", "gopro", "sharp=blur"),
     "SIDD": ("sidd/01/01_GT_10.png", "sidd/01/01_NOISY_10.png", "sidd", "sidd", "GT=NOISY"),
     "one folder written two ways": ("a/1_GT.png", "a/1_NOISY.png", "a", "a/../a", "GT=NOISY"),
-    "DIV2K": ("HR/0001.png", "LR/X4/0001x4.png", "HR", "LR", ".png=x4.png"),
+    "DIV2K": ("HR/0001.png", "LR/X4/0001x4.png", "HR", "LR/X4", ".png=x4.png"),
+    "one within the other": ("data/1.png", "data/noisy/1.png", "data", "data/noisy", ""),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_folders_become_a_csv(layout, tmp_path, capsys):
     clean, degraded, first, second, pattern = LAYOUTS[layout]
-    picture = coordinates(40, 40)
-    alone = Path(clean).with_name(f"9{Path(clean).name}")
-    for name in (clean, degraded, alone):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(tmp_path / name)
-    match_folders(tmp_path / first, tmp_path / second, tmp_path / "pairs.csv", pattern)
-    output = capsys.readouterr()
-    assert "1 pairs" in output.out and "1 pictures without a partner" in output.out
-    assert output.err.count("no partner: ") == 1
-    rows = CsvPairs(tmp_path / "pairs.csv").rows
-    assert [row.name for row in rows] == [f"{clean},{degraded}"]
+    alone = str(Path(clean).with_name(f"9{Path(clean).name}"))
+    write_pictures(tmp_path, clean, degraded, alone)
+    folders = tmp_path / first, tmp_path / second
+    table = tmp_path / "tables/pairs.csv"
+    with pytest.raises(UserError, match="--skip_bad leaves it out"):
+        match_folders(*folders, table, pattern)
+    assert not table.exists()
+    match_folders(*folders, table, pattern, skip_bad=True)
+    said = capsys.readouterr()
+    assert "1 pairs in" in said.out
+    assert said.err.count("has no partner") == (2 if "within" in layout else 1)
+    assert [row.name for row in CsvPairs(table).rows] == [f"../{clean},../{degraded}"]
+    with pytest.raises(UserError, match="pairs.csv exists already"):
+        match_folders(*folders, table, pattern, skip_bad=True)
 
 
-def test_two_partners_are_refused(tmp_path):
-    for name in ("clean/1.png", "noisy/1.png", "noisy/1.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        coordinates(40, 40).save(tmp_path / name)
-    with pytest.raises(UserError, match="1.jpg and .*1.png"):
-        match_folders(tmp_path / "clean", tmp_path / "noisy", tmp_path / "pairs.csv")
+def test_what_match_refuses(tmp_path):
+    write_pictures(tmp_path, "clean/1.png", "noisy/1.png", "noisy/1.jpg", "gt/a.png", "gt/a.jpg")
+    write_pictures(tmp_path, "one/a.png", "alone/2.png")
+    cases = [
+        ("clean", "noisy", "", "1.jpg and .*1.png have one name|1.png and .*1.jpg have one name"),
+        ("gt", "one", "", "have one partner, .*one/a.png"),
+        ("clean", "clean", "", "--pattern"),
+        ("clean", "alone", "", "1.png: no 1.png in .*alone"),
+        ("clean", "alone", "GT", "write CLEAN=DEGRADED"),
+    ]
+    for clean, degraded, pattern, message in cases:
+        with pytest.raises(UserError, match=message):
+            match_folders(tmp_path / clean, tmp_path / degraded, tmp_path / "p.csv", pattern)
+    with pytest.raises(UserError, match="no picture of .*clean has a partner"):
+        match_folders(tmp_path / "clean", tmp_path / "alone", tmp_path / "p.csv", skip_bad=True)
     with pytest.raises(UserError, match="data.py match"):
         CsvPairs(tmp_path / "clean")
+
+
+def test_two_folders_with_one_seed_get_different_noise(tmp_path):
+    noises = []
+    for folder, value in (("train", 100), ("test", 101)):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (40, 40), (value,) * 3).save(tmp_path / folder / "a.png")
+        make_pairs(tmp_path / folder, tmp_path / f"{folder}-out", NOISE, [1], seed=0)
+        condition = Image.open(tmp_path / f"{folder}-out/condition/00000_a.png")
+        noises.append(levels(condition) - value)
+    correlation = np.corrcoef(noises[0].ravel(), noises[1].ravel())[0, 1]
+    assert abs(correlation) < 0.06  # four standard deviations
 
 
 # --------------------------------------------------------------------------------------------------
 # Rows: columns, sizes, what is said at the start.
 
 
-def test_columns_that_are_not_used_are_named(tmp_path, capsys):
+def test_columns_are_named_that_are_doubled_or_not_used(tmp_path, capsys):
     coordinates(40, 40).save(tmp_path / "a.png")
     CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "x")], ["image_path", "prompt"]))
     assert "not used: column 'prompt'" in capsys.readouterr().out
+    for name in ("caption", "image_path"):
+        header = ["image_path", name, "caption"]
+        with pytest.raises(UserError, match=f"two columns {name}"):
+            CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "x", "y")], header))
 
 
-def test_the_line_at_the_start_counts_rows(tmp_path, capsys):
-    names = made_of(tmp_path, 20)
-    rows = [(name, name if i < 12 else "", "x" if i < 5 else "") for i, name in enumerate(names)]
-    train_set, val_set = make_datasets(flags(write_csv(tmp_path / "p.csv", rows)))
-    counts = "20 rows, 12 with a condition, 8 degraded on the fly, 5 with captions, "
-    assert f"{counts}2 for validation" in capsys.readouterr().out
+def test_the_lines_at_the_start_count_rows(tmp_path, capsys):
+    some = made_of(tmp_path, 20)
+    rows = [(name, name if i < 12 else "", "x" if i < 5 else "") for i, name in enumerate(some)]
+    train_set, val_set, _ = datasets(write_csv(tmp_path / "p.csv", rows))
+    said = capsys.readouterr().out
+    assert "20 rows, 12 with a condition, 8 degraded on the fly, 5 with captions\n" in said
+    assert "2 rows are held out, 2 of them measured" in said
     assert (len(train_set), len(val_set)) == (18, 2)
 
 
-def test_degradations_of_paired_rows_are_refused(tmp_path, monkeypatch):
-    names = made_of(tmp_path, 12)
-    path = write_csv(tmp_path / "p.csv", [(name, name, "") for name in names])
-    monkeypatch.setattr("sys.argv", ["train.py", "--degradations", "jpeg"])
-    with pytest.raises(UserError, match="--degradations: every row of .* has a condition"):
-        make_datasets(flags(path))
+def test_degradations_of_paired_rows_are_refused(tmp_path):
+    coordinates(40, 40).save(tmp_path / "a.png")
+    paired = CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "a.png", "")]))
+    bare = CsvPairs(write_csv(tmp_path / "q.csv", [("a.png", "", "")]))
+    for flag in ("degradations", "max_degradations"):
+        with pytest.raises(UserError, match=f"--{flag}: every row of .* has a condition"):
+            data.refuse_useless_flags({flag: 1}, paired, paired)
+        data.refuse_useless_flags({flag: 1}, paired, bare)
+    data.refuse_useless_flags({"seed": 1}, paired, paired)
+
+
+def test_what_was_done_is_read_from_the_column(tmp_path):
+    """A text that is no recipe is one name."""
+    coordinates(40, 40).save(tmp_path / "a.png")
+    header = ["image_path", "condition_image_path", "degradation"]
+    texts = "motion blur", "jpeg:quality=9 color_jitter:contrast=1.2", ""
+    path = write_csv(tmp_path / "p.csv", [("a.png", "a.png", text) for text in texts], header)
+    dataset = PairedDataset(CsvPairs(path), None, training=False)
+    assert dataset.name_degradations(0) == ["motion blur"]
+    assert dataset.name_degradations(1) == ["jpeg", "color_jitter"]
+    assert dataset.degradation_names() >= {"motion blur", "jpeg", "color_jitter"}
 
 
 def test_a_pair_that_exif_turns_says_so(tmp_path):
@@ -208,178 +247,19 @@ def test_smaller_conditions_are_enlarged(tmp_path, factor, capsys):
     small = noise_picture((10, 12), 0)
     small.resize((10 * factor, 12 * factor)).save(tmp_path / "a.png")
     small.save(tmp_path / "b.png")
-    source = CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "b.png", "")]))
+    path = write_csv(tmp_path / "p.csv", [("a.png", "b.png", "")])
+    source = CsvPairs(path)
     assert f"{factor} times smaller" in capsys.readouterr().out
     assert source.enlarge == factor
     _, condition, _ = source.load(0)
     expected = small.resize((10 * factor, 12 * factor), Image.Resampling.BICUBIC)
     assert np.array_equal(levels(condition), levels(expected))
+    whole = write_csv(tmp_path / "v.csv", [("a.png", "a.png", "")])
+    with pytest.raises(UserError, match=f"1 and {factor} times smaller conditions"):
+        datasets(path, whole, crop=8)
 
 
-def test_different_factors_in_one_csv_are_refused(tmp_path):
-    for name, side in (("a.png", 40), ("b.png", 20), ("c.png", 10)):
-        coordinates(side, side).save(tmp_path / name)
-    rows = [("a.png", "b.png", ""), ("a.png", "c.png", "")]
-    with pytest.raises(UserError, match="line 3: a pair of different sizes, 40x40 and 10x10"):
-        CsvPairs(write_csv(tmp_path / "p.csv", rows))
-
-
-def test_small_pictures_are_refused_before_the_start_and_have_their_own_crop(tmp_path, capsys):
-    names = made_of(tmp_path, 18, (90, 70))
-    noise_picture((14, 60), 99).save(tmp_path / "small.png")
-    rows = [(name,) for name in [*names, "small.png"]]
-    path = write_csv(tmp_path / "p.csv", rows, ["image_path"])
-    with pytest.raises(UserError, match="line 20: the picture is 14x60.*--resolution 12"):
-        make_datasets(flags(path))
-    _, val_set = make_datasets(flags(path, skip_bad=True))
-    assert val_set.draw(0)["clean"].shape == (3, 70, 90)  # not the 14 pixels of the small one
-    noise_picture((3, 60), 99).save(tmp_path / "small.png")
-    with pytest.raises(UserError) as error:
-        make_datasets(flags(path))
-    assert "--resolution" not in str(error.value)
-
-
-def test_restoring_enlarges_as_training_did(tmp_path):
-    """Pairs of a factor of 2, trained, restored with what the run knows and with --enlarge."""
-    rows = []
-    for i in range(12):
-        large = noise_picture((48, 40), i)
-        large.save(tmp_path / f"{i}.png")
-        large.resize((24, 20)).save(tmp_path / f"{i}x2.png")
-        rows.append((f"{i}.png", f"{i}x2.png", ""))
-    write_csv(tmp_path / "p.csv", rows[:11])
-    write_csv(tmp_path / "v.csv", rows[10:])
-    words = ["--data", "p.csv", "--val_data", "v.csv", "--val_count", 2, "--resolution", 32]
-    output = run("train.py", *words, "--steps", 2, "--workers", 0, cwd=tmp_path)
-    assert "2 times smaller" in output and "2 for validation (v.csv)" in output
-    assert "10 images" in output  # 10.png is one to validate with
-    config = json.loads((tmp_path / "out/p/config.json").read_text())
-    assert config["held_out"] == ["10.png,10x2.png", "11.png,11x2.png"]
-    restore = "evaluate.py", "--checkpoint", "out/p", "--input", "0x2.png", "--output"
-    for flags, size in (((), (48, 40)), (("--enlarge", 4), (96, 80)), (("--enlarge", 1), (24, 20))):
-        run(*restore, "o.png", *flags, "--overwrite", cwd=tmp_path)
-        assert Image.open(tmp_path / "o.png").size == size
-    measured = run("evaluate.py", "--checkpoint", "out/p", "--data", "v.csv", cwd=tmp_path)
-    assert "2 rows, 2 with a condition" in measured
-
-
-# --------------------------------------------------------------------------------------------------
-# What is held out, and stays so.
-
-
-def test_copies_of_a_held_out_picture_are_not_trained_on(tmp_path):
-    names = made_of(tmp_path / "a", 20)
-    made_of(tmp_path / "b", 20)  # the same pictures in another folder
-    rows = [(f"a/{name}",) for name in names] + [(f"a/../b/{name}",) for name in names]
-    train_set, val_set = make_datasets(flags(write_csv(tmp_path / "p.csv", rows, ["image_path"])))
-    held_out = {row[-6:] for row in data.row_names(val_set)}
-    trained = {row[-6:] for row in data.row_names(train_set)}
-    assert len(val_set) == 4
-    assert held_out and not held_out & trained
-    assert len(train_set) == 2 * (20 - len(held_out))
-
-
-def test_rows_of_a_group_stay_together(tmp_path):
-    names = made_of(tmp_path, 20)
-    rows = [(name, "scene" + str(i // 5)) for i, name in enumerate(names)]
-    path = write_csv(tmp_path / "p.csv", rows, ["image_path", "group"])
-    train_set, val_set = make_datasets(flags(path))
-    trained = {int(name[:2]) // 5 for name in data.row_names(train_set)}
-    held_out = {int(name[:2]) // 5 for name in data.row_names(val_set)}
-    assert held_out and trained == {0, 1, 2, 3} - held_out
-
-
-def test_held_out_pictures_stay_held_out_when_a_csv_grows(tmp_path):
-    names = made_of(tmp_path, 40)
-    path = write_csv(tmp_path / "p.csv", [(name,) for name in names[:20]], ["image_path"])
-    _, val_set = make_datasets(flags(path))
-    kept = data.row_names(val_set)
-    path = write_csv(tmp_path / "p.csv", [(name,) for name in reversed(names)], ["image_path"])
-    train_set, val_set = make_datasets(flags(path), kept=kept)
-    assert data.row_names(val_set) == kept
-    assert len(train_set) == 38 and not set(kept) & set(data.row_names(train_set))
-
-
-def test_val_data_is_what_is_validated_and_is_not_trained_on(tmp_path, capsys):
-    names = made_of(tmp_path, 20)
-    path = write_csv(tmp_path / "p.csv", [(name,) for name in names], ["image_path"])
-    val = write_csv(tmp_path / "v.csv", [(name,) for name in names[:6]], ["image_path"])
-    train_set, val_set = make_datasets(flags(path, val_data=val, val_count=5))
-    assert data.row_names(val_set) == names[:5]
-    assert data.row_names(train_set) == names[5:]
-    assert "5 more share a picture or group" in capsys.readouterr().out
-
-
-def test_another_picture_under_the_same_name_and_size_is_named(tmp_path):
-    names = made_of(tmp_path, 20)
-    path = write_csv(tmp_path / "p.csv", [(name,) for name in names], ["image_path"])
-    train_set, _ = make_datasets(flags(path))
-    before = json.loads(json.dumps(data.row_digests(train_set)))
-    data.check_same(before, data.row_digests(train_set), "x")
-    victim = data.row_names(train_set)[3]
-    content = bytearray((tmp_path / victim).read_bytes())
-    content[100] ^= 1
-    (tmp_path / victim).write_bytes(content)
-    train_set, _ = make_datasets(flags(path))
-    with pytest.raises(UserError, match=f"the row {victim} are not what they were"):
-        data.check_same(before, data.row_digests(train_set), "x")
-
-
-def test_two_folders_with_one_seed_get_different_noise(tmp_path):
-    noises = []
-    for folder, value in (("train", 100), ("test", 101)):
-        (tmp_path / folder).mkdir()
-        Image.new("RGB", (40, 40), (value,) * 3).save(tmp_path / folder / "a.png")
-        make_pairs(tmp_path / folder, tmp_path / f"{folder}-out", NOISE, [1], seed=0)
-        condition = Image.open(tmp_path / f"{folder}-out/condition/00000_a.png")
-        noises.append(levels(condition) - value)
-    correlation = np.corrcoef(noises[0].ravel(), noises[1].ravel())[0, 1]
-    assert abs(correlation) < 0.06  # four standard deviations
-
-
-def test_jitter_is_known_of_pairs_that_were_made_before(tmp_path):
-    coordinates(40, 40).save(tmp_path / "a.png")
-    header = ["image_path", "condition_image_path", "degradation"]
-    for text, expected in (("color_jitter:contrast=1.2", {"color_jitter"}), ("", set())):
-        path = write_csv(tmp_path / "p.csv", [("a.png", "a.png", text)], header)
-        assert PairedDataset(CsvPairs(path), 32).degradation_names() == expected
-
-
-def test_a_degradation_of_two_words_is_one_group(tmp_path):
-    coordinates(40, 40).save(tmp_path / "a.png")
-    header = ["image_path", "condition_image_path", "degradation"]
-    texts = "motion blur", "jpeg:quality=9 downscale:factor=2"
-    path = write_csv(tmp_path / "p.csv", [("a.png", "a.png", text) for text in texts], header)
-    dataset = PairedDataset(CsvPairs(path), None, training=False)
-    assert dataset.name_degradations(0) == ["motion blur"]
-    assert dataset.name_degradations(1) == ["jpeg", "downscale"]
-
-
-# --------------------------------------------------------------------------------------------------
-# What a second pair of eyes found.
-
-
-def test_pictures_that_differ_in_the_middle_alone_are_not_copies(tmp_path):
-    digests = set()
-    for i in range(20):
-        image = Image.new("L", (700, 700))
-        image.paste(noise_picture((60, 60), i, "L"), (320, 320))
-        image.save(tmp_path / f"{i}.bmp")
-        digests.add(data.file_digest(tmp_path / f"{i}.bmp"))
-    assert len(digests) == 20
-
-
-def test_the_held_out_pictures_that_are_left_stay_held_out(tmp_path):
-    names = made_of(tmp_path, 40)
-    path = write_csv(tmp_path / "p.csv", [(name,) for name in names], ["image_path"])
-    kept = data.row_names(make_datasets(flags(path))[1])
-    left = [name for name in names if name != kept[1]]
-    path = write_csv(tmp_path / "p.csv", [(name,) for name in left], ["image_path"])
-    _, val_set = make_datasets(flags(path), kept=kept)
-    assert data.row_names(val_set) == [kept[0], *kept[2:]]
-
-
-def test_one_misfit_does_not_change_the_factor(tmp_path):
+def test_a_row_of_another_factor_is_refused(tmp_path):
     rows = []
     for i in range(4):
         noise_picture((40, 40), i).save(tmp_path / f"{i}.png")
@@ -393,20 +273,248 @@ def test_one_misfit_does_not_change_the_factor(tmp_path):
     assert (len(source), source.enlarge) == (4, 4)
 
 
-def test_no_picture_is_its_own_partner(tmp_path):
-    for name in ("data/1.png", "data/noisy/1.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        coordinates(40, 40).save(tmp_path / name)
-    out = tmp_path / "pairs.csv"
-    with pytest.raises(UserError, match="--pattern"):
-        match_folders(tmp_path / "data", tmp_path / "data", out)
-    match_folders(tmp_path / "data", tmp_path / "data/noisy", out)
-    assert [row.name for row in CsvPairs(out).rows] == ["data/1.png,data/noisy/1.png"]
+def test_small_pictures_are_refused_before_the_start(tmp_path):
+    some = made_of(tmp_path, 18, (90, 70))
+    path = write_csv(tmp_path / "p.csv", [(name,) for name in [*some, "small.png"]], ["image_path"])
+    for size, advice in (((14, 60), "use larger pictures or --resolution 12"), ((3, 60), "use")):
+        noise_picture(size, 99).save(tmp_path / "small.png")
+        with pytest.raises(UserError) as error:
+            datasets(path)
+        assert f"line 20: the picture is {size[0]}x60" in str(error.value)
+        assert str(error.value).partition("; ")[2].startswith(advice)
+        assert ("--resolution" in str(error.value)) == (size[0] == 14)
+    _, val_set, _ = datasets(path, skip_bad=True)
+    assert val_set[0]["clean"].shape == (3, 70, 90)  # whole, though its crop is 192
 
 
-def test_doubled_columns_are_refused(tmp_path):
-    coordinates(40, 40).save(tmp_path / "a.png")
-    for name in ("caption", "image_path"):
-        header = ["image_path", name, "caption"]
-        with pytest.raises(UserError, match=f"two columns {name}"):
-            CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "x", "y")], header))
+# --------------------------------------------------------------------------------------------------
+# What is held out, and stays so.
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def expected_units(folder, rows):
+    """Return the units of (name, group), as the rule says: {key: names}, by brute force."""
+    sets = []
+    for name, group in rows:
+        marks = {digest(folder / name)}
+        if group:
+            marks.add("group " + hashlib.sha256(group.encode()).hexdigest())
+        sets.append(marks)
+    for a, b in [*itertools.permutations(range(len(sets)), 2)] * 3:
+        if sets[a] & sets[b]:
+            sets[a] |= sets[b]
+    units = {}
+    for (name, _), marks in zip(rows, sets):
+        keys = sorted(mark.removeprefix("group ") for mark in marks if mark.startswith("group"))
+        units.setdefault((keys or sorted(marks))[0], []).append(name)
+    return units
+
+
+@pytest.mark.parametrize("groups", [0, 7, 2])
+def test_whole_units_are_held_out_in_the_order_of_their_hashes(tmp_path, groups):
+    """Whatever the seed and the order of the rows are. b/ has copies of six pictures of a/."""
+    rng = np.random.default_rng(groups)
+    made_of(tmp_path / "a", 24)
+    made_of(tmp_path / "b", 6)
+    rows = []
+    for path in sorted(tmp_path.rglob("*.png")):
+        group = f"scene {rng.integers(groups)}" if groups and rng.random() < 0.7 else ""
+        rows.append((path.relative_to(tmp_path).as_posix(), group))
+    units = expected_units(tmp_path, rows)
+    expected = []
+    for key in sorted(units):
+        if len(expected) < 3 and len(units[key]) <= 15:
+            expected += units[key]
+    for seed in (0, 1):
+        rng.shuffle(rows)
+        path = write_csv(tmp_path / "p.csv", rows, ["image_path", "group"])
+        train_set, val_set, held_out = datasets(path, seed=seed)
+        assert {name for name, _, _ in held_out} == set(expected)
+        assert names(val_set) == [name for name, _, _ in held_out][:3]
+        assert {*names(train_set), *expected} == {name for name, _ in rows}
+        assert len(train_set) == 30 - len(expected)
+        measured = {digest(tmp_path / name) for name in names(val_set)}
+        if seed:
+            assert measured == before
+        before = measured
+    assert expected or groups == 2
+
+
+def test_at_most_eight_of_ten_rows_each_are_measured(tmp_path, capsys):
+    for count, expected in ((9, 0), (10, 1), (99, 8)):
+        some = made_of(tmp_path, count)
+        path = write_csv(tmp_path / "p.csv", [(name,) for name in some], ["image_path"])
+        train_set, val_set, held_out = datasets(path)
+        assert len(held_out) == expected
+        assert len(train_set) == count - expected
+        assert len(val_set) == (expected or 8)
+        said = "validation is on pictures that are trained on" in capsys.readouterr().out
+        assert said == (expected == 0)
+
+
+def test_what_was_trained_on_before_is_not_held_out(tmp_path, capsys):
+    some = made_of(tmp_path, 20)
+    path = write_csv(tmp_path / "p.csv", [(name,) for name in some], ["image_path"])
+    _, val_set, _ = datasets(path)
+    first, second = (digest(tmp_path / name) for name in names(val_set))
+    _, others, _ = datasets(path, before={first})
+    assert first not in {digest(tmp_path / name) for name in names(others)}
+    assert second in {digest(tmp_path / name) for name in names(others)}
+    train_set, val_set, held_out = datasets(path, before={digest(tmp_path / name) for name in some})
+    assert (len(train_set), len(val_set), held_out) == (20, 8, [])
+    assert "no row is held out" in capsys.readouterr().out
+
+
+def test_a_run_keeps_the_pictures_that_it_held_out(tmp_path):
+    """When its table grows, shrinks, gets captions, or has its files renamed."""
+    some = made_of(tmp_path, 60)
+    header = ["image_path", "caption"]
+    rows = [(name, "") for name in [*some[:28], some[0], some[1]]]
+    train_set, _, kept = datasets(write_csv(tmp_path / "p.csv", rows, header))
+    assert datasets(tmp_path / "p.csv", kept=kept)[2] == kept
+
+    def held_out(rows):
+        path = write_csv(tmp_path / "q.csv", rows, header)
+        more, val_set, now = datasets(path, kept=kept)
+        assert names(val_set) == [name for name, _, _ in now][: len(rows) // 10]
+        assert not set(names(more)) & {name for name, _, _ in now}
+        return [name for name, _, _ in now]
+
+    assert held_out([(name, "") for name in reversed(some)]) == [name for name, _, _ in kept]
+    assert held_out([(name, "new") for name in some]) == [name for name, _, _ in kept]
+    gone = kept[1][0]
+    left = held_out([(name, "") for name in some if name != gone])
+    assert left == [name for name, _, _ in kept if name != gone]
+    (tmp_path / kept[0][0]).rename(tmp_path / "renamed.png")
+    assert held_out([(path.name, "") for path in tmp_path.glob("*.png")])[0] == "renamed.png"
+
+
+def test_copies_that_are_held_out_resume_as_they_were(tmp_path):
+    made_of(tmp_path / "a", 10)
+    made_of(tmp_path / "b", 10)
+    rows = [(path.relative_to(tmp_path),) for path in sorted(tmp_path.rglob("*.png"))]
+    path = write_csv(tmp_path / "p.csv", rows, ["image_path"])
+    _, _, kept = datasets(path)
+    assert len({name for name, _, _ in kept}) == 2
+    assert datasets(path, kept=kept)[2] == kept
+
+
+def test_val_data_is_what_is_validated_and_is_not_trained_on(tmp_path, capsys):
+    some = made_of(tmp_path, 20)
+    made_of(tmp_path / "copies", 6)
+    path = write_csv(tmp_path / "p.csv", [(name,) for name in some], ["image_path"])
+    val = write_csv(tmp_path / "copies/v.csv", [(name,) for name in some[:6]], ["image_path"])
+    train_set, val_set, held_out = datasets(path, val)
+    assert names(val_set) == [name for name, _, _ in held_out] == some[:6]
+    assert names(train_set) == some[6:]
+    assert "6 rows of" in capsys.readouterr().out
+    with pytest.raises(UserError, match="all rows share a picture or group with --val_data"):
+        datasets(val, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows by digest, and the cache.
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Twelve pictures, of which the last is a large BMP."""
+    some = made_of(tmp_path, 11)
+    noise_picture((900, 700), 11).save(tmp_path / "large.bmp")
+    rows = [(name, "") for name in [*some, "large.bmp"]]
+    return write_csv(tmp_path / "p.csv", rows, ["image_path", "caption"])
+
+
+def repaint(path, x, y):
+    image = Image.open(path).copy()
+    r, g, b = image.getpixel((x, y))
+    image.putpixel((x, y), (r ^ 1, g, b))
+    image.save(path)
+
+
+def test_pixels_in_the_middle_of_a_large_file_are_noticed(table, tmp_path):
+    train_set = PairedDataset(CsvPairs(table), 16, **DRAWING)
+    before = list_rows(train_set)
+    expected, _ = fill_cache(tmp_path / "cache", train_set)
+    repaint(tmp_path / "large.bmp", 450, 350)
+    repainted = PairedDataset(CsvPairs(table), 16, **DRAWING)
+    with pytest.raises(UserError, match="began: the files or texts of the row large.bmp have"):
+        data.check_same(before, list_rows(repainted), "began")
+    with pytest.raises(UserError, match="made of other pictures: .* row large.bmp have changed"):
+        data.CachedDataset(tmp_path / "cache", expected, repainted)
+    repaint(tmp_path / "large.bmp", 450, 350)
+    data.check_same(before, list_rows(PairedDataset(CsvPairs(table), 16)), "began")
+    with pytest.raises(UserError, match="began: the row large.bmp was where nothing is now"):
+        data.check_same(before, before[:-1], "began")
+    with pytest.raises(UserError, match="began: the row 00.png was where 01.png is now"):
+        data.check_same(before, before[1:], "began")
+
+
+def fill_cache(folder, train_set, autoencoder=None):
+    """Cache two epochs of a data set with the model tiny -> fingerprint, what index.json holds."""
+    expected = data.fingerprint(PRESETS["tiny"], DRAWING, 16)
+    index = expected | {"epochs": 2, "rows": list_rows(train_set)}
+    prompts = Prompts(PRESETS["tiny"])
+    autoencoder = autoencoder or PixelAE(4)
+    data.make_cache(folder, index, train_set, train_set, autoencoder, prompts, "cpu", 2)
+    return expected, index
+
+
+class Interrupted(PixelAE):
+    """Ends the program when the draw 15 is to be encoded."""
+
+    count = 0
+
+    def encode(self, pixels):
+        self.count += 1
+        if self.count == 2 * 15 + 1:
+            raise KeyboardInterrupt
+        return super().encode(pixels)
+
+
+def test_a_cache_has_the_draws_that_training_would_make(table, tmp_path):
+    train_set = PairedDataset(CsvPairs(table), 16, **DRAWING)
+    folder = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        fill_cache(folder, train_set, Interrupted(4))
+    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert sorted(made) == [data.draw_path(folder, n) for n in range(15)]
+    expected = data.fingerprint(PRESETS["tiny"], DRAWING, 16)
+    with pytest.raises(UserError, match="not complete .draw 15.; the python data.py cache"):
+        data.CachedDataset(folder, expected, train_set)
+    fill_cache(folder, train_set)  # goes on
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+
+    cached = data.CachedDataset(folder, expected, train_set)
+    for n in range(24):
+        item = train_set[n]
+        for key in ("clean", "condition"):
+            latents = PixelAE(4).encode(item[key][None])[0]
+            assert torch.equal(cached[n][key], latents.half().float())
+        assert (cached[n]["caption"], cached[n]["draw"]) == (item["caption"], n)
+    # then the same draws come again, in another order
+    plans = [cached.plan(n) for n in range(24, 48)]
+    assert sorted(plans) == list(range(24)) != plans
+    assert torch.equal(cached[24]["clean"], cached[plans[0]]["clean"])
+
+
+def test_a_cache_of_other_flags_or_pictures_is_refused(table, tmp_path):
+    train_set = PairedDataset(CsvPairs(table), 16, **DRAWING)
+    folder = tmp_path / "cache"
+    expected, _ = fill_cache(folder, train_set)
+    for name, value in (("resolution", 32), ("seed", 1), ("caption_dropout", 0.0), ("model", "x")):
+        with pytest.raises(UserError, match=f"--{name} .*this run has {value}"):
+            data.CachedDataset(folder, expected | {name: value}, train_set)
+    write_csv(table, [("00.png", "new words"), ("01.png", "")], ["image_path", "caption"])
+    other = PairedDataset(CsvPairs(table), 16, **DRAWING)
+    with pytest.raises(UserError, match="texts of the row 00.png have changed"):
+        data.CachedDataset(folder, expected, other)
+    with pytest.raises(UserError, match="holds another cache"):
+        fill_cache(folder, other)
+    path = data.draw_path(folder, 3)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match="0000003.safetensors: cannot read this part"):
+        data.CachedDataset(folder, expected, train_set)[3]
