@@ -146,12 +146,11 @@ class SanaBlock(nn.Module):
         super().__init__()
         dim = c["num_attention_heads"] * c["attention_head_dim"]
         qk_norm = c["qk_norm"] is not None
-        heads, head_dim = c["num_attention_heads"], c["attention_head_dim"]
         self.eps = c["norm_eps"]
-        self.attn1 = LinearAttention(dim, dim, heads, head_dim, c["attention_bias"], qk_norm)
-        heads, head_dim = c["num_cross_attention_heads"], c["cross_attention_head_dim"]
-        source_dim = c["cross_attention_dim"]
-        self.attn2 = CrossAttention(dim, source_dim, heads, head_dim, bias=True, qk_norm=qk_norm)
+        shape = c["num_attention_heads"], c["attention_head_dim"]
+        self.attn1 = LinearAttention(dim, dim, *shape, c["attention_bias"], qk_norm)
+        shape = c["num_cross_attention_heads"], c["cross_attention_head_dim"]
+        self.attn2 = CrossAttention(dim, c["cross_attention_dim"], *shape, True, qk_norm)
         self.ff = GLUMBConv(dim, c["mlp_ratio"])
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
@@ -227,7 +226,7 @@ STRIP = 4096  # tokens whose hidden channels stay in a CPU's cache
 
 
 class GLUMBConv(nn.Module):
-    """The feed-forward part (Mix-FFN, SANA section 2.2; the class name is the checkpoint's).
+    """The feed-forward network (Mix-FFN, SANA section 2.2; the class name is the checkpoint's).
 
     1x1 convolution, 3x3 depthwise convolution, gate, 1x1 convolution. Without a position embedding
     (see PatchEmbed), only the 3x3 tells the transformer where a token is. Tokens [B, N, C] are a
@@ -253,8 +252,8 @@ class GLUMBConv(nn.Module):
         for top in range(0, height, rows):
             first, last = max(0, top - 1), min(height, top + rows + 1)
             strip = last - first, width
-            part = self.mix(x[:, first:last].flatten(1, 2), strip).unflatten(1, strip)
-            out[:, top : top + rows] = part[:, top - first : top - first + rows]
+            mixed = self.mix(x[:, first:last].flatten(1, 2), strip).unflatten(1, strip)
+            out[:, top : top + rows] = mixed[:, top - first : top - first + rows]
         return out.flatten(1, 2)                                    # [B, N, D]
 
     def mix(self, x, grid):                                         # [B, N, D], (H, W)
@@ -348,8 +347,8 @@ class Restorer(nn.Module):
       "projection"  a 1x1 convolution 2C -> C in front, identity on the noisy latent and zero on
                     the condition. Before training the output is the text-to-image model's, bit
                     for bit.
-      "widen"       the patch embedding takes 2C channels, its new half zero: the same start
-                    without the squeeze to C. (From scratch, initialize() fills both halves.)
+      "widen"       the patch embedding takes 2C channels, the new ones with zero weights: the
+                    same start without the squeeze to C. (From scratch, initialize() fills all.)
       "none"        not at all: a text-to-image model, to start a restorer from.
     prediction: what the network's output means.
       "velocity"    noise - x0, as SANA's weights were trained.
@@ -411,7 +410,7 @@ class Projection(nn.Module):
 
 @torch.no_grad()
 def widen(conv):
-    """Return a patch embedding with twice the inputs, whose second half has zero weights."""
+    """Return a patch embedding with twice the inputs, the new ones with zero weights."""
     wide = nn.Conv2d(2 * conv.in_channels, conv.out_channels, 1)
     wide.to(conv.weight.device, conv.weight.dtype)
     wide.weight.zero_()[:, : conv.in_channels].copy_(conv.weight)
@@ -963,11 +962,11 @@ class GemmaTokenizer:
     def encode(self, text):
         """text -> [<bos>, ...] token ids."""
         ids = [self.bos]
-        for i, part in enumerate(self.pattern.split(text)):
+        for i, piece in enumerate(self.pattern.split(text)):
             if i % 2:  # what matched the pattern
-                ids.append(self.added[part])
+                ids.append(self.added[piece])
             else:
-                ids += self.merge(self.characters(part.replace(" ", "▁")))
+                ids += self.merge(self.characters(piece.replace(" ", "▁")))
         return ids
 
     def characters(self, text):
@@ -1075,9 +1074,9 @@ class Gemma2(nn.Module):
         x = self.embed_tokens(ids)                                  # [B, L, D]
         scale = torch.tensor(self.config["hidden_size"] ** 0.5, dtype=x.dtype)
         x = x * scale                                               # rounded to bf16 as in training
-        half = self.config["head_dim"] // 2
-        index = torch.arange(half, device=x.device).float()
-        frequency = self.config["rope_theta"] ** -(index / half)    # [d/2]
+        head_dim = self.config["head_dim"]
+        even = torch.arange(0, head_dim, 2, device=x.device).float()
+        frequency = self.config["rope_theta"] ** -(even / head_dim)  # [d/2]
         position = torch.arange(length, device=x.device)
         angle = position[:, None] * frequency.repeat(2)             # [L, d]
         rotation = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -1193,10 +1192,10 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
     instruction. Nothing is padded up to length: cross-attention gives padding a weight of exactly
     0. Raises UserError.
 
-    Example: <bos>, 99 instruction tokens and 5 prompt tokens (head = 100). Rows 0 and 99 to 104 are
+    Example: <bos>, 99 instruction tokens and 5 prompt tokens (intro = 100). Rows 0 and 99 to 104 are
     kept: <bos>, the last instruction token, the prompt."""
-    head = len(tokenizer.encode(INSTRUCTION))
-    longest = head + length - 2  # so that <bos>, that last one and the prompt are length tokens
+    intro = len(tokenizer.encode(INSTRUCTION))
+    longest = intro + length - 2  # so that <bos>, that last one and the prompt are length tokens
     rows = []
     starts = range(0, len(prompts), batch_size)
     for start in tqdm(starts, unit="batch", desc="prompts", disable=len(starts) == 1):
@@ -1214,7 +1213,7 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
         states = gemma(padded, mask).cpu()                          # [B, L, D]
         for prompt, count, row in zip(batch, mask.sum(1), states):
             if prompt:
-                row = torch.cat([row[:1], row[head - 1 : count]])
+                row = torch.cat([row[:1], row[intro - 1 : count]])
             else:
                 row = row[:count]
             rows.append(row)
