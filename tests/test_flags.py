@@ -131,7 +131,6 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "ema_decay": NO_SHARE,
     "ema_device": ["moon", "meta"],
     "ema_every": NO_COUNT,
-    "enlarge": [*NO_COUNT, "17"],
     "epochs": NO_COUNT,
     "fid_weights": ["absent", "file"],
     "guidance": NO_FACTOR,
