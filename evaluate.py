@@ -38,7 +38,7 @@ from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, describe_p
 from degrade import explain_errors, open_image, parse_degradations, picture_extensions, plain_image
 from degrade import run_script, save_image, say_notices
 from model import SAMPLERS, find_autoencoder, find_checkpoint, guided, load_autoencoder
-from model import load_decoder, load_frozen, load_restorer, read_run, rows_trained_on
+from model import Prompts, load_decoder, load_restorer, read_run, rows_trained_on
 from vae import PixelAE, blend_tiles, pad_to_multiple, write_json
 
 # --------------------------------------------------------------------------------------------------
@@ -453,9 +453,10 @@ def finished_image(pixels, grey):
 class Pipeline:
     """A loaded restorer: Pipeline.load("out/demo")("noisy.jpg").save("restored.png").
 
-    autoencoder, prompts: what model.load_frozen returns. enlarge: by which factor a picture is
-    enlarged first. steps: the sampling steps that restore takes by default; None: 1 for a network that predicts the clean image, 20 for
-    SANA; 0: no sampling, the latents of the degraded picture are decoded."""
+    autoencoder, prompts: model.load_autoencoder and model.Prompts make them. enlarge: by which factor a picture is
+    enlarged first. steps: the sampling steps that restore takes by default; None: 1 for a network
+    that predicts the clean image, 20 for SANA; 0: the latents of the degraded picture are decoded.
+    """
 
     def __init__(self, restorer, autoencoder, prompts, enlarge=1, steps=None):
         self.restorer = restorer
@@ -484,12 +485,14 @@ class Pipeline:
         if str(device).startswith("cuda") and pretrained:
             restorer.sana.to(torch.bfloat16)  # half the memory; the projection stays fp32
         own = find_autoencoder(folder)
-        autoencoder, prompts = load_frozen(config, own, device)
         steps = None
         if config["decoder"]:
-            autoencoder = load_decoder(config, own, folder, weights).to(device)
+            autoencoder = load_decoder(config, own, folder, weights)
             steps = config["decoder"]["steps"]
-        pipeline = cls(restorer.to(device), autoencoder, prompts, config["enlarge"], steps)
+        else:
+            autoencoder = load_autoencoder(config, own)
+        around = autoencoder.to(device), Prompts(config, device)
+        pipeline = cls(restorer.to(device), *around, config["enlarge"], steps)
         pipeline.checkpoint = folder
         pipeline.config = config
         return pipeline
