@@ -1192,8 +1192,8 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
     instruction. Nothing is padded up to length: cross-attention gives padding a weight of exactly
     0. Raises UserError.
 
-    Example: <bos>, 99 instruction tokens and 5 prompt tokens (intro = 100). Rows 0 and 99 to 104 are
-    kept: <bos>, the last instruction token, the prompt."""
+    Example: <bos>, 99 instruction tokens and 5 prompt tokens (intro = 100). Rows 0 and 99 to 104
+    are kept: <bos>, the last instruction token, the prompt."""
     intro = len(tokenizer.encode(INSTRUCTION))
     longest = intro + length - 2  # so that <bos>, that last one and the prompt are length tokens
     rows = []
