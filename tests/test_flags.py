@@ -131,7 +131,6 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "ema_decay": NO_SHARE,
     "ema_device": ["moon", "meta"],
     "ema_every": NO_COUNT,
-    "enlarge": [*NO_COUNT, "17"],
     "epochs": NO_COUNT,
     "fid_weights": ["absent", "file"],
     "guidance": NO_FACTOR,
@@ -205,6 +204,8 @@ def place(photos, tmp_path_factory):
         save_weights(changed, folder / name / "model.safetensors")
         config = {"step": 3, "model": PRESETS["tiny"] | changes, "args": {}}
         (folder / name / "config.json").write_text(json.dumps(config))
+        rows = {"trained": [], "held_out": [], "before": []}
+        (folder / name / "rows.json").write_text(json.dumps(rows))
     return folder
 
 
