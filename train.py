@@ -433,9 +433,8 @@ def adamw_bf16(weight, low, grad, exp_avg, exp_avg_sq, average, seed, start, num
     decay, rate, correction, scale, share = numbers
     w = join_fp32(weight, low)
     g = grad.float() * scale
-    m = exp_avg.float()
-    m = m + (1 - BETA1) * (g - m)
-    v = exp_avg_sq.float() * BETA2 + (1 - BETA2) * g * g
+    m = exp_avg.float().lerp(g, 1 - BETA1)
+    v = (exp_avg_sq.float() * BETA2).addcmul(g, g, value=1 - BETA2)
     w = w * decay + rate * m / (v.sqrt() / correction + EPS)
     high, rest = split_fp32(w)
     weight.copy_(high)
@@ -443,7 +442,7 @@ def adamw_bf16(weight, low, grad, exp_avg, exp_avg_sq, average, seed, start, num
     exp_avg.copy_(m)
     exp_avg_sq.copy_(round_stochastically(v, seed, start))
     if average is not None:
-        average.copy_(average + share * (w - average))
+        average.lerp_(w, share)
 
 
 # --------------------------------------------------------------------------------------------------
