@@ -465,9 +465,7 @@ class Pipeline:
         # where load found it: the step folder, and "model" of its config.json
         self.checkpoint = None
         self.config = None
-        self.steps = steps
-        if restorer and steps is None:
-            self.steps = DEFAULT_STEPS[restorer.prediction]
+        self.steps = DEFAULT_STEPS[restorer.prediction] if steps is None else steps
         # whether the decoder sees the degraded image
         self.seeing = bool(getattr(autoencoder, "gains", None))
 

@@ -61,6 +61,7 @@ SANA_DEFAULTS = {  # what a missing key of config.json means, as diffusers has i
 SANA_SUPPORTED = {
     "guidance_embeds": [False],
     "norm_elementwise_affine": [False],
+    "patch_size": [1],  # of every published SANA
     "qk_norm": [None, "rms_norm_across_heads"],
 }
 
@@ -80,27 +81,24 @@ class Sana(nn.Module):
         self.config = c
         self.checkpointing = False  # True: keep no activations in blocks, compute them again
         dim = c["num_attention_heads"] * c["attention_head_dim"]
-        base = c["sample_size"] // c["patch_size"]
-        self.patch_embed = PatchEmbed(
-            c["in_channels"], dim, c["patch_size"], base, c["interpolation_scale"]
-        )
+        sample_size, scale = c["sample_size"], c["interpolation_scale"]
+        self.patch_embed = PatchEmbed(c["in_channels"], dim, sample_size, scale)
         self.time_embed = TimeEmbed(dim)
         self.caption_projection = MLP(c["caption_channels"], dim, nn.GELU(approximate="tanh"))
         self.caption_norm = nn.RMSNorm(dim, eps=1e-5)
         self.transformer_blocks = nn.ModuleList([SanaBlock(c) for _ in range(c["num_layers"])])
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
-        self.proj_out = nn.Linear(dim, c["patch_size"] ** 2 * c["out_channels"])
+        self.proj_out = nn.Linear(dim, c["out_channels"])
 
     def forward(self, latents, timestep, text, text_mask=None):
         """Predict the velocity [B, C_out, H, W].
 
-        latents [B, C, H, W], H and W multiples of patch_size. timestep [B] = 1000 * sigma. text
-        [B, L, caption_channels], or what caption_keys_values made of it. text_mask [B, L] bool,
-        True = a real token; None = all are. Raises ValueError for a mask that is not bool."""
+        latents [B, C, H, W]. timestep [B] = 1000 * sigma. text [B, L, caption_channels], or what
+        caption_keys_values made of it. text_mask [B, L] bool, True = a real token; None = all are.
+        Raises ValueError for a mask that is not bool."""
         if text_mask is not None and text_mask.dtype != torch.bool:
             raise ValueError(f"text_mask is {text_mask.dtype}: give bool, True = a real token")
-        patch = self.config["patch_size"]
-        grid = latents.shape[2] // patch, latents.shape[3] // patch
+        grid = latents.shape[2:]
         x = self.patch_embed(latents).to(self.proj_out.weight.dtype)  # [B, N, D]
         modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])
         if torch.is_tensor(text):
@@ -113,11 +111,8 @@ class Sana(nn.Module):
             else:
                 x = block(*inputs)                                  # [B, N, D]
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
-        x = self.proj_out(modulate(x, shift, scale, 1e-6))          # [B, N, patch^2*C_out]
-        x = x.transpose(1, 2)                                       # [B, patch^2*C_out, N]
-        if patch > 1:  # the checkpoint has the channel last, pixel_shuffle wants it first
-            x = x.unflatten(1, (patch**2, -1)).transpose(1, 2).flatten(1, 2)
-        return F.pixel_shuffle(x.unflatten(2, grid), patch)         # [B, C_out, H, W]
+        x = self.proj_out(modulate(x, shift, scale, 1e-6))          # [B, N, C_out]
+        return x.transpose(1, 2).unflatten(2, grid)                 # [B, C_out, H, W]
 
     def embed_caption(self, text):
         """[B, L, caption_channels] -> [B, L, D]."""
@@ -155,12 +150,11 @@ class SanaBlock(nn.Module):
         super().__init__()
         dim = c["num_attention_heads"] * c["attention_head_dim"]
         qk_norm = c["qk_norm"] is not None
-        heads, head_dim = c["num_attention_heads"], c["attention_head_dim"]
         self.eps = c["norm_eps"]
-        self.attn1 = LinearAttention(dim, dim, heads, head_dim, c["attention_bias"], qk_norm)
-        heads, head_dim = c["num_cross_attention_heads"], c["cross_attention_head_dim"]
-        source_dim = c["cross_attention_dim"]
-        self.attn2 = CrossAttention(dim, source_dim, heads, head_dim, bias=True, qk_norm=qk_norm)
+        shape = c["num_attention_heads"], c["attention_head_dim"]
+        self.attn1 = LinearAttention(dim, dim, *shape, c["attention_bias"], qk_norm)
+        shape = c["num_cross_attention_heads"], c["cross_attention_head_dim"]
+        self.attn2 = CrossAttention(dim, c["cross_attention_dim"], *shape, True, qk_norm)
         self.ff = GLUMBConv(dim, c["mlp_ratio"])
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
@@ -236,7 +230,7 @@ STRIP = 4096  # tokens whose hidden channels stay in a CPU's cache
 
 
 class GLUMBConv(nn.Module):
-    """The feed-forward part (Mix-FFN, SANA section 2.2; the class name is the checkpoint's).
+    """The feed-forward network (Mix-FFN, SANA section 2.2; the class name is the checkpoint's).
 
     1x1 convolution, 3x3 depthwise convolution, gate, 1x1 convolution. Without a position embedding
     (see PatchEmbed), only the 3x3 tells the transformer where a token is. Tokens [B, N, C] are a
@@ -262,8 +256,8 @@ class GLUMBConv(nn.Module):
         for top in range(0, height, rows):
             first, last = max(0, top - 1), min(height, top + rows + 1)
             strip = last - first, width
-            part = self.mix(x[:, first:last].flatten(1, 2), strip).unflatten(1, strip)
-            out[:, top : top + rows] = part[:, top - first : top - first + rows]
+            mixed = self.mix(x[:, first:last].flatten(1, 2), strip).unflatten(1, strip)
+            out[:, top : top + rows] = mixed[:, top - first : top - first + rows]
         return out.flatten(1, 2)                                    # [B, N, D]
 
     def mix(self, x, grid):                                         # [B, N, D], (H, W)
@@ -282,15 +276,15 @@ class PointwiseConv(nn.Conv2d):
 
 
 class PatchEmbed(nn.Module):
-    """Turn patches of patch x patch latents into tokens.
+    """Turn each position of the latents into a token (the name is the checkpoint's).
 
     The 512 and 1024 px models have no position embedding. The 2K and 4K ones add fixed sines and
-    cosines (scale = interpolation_scale), stretched so that any grid spans 0 to base / scale."""
+    cosines (scale = interpolation_scale), stretched so that any grid spans 0 to side / scale."""
 
-    def __init__(self, channels, dim, patch=1, base=None, scale=None):
+    def __init__(self, channels, dim, side, scale=None):
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
-        self.base = base
+        self.proj = nn.Conv2d(channels, dim, 1)
+        self.side = side
         self.scale = scale
 
     def forward(self, x):                                           # [B, C, H, W]
@@ -304,7 +298,7 @@ class PatchEmbed(nn.Module):
         return x.flatten(2).transpose(1, 2).contiguous()            # [B, N, D]
 
     def waves(self, n, x):
-        position = torch.arange(n, device=x.device).float() / (n / self.base) / self.scale
+        position = torch.arange(n, device=x.device).float() / (n / self.side) / self.scale
         quarter = x.shape[1] // 4
         frequency = 10000 ** -(torch.arange(quarter, device=x.device).double() / quarter)
         angle = frequency[:, None] * position.double()              # [D/4, n]
@@ -357,8 +351,8 @@ class Restorer(nn.Module):
       "projection"  a 1x1 convolution 2C -> C in front, identity on the noisy latent and zero on
                     the condition. Before training the output is the text-to-image model's, bit
                     for bit.
-      "widen"       the patch embedding takes 2C channels, its new half zero: the same start
-                    without the squeeze to C. (From scratch, initialize() fills both halves.)
+      "widen"       the patch embedding takes 2C channels, the new ones with zero weights: the
+                    same start without the squeeze to C. (From scratch, initialize() fills all.)
       "none"        not at all: a text-to-image model, to start a restorer from.
     prediction: what the network's output means.
       "velocity"    noise - x0, as SANA's weights were trained.
@@ -420,8 +414,8 @@ class Projection(nn.Module):
 
 @torch.no_grad()
 def widen(conv):
-    """Return a patch embedding with twice the inputs, whose second half has zero weights."""
-    wide = nn.Conv2d(2 * conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
+    """Return a patch embedding with twice the inputs, the new ones with zero weights."""
+    wide = nn.Conv2d(2 * conv.in_channels, conv.out_channels, 1)
     wide.to(conv.weight.device, conv.weight.dtype)
     wide.weight.zero_()[:, : conv.in_channels].copy_(conv.weight)
     wide.bias.copy_(conv.bias)
@@ -494,8 +488,8 @@ def shift_sigma(sigma, shift=SHIFT):
     shift above 1. But a degraded picture shows most of the image already. The detail it leaves open
     has a standard deviation of about 0.1 (that of the latents is 1), and is decided at sigmas of
     that size. With shift 3 hardly any sampling step falls there. It is the default all the same:
-    SANA was trained with it, and one step, which gives the best PSNR, is the same with any shift.
-    (tests/BENCH.md, "Texture", has both.)"""
+    SANA was trained with it, and one step, which gives the best PSNR, starts at sigma 1 with any
+    shift. (tests/BENCH.md, "Texture", compares them.)"""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -975,10 +969,10 @@ def export(path, out, weights="ema"):
     merge_lora(restorer)
     tensors = restorer.sana.state_dict()
     if restorer.conditioning == "projection":
-        w = tensors["patch_embed.proj.weight"]                      # [D, C, patch, patch]
-        p = restorer.projection.weight.detach()[:, :, 0, 0]         # [C, 2C]
-        product = torch.einsum("dcyx,ck->dkyx", w.double(), p.double())
-        tensors["patch_embed.proj.weight"] = product.to(w.dtype)    # [D, 2C, patch, patch]
+        w = tensors["patch_embed.proj.weight"]                      # [D, C, 1, 1]
+        p = restorer.projection.weight.detach()                     # [C, 2C, 1, 1]
+        product = w.double().flatten(1) @ p.double().flatten(1)     # [D, 2C]
+        tensors["patch_embed.proj.weight"] = product.to(w.dtype)[:, :, None, None]
     channels = tensors["patch_embed.proj.weight"].shape[1]
     config = restorer.sana.config | {"_class_name": Sana.CLASS, "in_channels": channels}
     save_weights(tensors, out / "diffusion_pytorch_model.safetensors")
@@ -1033,11 +1027,11 @@ class GemmaTokenizer:
     def encode(self, text):
         """text -> [<bos>, ...] token ids."""
         ids = [self.bos]
-        for i, part in enumerate(self.pattern.split(text)):
+        for i, piece in enumerate(self.pattern.split(text)):
             if i % 2:  # what matched the pattern
-                ids.append(self.added[part])
+                ids.append(self.added[piece])
             else:
-                ids += self.merge(self.characters(part.replace(" ", "▁")))
+                ids += self.merge(self.characters(piece.replace(" ", "▁")))
         return ids
 
     def characters(self, text):
@@ -1145,9 +1139,9 @@ class Gemma2(nn.Module):
         x = self.embed_tokens(ids)                                  # [B, L, D]
         scale = torch.tensor(self.config["hidden_size"] ** 0.5, dtype=x.dtype)
         x = x * scale                                               # rounded to bf16 as in training
-        half = self.config["head_dim"] // 2
-        index = torch.arange(half, device=x.device).float()
-        frequency = self.config["rope_theta"] ** -(index / half)    # [d/2]
+        head_dim = self.config["head_dim"]
+        even = torch.arange(0, head_dim, 2, device=x.device).float()
+        frequency = self.config["rope_theta"] ** -(even / head_dim)  # [d/2]
         position = torch.arange(length, device=x.device)
         angle = position[:, None] * frequency.repeat(2)             # [L, d]
         rotation = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -1263,10 +1257,10 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
     instruction. Nothing is padded up to length: cross-attention gives padding a weight of exactly
     0. Raises UserError.
 
-    Example: <bos>, 99 instruction tokens and 5 prompt tokens (head = 100). Rows 0 and 99 to 104 are
+    Example: <bos>, 99 instruction tokens and 5 prompt tokens (intro = 100). Rows 0 and 99 to 104 are
     kept: <bos>, the last instruction token, the prompt."""
-    head = len(tokenizer.encode(INSTRUCTION))
-    longest = head + length - 2  # so that <bos>, that last one and the prompt are length tokens
+    intro = len(tokenizer.encode(INSTRUCTION))
+    longest = intro + length - 2  # so that <bos>, that last one and the prompt are length tokens
     rows = []
     starts = range(0, len(prompts), batch_size)
     for start in tqdm(starts, unit="batch", desc="prompts", disable=len(starts) == 1):
@@ -1284,7 +1278,7 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
         states = gemma(padded, mask).cpu()                          # [B, L, D]
         for prompt, count, row in zip(batch, mask.sum(1), states):
             if prompt:
-                row = torch.cat([row[:1], row[head - 1 : count]])
+                row = torch.cat([row[:1], row[intro - 1 : count]])
             else:
                 row = row[:count]
             rows.append(row)
