@@ -1168,14 +1168,16 @@ def run_cache(args):
         "seed": args.seed,
     }
     own = model.find_autoencoder(model.find_checkpoint(name)) if model.is_run(name) else None
-    frozen = model.load_frozen(config, own, args.device)
-    model.check_resolution([resolution], frozen[0], config)
+    autoencoder = model.load_autoencoder(config, own).to(args.device)
+    model.check_resolution([resolution], autoencoder, config)
     before = model.rows_trained_on(name)
     tables = args.data, args.val_data
     train_set, val_set, _ = make_datasets(*tables, resolution, drawing, args.skip_bad, before)
     index = fingerprint(config, drawing, resolution)
     index |= {"epochs": args.epochs, "rows": list_rows(train_set)}
-    make_cache(Path(args.out), index, train_set, val_set, *frozen, args.device, args.workers)
+    prompts = model.Prompts(config, args.device)
+    parts = train_set, val_set, autoencoder, prompts
+    make_cache(Path(args.out), index, *parts, args.device, args.workers)
 
 
 def main():

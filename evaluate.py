@@ -38,7 +38,7 @@ from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, describe_p
 from degrade import explain_errors, open_image, parse_degradations, picture_extensions, plain_image
 from degrade import run_script, save_image, say_notices
 from model import SAMPLERS, find_autoencoder, find_checkpoint, guided, load_autoencoder
-from model import load_decoder, load_frozen, load_restorer, read_run, rows_trained_on
+from model import Prompts, load_decoder, load_restorer, read_run, rows_trained_on
 from vae import PixelAE, blend_tiles, pad_to_multiple, write_json
 
 # --------------------------------------------------------------------------------------------------
@@ -453,9 +453,10 @@ def finished_image(pixels, grey):
 class Pipeline:
     """A loaded restorer: Pipeline.load("out/demo")("noisy.jpg").save("restored.png").
 
-    autoencoder, prompts: what model.load_frozen returns. enlarge: see load. steps: the sampling
-    steps that restore takes by default; None: 1 for a network that predicts the clean image, 20 for
-    SANA; 0: no sampling, the latents of the degraded picture are decoded."""
+    autoencoder, prompts: model.load_autoencoder and model.Prompts make them. enlarge: by which factor a picture is
+    enlarged first. steps: the sampling steps that restore takes by default; None: 1 for a network
+    that predicts the clean image, 20 for SANA; 0: the latents of the degraded picture are decoded.
+    """
 
     def __init__(self, restorer, autoencoder, prompts, enlarge=1, steps=None):
         self.restorer = restorer
@@ -470,28 +471,28 @@ class Pipeline:
         self.seeing = bool(getattr(autoencoder, "gains", None))
 
     @classmethod
-    def load(cls, path, device="cpu", model=None, weights="ema", enlarge=None):
+    def load(cls, path, device="cpu", model=None, weights="ema"):
         """Load a run of train.py or one of its checkpoints. Raises UserError.
 
         path may also be the file `best` or `latest` of a run, which names a checkpoint. model:
         where autoencoder and text encoder are now, if not where they were in training. weights:
-        "ema", the averaged ones, or "model", the last ones. enlarge: by which factor a picture is
-        enlarged before it is restored; None: as the conditions were in training. On a GPU a
-        pretrained SANA is loaded in bf16, as it was trained."""
+        "ema", the averaged ones, or "model", the last ones. Pictures are enlarged before they are
+        restored as the conditions were in training. On a GPU a pretrained SANA is loaded in bf16.
+        """
         folder = find_checkpoint(path)
         restorer, config = load_restorer(folder, weights, model)
-        if enlarge is None:
-            enlarge = config["enlarge"]
         pretrained = config["autoencoder"]["kind"] == "pretrained"
         if str(device).startswith("cuda") and pretrained:
             restorer.sana.to(torch.bfloat16)  # half the memory; the projection stays fp32
         own = find_autoencoder(folder)
-        autoencoder, prompts = load_frozen(config, own, device)
         steps = None
         if config["decoder"]:
-            autoencoder = load_decoder(config, own, folder, weights).to(device)
+            autoencoder = load_decoder(config, own, folder, weights)
             steps = config["decoder"]["steps"]
-        pipeline = cls(restorer.to(device), autoencoder, prompts, enlarge, steps)
+        else:
+            autoencoder = load_autoencoder(config, own)
+        around = autoencoder.to(device), Prompts(config, device)
+        pipeline = cls(restorer.to(device), *around, config["enlarge"], steps)
         pipeline.checkpoint = folder
         pipeline.config = config
         return pipeline
@@ -1041,7 +1042,7 @@ def draw_sweep(summary, metrics, path):
 
 # None: what the checkpoint, the pairs or the machine say
 DEFAULTS = dict.fromkeys(["checkpoint", "input", "data", "output", "device", "model", "prompt"])
-DEFAULTS |= dict.fromkeys(["steps", "decoder_weight", "enlarge", "degradations"])
+DEFAULTS |= dict.fromkeys(["steps", "decoder_weight", "degradations"])
 DEFAULTS |= dict.fromkeys(["lpips_weights", "fid_weights"])
 DEFAULTS |= dict.fromkeys(["overwrite", "skip_bad", "save_pictures"], False)
 DEFAULTS |= {"seed": 0, "weights": "ema", "sampler": "euler", "guidance": 1.0}
@@ -1072,7 +1073,6 @@ def make_parser():
     add("--decoder_weight", type=between(float, 0, 1), metavar="W", help=text)
     add = parser.group("with --input")
     add("--overwrite", action="store_true", help="restore again what --output holds already")
-    add("--enlarge", type=between(int, 1, 16), help="enlarge first (default: as in training)")
     add("--quality", type=between(int, 1, 100), help="of JPEG and WebP (default 95)")
     add = parser.group("with --data")
     text = "such as jpeg gaussian_noise:sigma=25 (default: all but color_jitter)"
@@ -1115,8 +1115,7 @@ def parse_args(argv=None):
 
 def load_pipeline(args):
     """Load --checkpoint and set what it says of flags. Raises UserError for one without effect."""
-    about = args.model, args.weights, args.enlarge
-    pipeline = Pipeline.load(args.checkpoint, args.device, *about)
+    pipeline = Pipeline.load(args.checkpoint, args.device, args.model, args.weights)
     if args.model and pipeline.config["autoencoder"]["kind"] != "pretrained":
         raise UserError("--model: this checkpoint is of no pretrained model; leave it out")
     if args.decoder_weight is not None and not pipeline.seeing:

@@ -789,10 +789,14 @@ def pretrained_part(config, part):
 
 
 def is_run(name):
-    """Say whether name is a folder that train.py wrote: a run, or one of its checkpoints."""
+    """Say whether name is a run of train.py, one of its checkpoints, or a file that names one."""
     if name in PRESETS:  # ./mini is a folder of that name
         return False
-    return (Path(name) / "latest").is_file() or (Path(name) / "ema.safetensors").is_file()
+    try:
+        find_checkpoint(name)
+    except UserError:
+        return False
+    return True
 
 
 def stage_of(name):
@@ -1257,8 +1261,8 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
     instruction. Nothing is padded up to length: cross-attention gives padding a weight of exactly
     0. Raises UserError.
 
-    Example: <bos>, 99 instruction tokens and 5 prompt tokens (intro = 100). Rows 0 and 99 to 104 are
-    kept: <bos>, the last instruction token, the prompt."""
+    Example: <bos>, 99 instruction tokens and 5 prompt tokens (intro = 100). Rows 0 and 99 to 104
+    are kept: <bos>, the last instruction token, the prompt."""
     intro = len(tokenizer.encode(INSTRUCTION))
     longest = intro + length - 2  # so that <bos>, that last one and the prompt are length tokens
     rows = []
@@ -1323,6 +1327,8 @@ class Prompts:
         folder = pretrained_part(self.config, "text_encoder")
         dtype = torch.float32 if self.device == "cpu" else None  # a CPU is slow in bf16
         gemma = load_pretrained(Gemma2, folder, dtype).to(self.device)
+        width = gemma.config["hidden_size"]
+        check_width(folder, "numbers a token", width, self.config["sana"]["caption_channels"])
         tokenizer = GemmaTokenizer(folder.parent / "tokenizer")
         # one by one on a CPU: rounding does not depend on the batch, so resuming is exact
         batch_size = 1 if self.device == "cpu" else 8
@@ -1348,8 +1354,15 @@ def load_autoencoder(config, folder):
             autoencoder = DCAE(config["autoencoder"]["dcae"])
         load_weights(autoencoder, folder / "ema.safetensors")
     else:
-        autoencoder = load_pretrained(DCAE, pretrained_part(config, "vae"), torch.float32)
+        vae = pretrained_part(config, "vae")
+        autoencoder = load_pretrained(DCAE, vae, torch.float32)
+        check_width(vae, "channels", autoencoder.channels, config["sana"]["out_channels"])
     return autoencoder.requires_grad_(False).eval()
+
+
+def check_width(folder, what, given, taken):
+    if given != taken:
+        raise UserError(f"{folder} gives {given} {what}, the transformer takes {taken}")
 
 
 def load_decoder(config, folder, checkpoint, weights="ema"):
@@ -1357,30 +1370,9 @@ def load_decoder(config, folder, checkpoint, weights="ema"):
 
     folder: see load_autoencoder. checkpoint: of the decoder's run."""
     autoencoder = load_autoencoder(config, folder)
-    autoencoder.add_skips(config["decoder"]["gains"])
-    autoencoder.freeze_around_decoder()
+    autoencoder.add_skips(config["decoder"]["gains"]).freeze_around_decoder()
     load_weights(autoencoder, checkpoint / f"{weights}.safetensors", trained=True)
-    return autoencoder.requires_grad_(False).eval()
-
-
-def load_frozen(config, folder, device):
-    """Load the autoencoder and the Prompts for the "model" of a config.json. Raises UserError.
-
-    folder: see load_autoencoder."""
-    autoencoder = load_autoencoder(config, folder)
-    if config["autoencoder"]["kind"] == "pixels":
-        return autoencoder, Prompts(config, device)
-    if config["autoencoder"]["kind"] == "pretrained":
-        text_encoder = resolve_model(config["name"], ["text_encoder"]) / "text_encoder"
-        width = load_config(Gemma2, text_encoder).config["hidden_size"]
-        sana = config["sana"]
-        if (autoencoder.channels, width) != (sana["out_channels"], sana["caption_channels"]):
-            raise UserError(
-                f"{config['name']}: the transformer takes {sana['out_channels']} channels and texts "
-                f"of {sana['caption_channels']}; autoencoder and text encoder give "
-                f"{autoencoder.channels} and {width}"
-            )
-    return autoencoder.to(device), Prompts(config, device)
+    return autoencoder.requires_grad_(False)
 
 
 def check_resolution(sides, autoencoder, config):

@@ -779,7 +779,7 @@ class RestorerStage:
     def validate(self, module, dataset, metrics):
         autoencoder = self.autoencoder
         if self.args.cache:  # training needs none
-            autoencoder, _ = model.load_frozen(self.config, self.parts, self.args.device)
+            autoencoder = model.load_autoencoder(self.config, self.parts).to(self.args.device)
         pipeline = evaluate.Pipeline(module, autoencoder, self.prompts)
         rows, pictures = score(pipeline, dataset, metrics, self.args)
         return rows, pictures, {"val_loss": validation_loss(pipeline, dataset, self.args)}
@@ -944,7 +944,8 @@ def load_frozen(config, args, train_set, val_set, draws):
 
     So the text encoder has left the memory when training begins. draws: the numbers of all pictures
     that this process will draw."""
-    autoencoder, prompts = model.load_frozen(config, Path(args.out) / "autoencoder", args.device)
+    autoencoder = model.load_autoencoder(config, Path(args.out) / "autoencoder").to(args.device)
+    prompts = model.Prompts(config, args.device)
     model.check_resolution(sides_of(args), autoencoder, config)
     if args.cache:
         prompts.known = train_set.prompts()

@@ -30,13 +30,14 @@ from tqdm import tqdm
 from degrade import UserError, atomic_write, explain_errors
 
 
-class PixelAE:
+class PixelAE(nn.Module):
     """Turn each factor x factor block of pixels into one latent position, 3 * factor^2 channels.
 
     Nothing is lost. Latents are pixels times 2, for a variance near 1: the pixels of photographs
     have a standard deviation of about 0.5."""
 
     def __init__(self, factor):
+        super().__init__()
         self.factor = factor
         self.channels = 3 * factor**2
 

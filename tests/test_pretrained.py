@@ -151,7 +151,7 @@ def sana_folder(pipeline_folder, tmp_path):
 
 def assert_refused(folder, *words, network=Sana):
     with pytest.raises(UserError) as error:
-        network.from_pretrained(folder)
+        load_pretrained(network, folder)
     message = str(error.value)
     assert "\n" not in message
     for word in words:
