@@ -60,10 +60,7 @@ KNOWN = {
     "python data.py cache": ("--resolution 32 --workers 0", r"[1-9]\d* draws"),
     "python degrade.py": ("", ""),
     "python model.py export": ("", "M parameters, in_channels"),
-    "python tests/stress.py": (
-        "tables rows --share 0.01",
-        r"worked, \d+ refused in one line.*a CSV of",
-    ),
+    "python tests/attacks.py": ("tables --draws 20", r"worked, \d+ refused in one line"),
     "python tests/bench.py optimizer": ("--quick --threads 1", r"adamw_sr: ours +\d"),
     "python tests/bench.py memory": ("", "1,604,6"),
     "python tests/bench.py decoder": ("--quick --threads 1", "in skips"),
