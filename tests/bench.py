@@ -51,7 +51,8 @@ import train
 from data import Prompts, dead_leaves, to_tensor
 from degrade import DEGRADATIONS, parse_degradations, random_degradation
 from evaluate import LPIPS, Inception, Metrics, Pipeline, evaluate_pairs, frechet_distance
-from evaluate import means, psnr, ssim
+from evaluate import psnr, ssim, validation_means
+from memory import decoder_memory, restorer_memory
 from model import PRESETS, Sana, build_restorer, flow_loss, sample_euler
 from train import BF16AdamW, join_fp32
 from vae import DCAE, PixelAE, decoder_loss, trained_weights
@@ -674,7 +675,7 @@ def bench_denoise(quick):
                 return restored
 
             rows, _ = evaluate_pairs(dataset, {"restored": method}, metrics, quiet=True)
-            scores = means(rows)
+            scores = validation_means(rows)
             found = " / ".join(f"{scores[f'restored_{m}']:.3f}" for m in ("psnr", "ssim", "lpips"))
             count = sum(p.numel() for p in network.parameters()) / 1e6
             about = f"{count:.2f} M, {steps} steps in {real:.1f} minutes, {WHERE.threads} threads"
@@ -908,28 +909,22 @@ SANAS = {  # over SANA_DEFAULTS, which are the 1.6B model's
 PARTS = "weights", "gradients", "moments", "average", "autoencoder", "activations"  # or encoding
 
 
-def training_args(flags):
-    """The flags of a row as train.py reads them on a GPU, which need not be there."""
-    args = train.make_parser().parse_args(["--data", "pairs.csv", *flags.split()])
-    args.device = "cuda"
-    args.stage = "restorer"
-    args.batch_size = args.batch_size or 4
-    args.resolution = args.resolution or 512
-    args.accumulate = args.accumulate or 1
-    args.optimizer = args.optimizer or ("adamw" if args.lora else "adamw_bf16")
-    args.ema_device = args.ema_device or args.device
-    return args
+def typed(flags):
+    """Return {name: value} of the flags of a row, as train.py reads them."""
+    given = vars(train.make_parser().parse_args(flags.split()))
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def card_config(name, args):
-    lora = {"rank": args.lora} if args.lora else None
+def card_config(sana, lora=None):
+    """Return "model" of a config.json. lora: the rank."""
     with torch.device("meta"):
-        sana = Sana(SANAS[name]).config
+        sana = Sana(sana).config
+    lora = {"rank": lora, "alpha": float(lora)} if lora else None
     return model.MODEL_DEFAULTS | {"sana": sana, "lora": lora}
 
 
 def bench_memory(quick):
-    """The table by card: what each row takes by train.estimate_memory."""
+    """The table by card."""
     with torch.device("meta"):
         autoencoder = DCAE(DC_AE_F32C32)
         for name, config in SANAS.items():
@@ -937,29 +932,43 @@ def bench_memory(quick):
     print("card  " + "".join(f"{part:>12}" for part in PARTS) + "     total GB  flags")
     for card, rows in CARDS.items():
         for name, flags in rows:
-            args = training_args(flags)
-            sizes = train.estimate_memory(card_config(name, args), args, autoencoder)
+            given = typed(flags)
+            config = card_config(SANAS[name], given.get("lora"))
+            sizes = restorer_memory(
+                config,
+                autoencoder,
+                "adamw" if config["lora"] else "adamw_bf16",
+                side=given.get("resolution", 512),
+                checkpointing=given.get("checkpointing", False),
+                average=given.get("ema_device") != "cpu",
+            )
             total = sum(sizes.values()) / 1e9
             cells = "".join(f"{sizes[part] / 1e9:12.1f}" for part in PARTS)
             print(f"{card:4d}  {cells} {total:12.1f}  --model {name} {flags}", flush=True)
             assert total < card, "this row does not fit its card"
             if WHERE.device == "cuda":
-                measured_memory(name, args)
+                measured_memory(config, flags)
+    total = sum(decoder_memory(card_config(SANA_1_6B), autoencoder).values()) / 1e9
+    print(f"sana1.5-1.6b --stage decoder: {total:.1f} GB")
 
 
-def measured_memory(name, args):
+def measured_memory(config, flags):
     """A training step of a row on the card, with random weights: its peak beside the estimate."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    train_row(card_config(name, args), args)
+    train_row(config, flags, "cuda")
     grown = (torch.cuda.max_memory_allocated() - before) / 1e9
     print(f"      measured, without the autoencoder: {grown:.1f} GB")
 
 
-def train_row(config, args):
+def train_row(config, flags, device):
     """Two training steps of a restorer with random weights."""
-    args.steps, args.seed, args.lr, args.proj_lr = 1000, 0, 1e-5, 1e-3
-    args.share_at_one, args.clip, args.ema_every = 0.0, 0.1, 1
+    args = train.make_parser().parse_args(["--data", "pairs.csv", *flags.split()])
+    args.device, args.stage, args.steps, args.seed = device, "restorer", 1000, 0
+    args.batch_size, args.accumulate, args.resolution = 4, 1, args.resolution or 512
+    args.optimizer = "adamw" if args.lora else "adamw_bf16"
+    args.ema_device = args.ema_device or device
+    args.lr, args.proj_lr, args.share_at_one, args.clip, args.ema_every = 1e-5, 1e-3, 0.0, 0.1, 1
     restorer = build_restorer(config)
     for p in restorer.parameters():
         torch.nn.init.normal_(p, std=0.02)

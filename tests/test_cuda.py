@@ -13,6 +13,7 @@ import model
 import train
 from data import to_tensor
 from evaluate import Pipeline
+from memory import restorer_memory
 from model import Gemma2, Sana
 from pipeline import DC_AE, GEMMA, randomize
 from test_commands import run
@@ -161,7 +162,8 @@ def test_cuda_memory_is_what_the_estimate_says(lora, pipeline_folder):
         config, model.initial_restorer(str(pipeline_folder), config, seeded()), args
     )
     autoencoder = DCAE(DC_AE)
-    sizes = train.estimate_memory(config, args, autoencoder)
+    size = {"count": 4, "side": 512, "base_bytes": 2 if DEVICE == "cuda" else 4}
+    sizes = restorer_memory(config, autoencoder, args.optimizer, **size)
     weights = sum(p.nbytes for p in state.module.parameters())
     moments = 0
     for values in state.optimizer.state.values():
@@ -172,13 +174,11 @@ def test_cuda_memory_is_what_the_estimate_says(lora, pipeline_folder):
     assert sizes["average"] == sum(t.nbytes for t in state.ema.values())
     assert sizes["autoencoder"] == sum(p.nbytes for p in autoencoder.parameters())
     assert sizes["activations"] > 0
-    args.checkpointing = True
-    spared = train.estimate_memory(config, args, autoencoder)
+    size["checkpointing"] = True
+    spared = restorer_memory(config, autoencoder, args.optimizer, **size)
     assert spared["activations"] < sizes["activations"]
-    train.prepare_restorer(state.module, config, args)
-    assert state.module.sana.checkpointing
-    args.curriculum = [(args.resolution, 8), (2 * args.resolution, 2)]  # the largest counts
-    grown = train.estimate_memory(config, args, autoencoder)
+    size["side"] *= 2
+    grown = restorer_memory(config, autoencoder, args.optimizer, **size)
     assert grown["activations"] > 2 * spared["activations"]
 
 
@@ -201,10 +201,8 @@ def test_cuda_a_pretrained_run_restores_in_bf16(pipeline_folder, photo, tmp_path
 
 @pytest.mark.parametrize("flags", ["", "--lora 2 --checkpointing"])
 def test_cuda_a_row_of_the_memory_table_trains(flags):
-    args = bench.training_args(f"--resolution 128 {flags}")
-    args.device = args.ema_device = DEVICE
-    lora = {"rank": 2} if args.lora else None
-    config = model.MODEL_DEFAULTS | {"sana": Sana(SMALL | QK_NORM).config, "lora": lora}
-    state = bench.train_row(config, args)
+    config = bench.card_config(SMALL | QK_NORM, 2 if flags else None)
+    state = bench.train_row(config, f"--resolution 128 {flags}", DEVICE)
     assert state.step == 2
+    assert state.module.sana.checkpointing == ("--checkpointing" in flags)
     assert state.condition_norm() > 0
