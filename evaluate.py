@@ -541,8 +541,7 @@ class Pipeline:
             raise ValueError("pixels: give floats in [-1, 1], as data.to_tensor makes them")
         restorer, autoencoder, f = self.restorer, self.autoencoder, self.autoencoder.factor
         height, width = pixels.shape[2:]
-        unit = f * restorer.sana.config["patch_size"]
-        pixels = pad_to_multiple(pixels, unit)
+        pixels = pad_to_multiple(pixels, f)
         size = pixels.shape[2:]
         generator = torch.Generator().manual_seed(seed_for(seed, 0, "restore"))
         shape = autoencoder.channels, size[0] // f, size[1] // f
@@ -568,14 +567,14 @@ class Pipeline:
         # DC-AE's latents are small: one piece (encode and decode split into tiles by themselves)
         tile = max(size)
         if isinstance(autoencoder, PixelAE):
-            tile = PIXEL_TILE // unit * unit
-        restored = blend_tiles(restore_tile, size, tile, OVERLAP // unit * unit)
+            tile = PIXEL_TILE // f * f
+        restored = blend_tiles(restore_tile, size, tile, OVERLAP // f * f)
         return restored[..., :height, :width].clamp(-1, 1)
 
     def embed(self, captions, device):
-        """Return the captions' keys and values, once for all tiles and steps, and their mask."""
+        """Return the captions' embeddings and their mask on a device."""
         text, mask = self.prompts(captions)
-        return self.restorer.sana.caption_keys_values(text.to(device)), mask.to(device)
+        return text.to(device), mask.to(device)
 
 
 def restore_files(pipeline, work, overwrite=False, quality=95, **options):

@@ -795,8 +795,7 @@ def validation_loss(pipeline, dataset, args):
     for i in range(len(dataset)):
         item = dataset[i]
         pair = torch.stack([item["clean"], item["condition"]]).to(args.device)
-        unit = autoencoder.factor * restorer.sana.config["patch_size"]
-        x0, condition = autoencoder.encode(vae.pad_to_multiple(pair, unit)).split(1)
+        x0, condition = autoencoder.encode(pair).split(1)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         sigma = model.draw_sigma(1, generator, shift=restorer.shift).to(x0)
         text, text_mask = pipeline.prompts([item["caption"]])
@@ -945,7 +944,7 @@ def load_frozen(config, args, train_set, val_set, draws):
     that this process will draw."""
     autoencoder = model.load_autoencoder(config, Path(args.out) / "autoencoder").to(args.device)
     prompts = model.Prompts(config, args.device)
-    model.check_resolution(sides_of(args), autoencoder, config)
+    model.check_resolution(sides_of(args), autoencoder)
     if args.cache:
         prompts.known = train_set.prompts()
     elif not prompts.hashed:
