@@ -1256,7 +1256,8 @@ def describe_run(args):
         raise UserError(f"{at}: --steps sets the end")
     config = saved["model"]
     if "model" in args.typed:  # where a pretrained model is now
-        config["name"] = args.model
+        moved = Path(args.model)
+        config["name"] = str(moved.resolve()) if moved.is_dir() else args.model
     return config, saved["step"], saved["draws"], vae.read_json(args.checkpoint / "rows.json")
 
 
