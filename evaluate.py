@@ -453,10 +453,10 @@ def finished_image(pixels, grey):
 class Pipeline:
     """A loaded restorer: Pipeline.load("out/demo")("noisy.jpg").save("restored.png").
 
-    autoencoder, prompts: model.load_autoencoder and model.Prompts make them. enlarge: by which factor a picture is
-    enlarged first. steps: the sampling steps that restore takes by default; None: 1 for a network
-    that predicts the clean image, 20 for SANA; 0: the latents of the degraded picture are decoded.
-    """
+    autoencoder, prompts: made by model.load_autoencoder and model.Prompts. enlarge: by which factor
+    a picture is enlarged first. steps: the sampling steps that restore takes by default; None: 1
+    for a network that predicts the clean image, 20 for SANA; 0: the latents of the degraded picture
+    are decoded."""
 
     def __init__(self, restorer, autoencoder, prompts, enlarge=1, steps=None):
         self.restorer = restorer
