@@ -453,10 +453,10 @@ def finished_image(pixels, grey):
 class Pipeline:
     """A loaded restorer: Pipeline.load("out/demo")("noisy.jpg").save("restored.png").
 
-    autoencoder, prompts: model.load_autoencoder and model.Prompts make them. enlarge: by which factor a picture is
-    enlarged first. steps: the sampling steps that restore takes by default; None: 1 for a network
-    that predicts the clean image, 20 for SANA; 0: the latents of the degraded picture are decoded.
-    """
+    autoencoder, prompts: made by model.load_autoencoder and model.Prompts. enlarge: by which factor
+    a picture is enlarged first. steps: the sampling steps that restore takes by default; None: 1
+    for a network that predicts the clean image, 20 for SANA; 0: the latents of the degraded picture
+    are decoded."""
 
     def __init__(self, restorer, autoencoder, prompts, enlarge=1, steps=None):
         self.restorer = restorer
@@ -541,8 +541,7 @@ class Pipeline:
             raise ValueError("pixels: give floats in [-1, 1], as data.to_tensor makes them")
         restorer, autoencoder, f = self.restorer, self.autoencoder, self.autoencoder.factor
         height, width = pixels.shape[2:]
-        unit = f * restorer.sana.config["patch_size"]
-        pixels = pad_to_multiple(pixels, unit)
+        pixels = pad_to_multiple(pixels, f)
         size = pixels.shape[2:]
         generator = torch.Generator().manual_seed(seed_for(seed, 0, "restore"))
         shape = autoencoder.channels, size[0] // f, size[1] // f
@@ -568,14 +567,14 @@ class Pipeline:
         # DC-AE's latents are small: one piece (encode and decode split into tiles by themselves)
         tile = max(size)
         if isinstance(autoencoder, PixelAE):
-            tile = PIXEL_TILE // unit * unit
-        restored = blend_tiles(restore_tile, size, tile, OVERLAP // unit * unit)
+            tile = PIXEL_TILE // f * f
+        restored = blend_tiles(restore_tile, size, tile, OVERLAP // f * f)
         return restored[..., :height, :width].clamp(-1, 1)
 
     def embed(self, captions, device):
-        """Return the captions' keys and values, once for all tiles and steps, and their mask."""
+        """Return the captions' embeddings and their mask on a device."""
         text, mask = self.prompts(captions)
-        return self.restorer.sana.caption_keys_values(text.to(device)), mask.to(device)
+        return text.to(device), mask.to(device)
 
 
 def restore_files(pipeline, work, overwrite=False, quality=95, **options):

@@ -93,19 +93,17 @@ class Sana(nn.Module):
     def forward(self, latents, timestep, text, text_mask=None):
         """Predict the velocity [B, C_out, H, W].
 
-        latents [B, C, H, W]. timestep [B] = 1000 * sigma. text [B, L, caption_channels], or what
-        caption_keys_values made of it. text_mask [B, L] bool, True = a real token; None = all are.
-        Raises ValueError for a mask that is not bool."""
+        latents [B, C, H, W]. timestep [B] = 1000 * sigma. text [B, L, caption_channels]. text_mask
+        [B, L] bool, True = a real token; None = all are. Raises ValueError for another mask."""
         if text_mask is not None and text_mask.dtype != torch.bool:
             raise ValueError(f"text_mask is {text_mask.dtype}: give bool, True = a real token")
         grid = latents.shape[2:]
         x = self.patch_embed(latents).to(self.proj_out.weight.dtype)  # [B, N, D]
         modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])
-        if torch.is_tensor(text):
-            text = [self.embed_caption(text)] * len(self.transformer_blocks)  # [B, L, D] each
-        # one entry a block: the caption's tokens, or its keys and values
-        for block, block_text in zip(self.transformer_blocks, text):
-            inputs = x, modulation, block_text, text_mask, grid
+        text = self.caption_projection(text.to(self.proj_out.weight.dtype))
+        text = self.caption_norm(text)                              # [B, L, D]
+        for block in self.transformer_blocks:
+            inputs = x, modulation, text, text_mask, grid
             if self.checkpointing:
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -113,17 +111,6 @@ class Sana(nn.Module):
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
         x = self.proj_out(modulate(x, shift, scale, 1e-6))          # [B, N, C_out]
         return x.transpose(1, 2).unflatten(2, grid)                 # [B, C_out, H, W]
-
-    def embed_caption(self, text):
-        """[B, L, caption_channels] -> [B, L, D]."""
-        return self.caption_norm(self.caption_projection(text.to(self.proj_out.weight.dtype)))
-
-    def caption_keys_values(self, text):
-        """Compute the caption's keys and values in each block, once for all steps of sampling.
-
-        text [B, L, caption_channels] -> [(keys, values)], [B, h, L, d] each. forward takes them."""
-        text = self.embed_caption(text)
-        return [block.attn2.keys_values(text) for block in self.transformer_blocks]
 
     def initialize(self, generator):
         """Fill every weight for training from scratch.
@@ -159,7 +146,7 @@ class SanaBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
     def forward(self, x, modulation, text, text_mask, grid):
-        """x [B, N, D], modulation [B, 6, D], text as CrossAttention takes it, grid (H, W)."""
+        """x [B, N, D], modulation [B, 6, D], text [B, L, D], its mask or None, grid (H, W)."""
         modulation = self.scale_shift_table + modulation            # [B, 6, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         x = x + gate1 * self.attn1(modulate(x, shift1, scale1, self.eps))
@@ -211,15 +198,11 @@ class LinearAttention(Attention):
 class CrossAttention(Attention):
     """Softmax attention from image tokens to caption tokens."""
 
-    def keys_values(self, text):                                    # [B, L, D]
+    def forward(self, x, text, text_mask):
+        """x [B, N, D], text [B, L, D], text_mask [B, L] or None -> [B, N, D]."""
+        q = self.split(self.norm_q(self.to_q(x)))                   # [B, h, N, d]
         k = self.split(self.norm_k(self.to_k(text)))                # [B, h, L, d]
         v = self.split(self.to_v(text))                             # [B, h, L, d]
-        return k, v
-
-    def forward(self, x, text, text_mask):
-        """x [B, N, D]. text [B, L, D], or its keys and values. text_mask [B, L] or None."""
-        k, v = self.keys_values(text) if torch.is_tensor(text) else text
-        q = self.split(self.norm_q(self.to_q(x)))                   # [B, h, N, d]
         if text_mask is not None:
             text_mask = text_mask[:, None, None, :]                 # [B, 1, 1, L]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask)  # [B, h, N, d]
@@ -1375,12 +1358,11 @@ def load_decoder(config, folder, checkpoint, weights="ema"):
     return autoencoder.requires_grad_(False)
 
 
-def check_resolution(sides, autoencoder, config):
+def check_resolution(sides, autoencoder):
     """Raise UserError for a crop that the model cannot take."""
-    unit = autoencoder.factor * config["sana"].get("patch_size", 1)
     for side in sides:
-        if side % unit:
-            raise UserError(f"--resolution {side}: give a multiple of {unit}, the model's unit")
+        if side % autoencoder.factor:
+            raise UserError(f"--resolution {side}: give a multiple of {autoencoder.factor}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -433,9 +433,8 @@ def adamw_bf16(weight, low, grad, exp_avg, exp_avg_sq, average, seed, start, num
     decay, rate, correction, scale, share = numbers
     w = join_fp32(weight, low)
     g = grad.float() * scale
-    m = exp_avg.float()
-    m = m + (1 - BETA1) * (g - m)
-    v = exp_avg_sq.float() * BETA2 + (1 - BETA2) * g * g
+    m = exp_avg.float().lerp(g, 1 - BETA1)
+    v = (exp_avg_sq.float() * BETA2).addcmul(g, g, value=1 - BETA2)
     w = w * decay + rate * m / (v.sqrt() / correction + EPS)
     high, rest = split_fp32(w)
     weight.copy_(high)
@@ -443,7 +442,7 @@ def adamw_bf16(weight, low, grad, exp_avg, exp_avg_sq, average, seed, start, num
     exp_avg.copy_(m)
     exp_avg_sq.copy_(round_stochastically(v, seed, start))
     if average is not None:
-        average.copy_(average + share * (w - average))
+        average.lerp_(w, share)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -796,8 +795,7 @@ def validation_loss(pipeline, dataset, args):
     for i in range(len(dataset)):
         item = dataset[i]
         pair = torch.stack([item["clean"], item["condition"]]).to(args.device)
-        unit = autoencoder.factor * restorer.sana.config["patch_size"]
-        x0, condition = autoencoder.encode(vae.pad_to_multiple(pair, unit)).split(1)
+        x0, condition = autoencoder.encode(pair).split(1)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         sigma = model.draw_sigma(1, generator, shift=restorer.shift).to(x0)
         text, text_mask = pipeline.prompts([item["caption"]])
@@ -946,7 +944,7 @@ def load_frozen(config, args, train_set, val_set, draws):
     that this process will draw."""
     autoencoder = model.load_autoencoder(config, Path(args.out) / "autoencoder").to(args.device)
     prompts = model.Prompts(config, args.device)
-    model.check_resolution(sides_of(args), autoencoder, config)
+    model.check_resolution(sides_of(args), autoencoder)
     if args.cache:
         prompts.known = train_set.prompts()
     elif not prompts.hashed:

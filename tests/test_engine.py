@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 import data
 import degrade
-import endurance
 import model
 import train
 from conftest import ROOT
@@ -285,20 +284,6 @@ def test_a_curriculum_changes_the_crop_and_resumes_across_the_change(photos_csv,
     assert train_set[14]["clean"].shape[1] == 48
     line = run("train.py", "--curriculum", "32:7,x", cwd=tmp_path, status=2)
     assert "--curriculum" in line
-
-
-def test_kill_9_at_any_instant_leaves_whole_files(photos, photos_csv, alone, tmp_path):
-    """A few of each; tests/stress.py does a thousand."""
-    for name in ("training", "caching", "pairs", "export", "evaluation"):
-        (tmp_path / name).mkdir()
-    steps = endurance.kill_training(photos_csv, tmp_path / "training", 12)
-    if len(steps) <= 12:  # the machine has other work
-        steps |= endurance.kill_training(photos_csv, tmp_path / "training", 12)
-    assert len(steps) > 12
-    assert endurance.kill_caching(photos_csv, tmp_path / "caching", 6)[0] == 6
-    assert endurance.kill_pairs(photos, tmp_path / "pairs", 6)[0] == 6
-    endurance.kill_export(alone, tmp_path / "export", 3)
-    endurance.kill_evaluation(alone, photos, tmp_path / "evaluation", 4)
 
 
 DISTURBED = """

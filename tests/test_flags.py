@@ -85,7 +85,7 @@ def test_every_flag_is_used_by_a_test():
 
 def test_the_pages_have_no_other_flags():
     names = {name for _, action in ACTIONS for name in action.option_strings}
-    names |= {"--quick", "--gpu", "--threads", "--minutes", "--contestants", "--val"}  # of bench.py
+    names |= {"--quick", "--gpu", "--threads", "--minutes", "--val"}  # of bench.py
     names |= {"--nproc_per_node", "--nnodes", "--max_restarts"}  # of torchrun
     names |= {"--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
     for page, text in PAGES.items():
