@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageEnhance
+from PIL import Image, ImageCms, ImageDraw, ImageEnhance, ImageOps
 
 # --------------------------------------------------------------------------------------------------
 # The six degradations: plain functions of a grey ("L") or RGB image.
@@ -416,15 +416,7 @@ def fail(message):
 GREY = "1", "L", "LA", "La"  # modes of one channel
 COLOR = "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"  # modes that become RGB without a loss
 NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}  # what Pillow knows but cannot decode
-TURNS = {  # {EXIF orientation: what turns the picture upright}
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+ORIENTATION = 0x0112  # EXIF's tag
 PNG_EXIF = b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif"  # where a PNG may have EXIF
 
 
@@ -434,18 +426,13 @@ class Header:
 
     size: tuple  # (width, height), upright
     mode: str  # L, LA, RGB or RGBA
-    orientation: int  # EXIF's, 1 to 8; from 5 on, width and height are stored the other way round
     notices: list  # texts: what is converted
-    transparent: bool = False  # some pixel is; only read_header looks
 
 
 def read_header(path):
-    """Look at a picture -> Header. Only one that has alpha is decoded. Raises UserError."""
+    """Look at a picture -> Header. Its pixels are not decoded. Raises UserError."""
     with explain_errors(path, "this picture"), Image.open(path) as image:
-        header = describe_picture(image)
-        if header.mode.endswith("A"):
-            header.transparent = image.convert("RGBA").getchannel("A").getextrema()[0] < 255
-    return header
+        return describe_picture(image)
 
 
 def open_image(path, notices=None):
@@ -454,6 +441,8 @@ def open_image(path, notices=None):
     notices: {text: [paths]}; what is converted is added to it, see say_notices."""
     with explain_errors(path, "this picture"), Image.open(path) as image:
         header = describe_picture(image)
+        # by its name Pillow would map a TIFF into memory, and garble one that lies on its side
+        image.filename = ""
         plain = plain_image(image, header)
     if notices is not None:
         for text in header.notices:
@@ -487,9 +476,8 @@ def describe_picture(image):
         raise UserError("it has several pages; save the page that you mean as PNG")
     if has_deep_channels(image):
         raise UserError("it has more than 8 bits a channel; save it as PNG with 8 bits a channel")
-    orientation = find_orientation(image)
     size = image.size
-    if orientation >= 5 and image.format != "TIFF":  # Pillow itself turns a TIFF
+    if find_orientation(image) >= 5:  # stored lying on its side
         size = size[::-1]
     mode = "L" if image.mode in GREY else "RGB"
     if image.has_transparency_data:
@@ -498,7 +486,7 @@ def describe_picture(image):
     notices = [notice] if notice else []
     if not profile and image.mode not in GREY + COLOR:
         notices.append(f"{image.mode} without a usable colour profile: its colours are approximate")
-    return Header(size, mode, orientation, notices)
+    return Header(size, mode, notices)
 
 
 def has_deep_channels(image):
@@ -516,13 +504,15 @@ def has_deep_channels(image):
 def find_orientation(image):
     """Return EXIF's orientation, 1 to 8. 1 is upright, and stands for a damaged or missing one."""
     orientation = 1
+    if image.format == "TIFF":  # Pillow itself turns it
+        return orientation
     with contextlib.suppress(Exception):
         if image.format == "PNG" and "exif" not in image.info and image.filename:
             content = Path(image.filename).read_bytes()
             if not any(word in content for word in PNG_EXIF):
-                return 1  # getexif would decode the pixels, to look behind them
-        orientation = image.getexif().get(0x0112)
-    return orientation if orientation in TURNS else 1
+                return orientation  # getexif would decode the pixels, to look behind them
+        orientation = image.getexif().get(ORIENTATION)
+    return orientation if orientation in range(1, 9) else 1
 
 
 def find_profile(image):
@@ -559,8 +549,9 @@ def plain_image(image, header):
         if header.mode.endswith("A"):
             converted.putalpha(plain.getchannel("A"))
         plain = converted
-    if header.orientation > 1 and image.format != "TIFF":
-        plain = plain.transpose(TURNS[header.orientation])
+    plain.info = {}
+    plain.getexif()[ORIENTATION] = find_orientation(image)
+    plain = ImageOps.exif_transpose(plain)
     plain.info = {}
     return plain
 
