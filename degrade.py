@@ -101,39 +101,32 @@ def to_uint8(levels):
 
 @dataclass(frozen=True)
 class Strength:
-    """The values of one parameter of a degradation.
+    """The values of one parameter of a degradation: a range of integers, or (lowest, highest).
 
-    drawn: what a recipe draws from, uniformly: (5.0, 50.0) any number in between, (10, 40) an
-    integer from 10 to 40, [3, 5, 7] one of these. legal: what a user may set: (lowest, highest)
-    any number in between, range(1, 101) one of these integers. Ends of tuples are inclusive."""
+    drawn: what a recipe draws from, uniformly. legal: what a user may set."""
 
-    drawn: tuple | list
+    drawn: tuple | range
     legal: tuple | range
 
     def draw(self, rng):
-        if isinstance(self.drawn, list):
+        if isinstance(self.drawn, range):
             return int(rng.choice(self.drawn))
-        low, high = self.drawn
-        if isinstance(low, int):
-            return int(rng.integers(low, high + 1))
-        return float(rng.uniform(low, high))
+        return float(rng.uniform(*self.drawn))
 
     def parse(self, text):
         """Return the number that a user has written. Raises ValueError if it is not legal."""
-        try:
+        low, high = self.legal[0], self.legal[-1]
+        value = math.nan
+        with contextlib.suppress(ValueError):
             value = float(text)
-        except ValueError:
-            value = math.nan
         if isinstance(self.legal, tuple):
-            low, high = self.legal
+            wanted = "a number"
             if low <= value <= high:
                 return value
-            wanted = "a number"
         else:
+            wanted = "an odd number" if self.legal.step == 2 else "a whole number"
             if value in self.legal:
                 return int(value)
-            low, high = self.legal[0], self.legal[-1]
-            wanted = "an odd number" if self.legal.step == 2 else "a whole number"
         raise ValueError(f"{text} is not possible; give {wanted} from {low:.7g} to {high:.7g}")
 
 
@@ -152,7 +145,7 @@ class Degradation:
         chosen = {}
         for key, strength in self.strengths.items():
             chosen[key] = given[key] if key in given else strength.draw(rng)
-        return chosen | given  # one that is unknown: the function refuses it
+        return chosen | given  # the function refuses an unknown one
 
     def __call__(self, image, rng, **given):
         """Degrade a PIL image. Modes other than "L" and "RGB" become RGB.
@@ -176,12 +169,12 @@ DEGRADATIONS = {
     ),
     "jpeg": Degradation(
         jpeg,
-        {"quality": Strength((10, 40), legal=range(1, 101))},
+        {"quality": Strength(range(10, 41), legal=range(1, 101))},
         ("JPEG artifacts", "compression artifacts", "JPEG blocking"),
     ),
     "gaussian_blur": Degradation(
         gaussian_blur,
-        {"kernel": Strength([3, 5, 7, 9, 11], legal=range(1, 1000, 2))},
+        {"kernel": Strength(range(3, 12, 2), legal=range(1, 1000, 2))},
         ("gaussian blur", "defocus blur", "soft focus"),
     ),
     "downscale": Degradation(
@@ -285,9 +278,7 @@ TEMPLATES = [
 
 
 def make_prompt(names, rng):
-    """Return a random prompt that asks to undo the named degradations; "" if there are none."""
-    if not names:
-        return ""
+    """Return a random prompt that asks to undo the named degradations, one at least."""
     phrases = []
     for name in names:
         options = DEGRADATIONS[name].phrases
@@ -441,8 +432,6 @@ def open_image(path, notices=None):
     notices: {text: [paths]}; what is converted is added to it, see say_notices."""
     with explain_errors(path, "this picture"), Image.open(path) as image:
         header = describe_picture(image)
-        # by its name Pillow would map a TIFF into memory, and garble one that lies on its side
-        image.filename = ""
         plain = plain_image(image, header)
     if notices is not None:
         for text in header.notices:
@@ -539,6 +528,8 @@ def find_profile(image):
 
 def plain_image(image, header):
     """Convert a PIL image of any mode to what its header says. The result carries no metadata."""
+    # by its name Pillow would map a TIFF into memory, and garble one that lies on its side
+    image.filename = ""
     plain = image.convert(header.mode)
     profile, _ = find_profile(image)
     if profile:

@@ -163,7 +163,6 @@ def test_prompts_name_what_was_done():
         for name in names:
             assert any(phrase in prompt for phrase in degrade.DEGRADATIONS[name].phrases)
         assert degrade.read_prompt(prompt) == names
-    assert degrade.make_prompt([], np.random.default_rng(0)) == ""
 
 
 def test_recipes_can_be_written_down_and_read_back():
