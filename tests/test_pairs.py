@@ -229,7 +229,7 @@ def test_a_pair_that_exif_turns_says_so(tmp_path):
     exif[0x0112] = 6
     coordinates(40, 30).save(tmp_path / "turned.jpg", exif=exif)
     coordinates(40, 30).save(tmp_path / "plain.png")
-    with pytest.raises(UserError, match="40x30.*turned.jpg is turned by its EXIF"):
+    with pytest.raises(UserError, match="turned upright by EXIF: 40x30 and 30x40"):
         CsvPairs(write_csv(tmp_path / "p.csv", [("plain.png", "turned.jpg", "")]))
 
 
@@ -258,7 +258,7 @@ def test_a_row_of_another_factor_is_refused(tmp_path):
         rows.append((f"{i}.png", f"{i}x4.png", ""))
     rows.append(("0.png", "1.png", ""))
     path = write_csv(tmp_path / "p.csv", rows)
-    with pytest.raises(UserError, match="line 6: a pair of different sizes, 40x40 and 40x40"):
+    with pytest.raises(UserError, match="line 6: a pair of different sizes.* 40x40 and 40x40"):
         CsvPairs(path)
     source = CsvPairs(path, skip_bad=True)
     assert (len(source), source.enlarge) == (4, 4)
