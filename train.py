@@ -1231,7 +1231,7 @@ def draw_log(run):
     for key, title in CURVES.items():
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         if points:
-            charts.append((title, points, key == "loss", None))
+            charts.append((title, points, key == "loss"))
     with contextlib.suppress(UserError):  # Windows, while a viewer shows it
         evaluate.draw_charts(charts, run / "loss.png")
 
