@@ -251,20 +251,13 @@ class CsvPairs:
         for path in row.paths():
             if path in self.errors:
                 raise self.errors[path]
-            if self.headers[path].transparent:
-                hidden = "has transparent pixels, under which any colour may be hidden"
-                raise UserError(f"{path} {hidden}; put it on a background and save it as RGB")
         if not row.condition:
             return
         clean, condition = self.headers[row.clean], self.headers[row.condition]
         if sizes_fit(clean.size, condition.size, self.enlarge):
             return
-        problem = f"a pair of different sizes, {as_text(clean.size)} and {as_text(condition.size)}"
-        sideways = clean.orientation >= 5, condition.orientation >= 5
-        if sideways[0] != sideways[1] and clean.size == condition.size[::-1]:
-            turned = row.clean if sideways[0] else row.condition
-            problem += f"; they fit before {turned.name} is turned by its EXIF orientation"
-        raise UserError(problem)
+        sizes = f"{as_text(clean.size)} and {as_text(condition.size)}"
+        raise UserError(f"a pair of different sizes, once turned upright by EXIF: {sizes}")
 
     def check_sides(self, crop):
         """Leave out, or refuse, rows whose pictures are smaller than the crops of training."""
@@ -341,13 +334,14 @@ class CsvPairs:
 def look_at(rows, decode=False):
     """Look at the pictures of all rows -> {path: Header}, {path: SHA-256}, {path: UserError}.
 
-    decode: decode each picture too, which finds damage behind the header."""
+    decode: decode each picture, which finds damage behind the header, and not only those with
+    alpha, which may hide colours."""
     paths = list(dict.fromkeys(path for row in rows for path in row.paths()))
 
     def look(path):
         try:
             header = read_header(path)
-            if decode:
+            if decode or header.mode.endswith("A"):
                 open_opaque(path)
             return header, file_digest(path), None
         except UserError as error:

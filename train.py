@@ -1231,7 +1231,7 @@ def draw_log(run):
     for key, title in CURVES.items():
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         if points:
-            charts.append((title, points, key == "loss", None))
+            charts.append((title, points, key == "loss"))
     with contextlib.suppress(UserError):  # Windows, while a viewer shows it
         evaluate.draw_charts(charts, run / "loss.png")
 
@@ -1254,7 +1254,8 @@ def describe_run(args):
         raise UserError(f"{at}: --steps sets the end")
     config = saved["model"]
     if "model" in args.typed:  # where a pretrained model is now
-        config["name"] = args.model
+        moved = Path(args.model)
+        config["name"] = str(moved.resolve()) if moved.is_dir() else args.model
     return config, saved["step"], saved["draws"], vae.read_json(args.checkpoint / "rows.json")
 
 
