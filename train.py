@@ -91,10 +91,6 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine: the number of its GPU
 
-OF_RESTORER = "--stage restorer"
-OF_OTHERS = "--stage autoencoder, --stage decoder"
-OF_DECODER = "--stage decoder"
-
 
 def make_parser():
     """Make the parser. It returns only what was typed."""
@@ -115,7 +111,7 @@ def make_parser():
     text = "compute a batch in so many parts (default 1; one by one in SANA's --stage decoder)"
     add("--accumulate", type=count, help=text)
     add("--curriculum", type=parse_curriculum, metavar="SIDE:STEPS,...", help="512:8000,1024:2000")
-    add = parser.group(OF_RESTORER)
+    add = parser.group("--stage restorer")
     ways = ["projection", "widen", "none"]
     add("--conditioning", choices=ways, help="see model.Restorer (SANA: projection; tiny: widen)")
     add("--lora", type=count, metavar="RANK", help="train low-rank changes alone, see model.LoRA")
@@ -126,9 +122,9 @@ def make_parser():
     add("--condition_dropout", type=share, help="for --condition_guidance (default 0)")
     add("--checkpointing", action="store_true", help="compute activations twice to save memory")
     add("--cache", metavar="FOLDER", help="of python data.py cache, with the same data flags")
-    add = parser.group(OF_OTHERS)
+    add = parser.group("--stage autoencoder, --stage decoder")
     add("--lpips_weights", nargs=2, metavar=("TRUNK", "HEADS"), help="local files: adds 0.1 LPIPS")
-    add = parser.group(OF_DECODER)
+    add = parser.group("--stage decoder")
     text = "sampling steps for the latents to learn from (default 1); 0: the condition's own"
     add("--latent_steps", type=between(int, 0, 1000), metavar="N", help=text)
     add = parser.group("run")
@@ -147,17 +143,16 @@ def parse_args(argv=None):
     parser = make_parser()
     flags = vars(parser.parse_args(argv))
     run = find_run(flags)
-    resuming = "resume" in flags and (run / "latest").is_file()
     typed = {name: value for name, value in flags.items() if name not in ("out", "resume")}
-    if resuming:
+    checkpoint = None
+    if not (run / "latest").is_file():
+        given, values = typed, new_settings(typed)
+    elif "resume" in flags:
         checkpoint = model.find_checkpoint(run)
         given, values = resumed_settings(checkpoint, typed)
     else:
-        if (run / "latest").is_file():
-            advice = "--resume goes on with it, --out names another folder"
-            raise UserError(f"{run} holds a run already: {advice}")
-        checkpoint = None
-        given, values = typed, new_settings(typed)
+        advice = "--resume goes on with it, --out names another folder"
+        raise UserError(f"{run} holds a run already: {advice}")
     about = {"out": str(run), "resume": "resume" in flags, "checkpoint": checkpoint}
     args = Namespace(**values, **about, given=given, typed=typed)
     check_flags(parser, args)
@@ -200,7 +195,7 @@ def resumed_settings(checkpoint, typed):
     """Return (all that was typed, {flag: value}) for a run that goes on. Raises UserError."""
     saved = model.read_run(checkpoint)
     config = saved["model"]
-    begun = saved["args"] | {"conditioning": config["conditioning"], "shift": config["shift"]}
+    begun = saved["args"] | config
     run = checkpoint.parent
     for name in KEPT:
         if name in typed and typed[name] != begun[name]:
@@ -211,11 +206,10 @@ def resumed_settings(checkpoint, typed):
         if "model" in typed:
             raise UserError("--model: with --resume it says where a pretrained model is now")
     given = saved["given"] | typed
-    known = {}
-    for name, value in saved["args"].items():
-        if name not in DERIVED or name in given:
-            known[name] = value
-    return given, choose_settings(known | typed, family, config["stage"])
+    known = saved["args"] | typed
+    for name in set(DERIVED) - given.keys():
+        del known[name]
+    return given, choose_settings(known, family, config["stage"])
 
 
 def choose_settings(known, family, stage, further=False):
@@ -237,9 +231,8 @@ def choose_settings(known, family, stage, further=False):
     if values["curriculum"]:
         values["steps"] = sum(steps for _, steps in values["curriculum"])
         values["resolution"] = values["curriculum"][0][0]
-    on_gpu = values["device"].startswith("cuda")
     derived = {"ema_device": values["device"]}
-    if (family, row) == ("pretrained", "restorer") and on_gpu:
+    if (family, row) == ("pretrained", "restorer") and values["device"].startswith("cuda"):
         derived["optimizer"] = "adamw_bf16"
     if (family, row) == ("pretrained", "decoder"):  # 4.6 GB an image of 512 pixels
         derived["accumulate"] = max(1, values["batch_size"] // WORLD)
@@ -248,32 +241,26 @@ def choose_settings(known, family, stage, further=False):
 
 def check_flags(parser, args):
     """Raise UserError for flags that do not go together, or have no effect."""
-    given, stage = args.given, args.stage
-    no_effect = f"it has no effect with --stage {stage}"
-    if stage != "restorer":
-        parser.refuse(given, OF_RESTORER, no_effect)
-    if stage == "restorer":
-        parser.refuse(given, OF_OTHERS, no_effect)
-    if stage != "decoder":
-        parser.refuse(given, OF_DECODER, no_effect)
-    if stage == "autoencoder":
-        for name in ("proj_lr", "caption_dropout", "degradations", "max_degradations"):
-            if name in given:
-                raise UserError(f"--{name}: {no_effect}")
+    idle = {}  # {flag: beside what it has no effect}
+    if args.curriculum:
+        idle |= dict.fromkeys(["resolution", "steps", "cache"], "--curriculum")
+    if not args.data:
+        demo = "the demo, which draws its own pictures; give --data"
+        idle |= dict.fromkeys(["val_data", "skip_bad", "cache"], demo)
+    if args.stage == "autoencoder":
+        names = ["proj_lr", "caption_dropout", "degradations", "max_degradations"]
+        idle |= dict.fromkeys(names, "--stage autoencoder")
+    for name, title in parser.titles.items():
+        if title.startswith("--stage") and args.stage not in title:
+            idle[name] = f"--stage {args.stage}"
+    for name in args.given:
+        if name in idle:
+            raise UserError(f"--{name}: it has no effect with {idle[name]}")
     if args.lora and args.optimizer != "adamw":
         raise UserError(f"--optimizer {args.optimizer}: --lora trains fp32 weights")
     if args.batch_size % (args.accumulate * WORLD):
         times = f"--accumulate {args.accumulate} times {WORLD} processes"
         raise UserError(f"{times}: has to be a divisor of --batch_size {args.batch_size}")
-    if args.cache and (args.curriculum or not args.data):
-        raise UserError("--cache needs --data, and has one resolution: no --curriculum")
-    if args.curriculum and "resolution" in given:
-        raise UserError("--resolution: --curriculum sets the sides; leave it out")
-    if args.curriculum and "steps" in given:
-        raise UserError("--steps: --curriculum sets the number of steps; make that longer")
-    for name in ("val_data", "skip_bad"):
-        if name in given and not args.data:
-            raise UserError(f"--{name}: the demo draws its own pictures; give --data")
     try:
         check_device(args.device)  # that of a run may not be here
     except argparse.ArgumentTypeError as error:
