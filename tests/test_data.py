@@ -320,8 +320,7 @@ def test_damage_behind_the_header_is_named_when_it_is_drawn(pictures):
 def test_with_skip_bad_whole_pictures_are_decoded_and_rows_left_out(pictures, capsys):
     rows = [("cut.png", "", ""), ("a.png", "", "good"), ("gone.png", "", ""), ("a.png", "cut.png")]
     rows += [("a.png", "b.png", ""), ("", "", ""), ("small.png", "", "")]
-    source = CsvPairs(write_csv(pictures / "p.csv", rows), skip_bad=True)
-    source.check_sides(32)
+    source = CsvPairs(write_csv(pictures / "p.csv", rows), skip_bad=True, smallest=32)
     assert [row.caption for row in source.rows] == ["good"]
     said = capsys.readouterr().err
     assert said.count("left out: ") == 6
