@@ -54,17 +54,8 @@ def seed_for(seed, index, purpose):
 
 def to_tensor(image):
     """PIL image (alpha ignored) -> float tensor [3, H, W] in [-1, 1], RGB."""
-    return levels_to_tensor(to_levels(image))
-
-
-def to_levels(image):
-    """PIL image (alpha ignored) -> array [H, W, 3] of the levels 0..255, RGB."""
-    return np.array(image.convert("RGB"))
-
-
-def levels_to_tensor(levels):
-    """Array [H, W, 3] of 0..255 -> float tensor [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(levels).permute(2, 0, 1).float() / 127.5 - 1
+    levels = torch.from_numpy(np.array(image.convert("RGB")))
+    return levels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_image(tensor):
@@ -74,7 +65,8 @@ def to_image(tensor):
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
-SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
+# how the names of hidden and system files and folders begin
+HIDDEN = ".", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"
 
 
 def list_images(folder):
@@ -87,31 +79,25 @@ def list_images(folder):
     extensions = picture_extensions()
     found = []
     others = []
-    visited = set()  # a link may lead back
+    visited = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in visited:
+        real = os.path.realpath(place)
+        if real in visited:  # a link leads back
             folders.clear()
             continue
-        visited.add(os.path.realpath(place))
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        visited.add(real)
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         for name in names:
             path = Path(place, name)
-            if is_hidden(name) or not path.is_file():
-                continue
-            if path.suffix.lower() in extensions:
-                found.append(path)
-            else:
-                others.append(path)
+            if path.is_file() and not name.startswith(HIDDEN):
+                files = found if path.suffix.lower() in extensions else others
+                files.append(path)
     if others:
         some = f"{len(others)} files such as {min(others).name}"
         print(f"{folder}: left out as no pictures: {some}", file=sys.stderr)
     if not found:
         raise UserError(f"{folder}: no pictures in this folder")
     return sorted(found)
-
-
-def is_hidden(name):
-    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -536,7 +522,7 @@ class PairedDataset:
         return Plan(row, recipe, caption)
 
     def prepare(self, n, plan):
-        """Open and degrade the pictures of draw n. They are arrays [H, W, 3] of levels 0..255.
+        """Open and degrade the pictures of draw n. They are PIL images, RGB.
 
         Threads may call it at the same time. Raises UserError if a picture cannot be read."""
         clean, condition, where = self.source.load(plan.row)
@@ -550,8 +536,8 @@ class PairedDataset:
         else:
             condition = cut(condition)
         return {
-            "clean": to_levels(clean),
-            "condition": to_levels(condition),
+            "clean": clean.convert("RGB"),
+            "condition": condition.convert("RGB"),
             "caption": plan.caption,
             "grey": condition.mode == "L",
             "draw": n,
@@ -630,8 +616,8 @@ def with_tensors(item):
     """Return an item of prepare with its pictures as tensors [3, H, W] in [-1, 1]."""
     item = dict(item)
     for key in ("clean", "condition"):
-        if isinstance(item[key], np.ndarray):  # a cache has latents, which are tensors already
-            item[key] = levels_to_tensor(item[key])
+        if isinstance(item[key], Image.Image):  # a cache has latents, which are tensors already
+            item[key] = to_tensor(item[key])
     return item
 
 
@@ -1034,38 +1020,43 @@ def match_folders(clean_folder, degraded_folder, out, pattern="", skip_bad=False
     same_folder = Path(clean_folder).resolve() == Path(degraded_folder).resolve()
     if same_folder and not pattern:
         raise UserError(f"{clean_folder}: two times the same folder; say with --pattern which")
-    degraded = {}  # path below the folder, without extension: picture
-    for path in list_images(degraded_folder):
-        key = path.relative_to(degraded_folder).with_suffix("").as_posix()
-        if key in degraded:
-            raise UserError(f"{path} and {degraded[key]} have one name; leave one out")
-        degraded[key] = path
+    degraded = pictures_by_name(degraded_folder)
+    clean = pictures_by_name(clean_folder, here, there, skip_others=same_folder)
     rows = [("image_path", "condition_image_path", "caption")]
-    taken = {}
-    left_out = 0
-    for path in list_images(clean_folder):
-        wanted = path.relative_to(clean_folder).as_posix()
-        if same_folder and here not in wanted:
-            continue  # a degraded one
-        if here:
-            wanted = there.join(wanted.rsplit(here, 1))  # the last one
-        key = Path(wanted).with_suffix("").as_posix()
-        if key not in degraded:
-            if not skip_bad:
-                partner = f"no {wanted} in {degraded_folder}"
-                raise UserError(f"{path}: {partner}; --skip_bad leaves it out")
+    for name, path in clean.items():
+        if name in degraded:
+            rows.append((relative(path, out), relative(degraded[name], out), ""))
+        elif skip_bad:
             print(f"left out: {path} has no partner", file=sys.stderr)
-            left_out += 1
-            continue
-        if key in taken:
-            raise UserError(f"{path} and {taken[key]} have one partner, {degraded[key]}")
-        taken[key] = path
-        rows.append((relative(path, out), relative(degraded[key], out), ""))
-    if len(rows) == 1:
+        else:
+            raise UserError(f"{path}: no {name} in {degraded_folder}; --skip_bad leaves it out")
+    pairs = len(rows) - 1
+    if not pairs:
         raise UserError(f"no picture of {clean_folder} has a partner in {degraded_folder}")
     write_csv(out, rows)
-    unused = "" if same_folder else f", {len(degraded) - len(taken)} degraded"
-    print(f"{len(rows) - 1} pairs in {out}; left out: {left_out} clean{unused} without a partner")
+    left_out = f"{len(clean) - pairs} clean"
+    if not same_folder:
+        left_out += f", {len(degraded) - pairs} degraded"
+    print(f"{pairs} pairs in {out}; left out: {left_out} without a partner")
+
+
+def pictures_by_name(folder, here="", there="", skip_others=False):
+    """Return {path below the folder, without extension: picture}. Raises UserError if two are one.
+
+    here, there: replace the last here in a path by there. skip_others: leave out paths without
+    here."""
+    found = {}
+    for path in list_images(folder):
+        name = path.relative_to(folder).as_posix()
+        if skip_others and here not in name:
+            continue
+        if here:
+            name = there.join(name.rsplit(here, 1))
+        name = Path(name).with_suffix("").as_posix()
+        if name in found:
+            raise UserError(f"{path} and {found[name]} have one name, {name}; leave one out")
+        found[name] = path
+    return found
 
 
 def relative(path, table):
