@@ -476,34 +476,33 @@ class State:
         groups = [{"params": [], "peak": args.lr}, {"params": [], "peak": args.proj_lr}]
         options = {"lr": args.lr, "betas": (BETA1, BETA2), "eps": EPS, "fused": True}
         for name, p in self.own.items():
-            self.moments[name] = {key: torch.zeros_like(p.detach()) for key in MOMENTS}
-            if p.dtype == torch.bfloat16:  # keep what the cast took away
-                high, low = split_fp32(fp32[name].to(p.device))
-                p.detach().copy_(high)  # it rounds ties away from 0, the cast to even
-                self.moments[name]["low"] = low
-            else:
+            if p.dtype != torch.bfloat16:
                 groups[is_new(name)]["params"].append(p)
         self.adamw = torch.optim.AdamW(groups, weight_decay=args.weight_decay, **options)
-        for name, p in self.own.items():  # as its first step would: so load() finds where to copy
-            if p.dtype != torch.bfloat16:
-                self.adamw.state[p] = self.moments[name]
-                self.moments[name]["step"] = torch.zeros((), device=p.device)
+        for name, p in self.own.items():
+            moments = {key: torch.zeros_like(p.detach()) for key in MOMENTS}
+            if p.dtype == torch.bfloat16:  # keep what the cast took away
+                high, moments["low"] = split_fp32(fp32[name].to(p.device))
+                p.detach().copy_(high)  # it rounds ties away from 0, the cast to even
+            else:  # as torch's first step would: so load() finds where to copy
+                self.adamw.state[p] = moments | {"step": torch.zeros((), device=p.device)}
+            self.moments[name] = moments
 
     def averaged_module(self, build):
         """Make a module with the averaged weights, in the first process; None in the others.
 
         build: makes one with unset weights."""
         tensors = dict(self.module.named_buffers())
+        on_gpu = self.args.device.startswith("cuda")
         for name, p in self.module.named_parameters():
-            tensors[name] = gather(self.average[name], p) if name in self.weights else p
+            whole = gather(self.average[name], p) if name in self.weights else p
+            if RANK == 0:
+                dtype = torch.bfloat16 if on_gpu and p.dtype == torch.bfloat16 else torch.float32
+                tensors[name] = whole.to(self.args.device, dtype)
         if RANK > 0:
             return None
         with torch.device("meta"):
             module = build()
-        for name, p in self.module.named_parameters():
-            on_gpu = self.args.device.startswith("cuda")
-            dtype = torch.bfloat16 if on_gpu and p.dtype == torch.bfloat16 else torch.float32
-            tensors[name] = tensors[name].to(self.args.device, dtype)
         module.load_state_dict(tensors, assign=True)  # on one device: the averages, not a copy
         return module.eval().requires_grad_(False)
 
@@ -576,9 +575,8 @@ class State:
         """Count a step without an update."""
         self.count_step()
         self.skipped += 1
-        for moments in self.moments.values():
-            if "step" in moments:
-                moments["step"] += 1
+        for state in self.adamw.state.values():
+            state["step"] += 1
 
     def count_step(self):
         self.step += 1
@@ -609,8 +607,7 @@ class State:
             tensors["model"][name] = gather(self.own[name].detach(), p)
             tensors["ema"][name] = gather(self.average[name], p)
             for key, value in self.moments[name].items():
-                if key != "step":
-                    tensors["optimizer"][f"{key}.{name}"] = gather(value, p)
+                tensors["optimizer"][f"{key}.{name}"] = gather(value, p)
         folder, latest = run / f"step_{self.step:06d}", run / "latest"
         if RANK > 0 or self.saved == folder.name:  # the last step was one of --save_every as well
             return
@@ -666,10 +663,9 @@ class State:
             for name in self.own:
                 self.average[name].copy_(shard(averages[name]))
                 for key, value in self.moments[name].items():
-                    if key == "step":
-                        value.fill_(self.step)
-                    else:
-                        value.copy_(shard(moments[f"{key}.{name}"]))
+                    value.copy_(shard(moments[f"{key}.{name}"]))
+        for state in self.adamw.state.values():
+            state["step"].fill_(self.step)
 
 
 def is_new(name):
