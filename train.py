@@ -313,10 +313,9 @@ def first_does(function):
         except UserError as error:
             told[1] = str(error)
     dist.broadcast_object_list(told)
-    result, error = told
-    if error:
-        raise UserError(error)
-    return result
+    if told[1]:
+        raise UserError(told[1])
+    return told[0]
 
 
 def shard_module(module, device):
@@ -1293,11 +1292,10 @@ def claim_run(args, config):
     model.link_parts(args.model, config, run)
 
 
-def run_training(args, config, data_sets, rows, draws):
+def run_training(args, config, train_set, val_set, rows, draws):
     """Train -> the State and the signal that ended it, or None. Raises UserError.
 
     draws: the numbers of the pictures that this process draws."""
-    train_set, val_set = data_sets
     run = Path(args.out)
     stage = STAGES[args.stage](config, args, train_set, val_set, draws)
     state = State(stage.load(args.checkpoint), args)
@@ -1370,7 +1368,7 @@ def main():
     if not args.checkpoint:
         first_does(lambda: claim_run(args, config))
     try:
-        state, caught = run_training(args, config, (train_set, val_set), rows, draws)
+        state, caught = run_training(args, config, train_set, val_set, rows, draws)
     except BaseException:
         if made and RANK == 0 and not (run / "latest").exists():
             shutil.rmtree(run, ignore_errors=True)  # nothing was learnt: leave no trace
