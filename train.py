@@ -434,7 +434,6 @@ def adamw_bf16(weight, low, grad, exp_avg, exp_avg_sq, average, seed, start, num
 # --------------------------------------------------------------------------------------------------
 # State: what the next step depends on. Randomness needs none (see seed_for).
 
-
 PROGRESS = "step", "draws", "skipped", "validation", "best"  # of State, in config.json
 
 
@@ -1102,10 +1101,11 @@ def train(state, stage, batches, val_set, run, rows):
     lanes = Lanes(stage.config, args)
     stop = catch_signals()
     failures = 0
-    losses, waited, since = [], 0.0, time.monotonic()
+    losses, waited, seconds = [], 0.0, 0.0
+    last = False
     options = {"unit": "step", "smoothing": 0.05, "disable": RANK > 0}
     with tqdm(total=args.steps, initial=state.step, **options) as bar:
-        while state.step < args.steps:
+        while not last:
             before = time.monotonic()
             try:
                 batch = next(batches)
@@ -1117,6 +1117,7 @@ def train(state, stage, batches, val_set, run, rows):
             waited += time.monotonic() - before
             loss, norm, stopped = train_step(state, stage, batch, lanes, stop)
             losses.append(loss)
+            seconds += time.monotonic() - before
             failures = 0 if math.isfinite(loss + norm) else failures + 1
             if failures:
                 bar.write(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped")
@@ -1126,20 +1127,16 @@ def train(state, stage, batches, val_set, run, rows):
             done = state.step == args.steps
             last = done or stopped or failures == MOST_FAILURES
             if last or state.step % LOG_EVERY == 0:
-                line = describe_steps(state, losses, norm, waited, time.monotonic() - since)
+                line = describe_steps(state, losses, norm, waited, seconds)
                 add_line(run, line)
-                losses, waited, since = [], 0.0, time.monotonic()
+                losses, waited, seconds = [], 0.0, 0.0
                 bar.set_postfix({"loss": line["loss"], "val_dB": state.validation[scored]})
-            pause = time.monotonic()
             if done or state.step % args.val_every == 0:
                 state.validation = validate(state, stage, val_set, run)
                 add_line(run, state.validation)
             if last or state.step % args.save_every == 0:
                 state.save(run, stage.config, rows, scored)
                 draw_log(run)
-            since += time.monotonic() - pause
-            if last:
-                break
     if failures == MOST_FAILURES:
         advice = f"the weights are saved, lower --lr ({args.lr:g})"
         raise UserError(f"{MOST_FAILURES} steps in a row without a finite loss; {advice}")
@@ -1149,7 +1146,9 @@ def train(state, stage, batches, val_set, run, rows):
 
 
 def describe_steps(state, losses, norm, waited, seconds):
-    """Return a line of the log: the steps since the line before it."""
+    """Return a line of the log: the steps since the line before it.
+
+    seconds: what they took. waited: how much of it for pictures."""
     args = state.args
     finite = [loss for loss in losses if math.isfinite(loss)]
     line = {
