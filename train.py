@@ -60,7 +60,6 @@ COMMON = data.DEFAULTS | {
     "optimizer": "adamw",
     "weight_decay": 0.0,
     "ema_decay": 0.9999,
-    "proj_lr": 0.0,
     "accumulate": 1,
     "checkpointing": False,
     "cache": None,
@@ -71,20 +70,19 @@ COMMON = data.DEFAULTS | {
 TINY = {"resolution": data.RESOLUTIONS["tiny"], "batch_size": 8, "share_at_one": 0.3}
 MINI = {"resolution": data.RESOLUTIONS["mini"], "batch_size": 8, "share_at_one": 0.3}
 SANA = {"resolution": data.RESOLUTION, "batch_size": 4, "steps": 10000}
-# proj_lr: of the projection, whose new weights grow from 0 to about 1, or of the skips (to 0.1)
 DEFAULTS = {
-    ("tiny", "restorer"): TINY | {"lr": 5e-3, "proj_lr": 0.05, "steps": 12000, "clip": 0.2},
+    ("tiny", "restorer"): TINY | {"lr": 5e-3, "steps": 12000, "clip": 0.2},
     ("mini", "autoencoder"): MINI | {"lr": 2e-3, "steps": 4500, "clip": 1.0},
-    ("mini", "restorer"): MINI | {"lr": 2e-3, "proj_lr": 0.05, "steps": 4500, "clip": 0.2},
-    ("mini", "decoder"): MINI | {"lr": 2e-3, "proj_lr": 5e-3, "steps": 3200, "clip": 1.0},
-    ("pretrained", "restorer"): SANA | {"lr": 1e-5, "proj_lr": 1e-3, "clip": 0.1},
+    ("mini", "restorer"): MINI | {"lr": 2e-3, "steps": 4500, "clip": 0.2},
+    ("mini", "decoder"): MINI | {"lr": 2e-3, "steps": 3200, "clip": 1.0},
+    ("pretrained", "restorer"): SANA | {"lr": 1e-5, "clip": 0.1},
     # few weights, and their product starts at 0
-    ("pretrained", "LoRA"): SANA | {"lr": 1e-4, "proj_lr": 1e-3, "clip": 0.1},
-    ("pretrained", "decoder"): SANA | {"lr": 1e-4, "proj_lr": 1e-3, "clip": 1.0},
+    ("pretrained", "LoRA"): SANA | {"lr": 1e-4, "clip": 0.1},
+    ("pretrained", "decoder"): SANA | {"lr": 1e-4, "clip": 1.0},
 }
 DEMO_STEPS = 4000
 KEPT = ["stage", "conditioning", "lora", "optimizer", "shift"]  # a resumed run cannot change them
-DERIVED = ["device", "ema_device", "workers", "accumulate"]  # anew, unless typed
+DERIVED = ["device", "ema_device", "workers", "accumulate", "proj_lr"]  # anew, unless typed
 
 # Several processes, as torchrun starts them: one a GPU, on one machine or several.
 RANK = int(os.environ.get("RANK", 0))
@@ -103,7 +101,7 @@ def make_parser():
     add("--steps", type=count, help="default: the demo 4000, tiny 12000, SANA 10000; see DEFAULTS")
     add("--batch_size", type=count, help="of all processes together (default 8; SANA 4)")
     add("--lr", type=share, help="peak rate (default 1e-5 for SANA, with LoRA 1e-4; see DEFAULTS)")
-    add("--proj_lr", type=share, help="of the projection or the skips (see DEFAULTS)")
+    add("--proj_lr", type=share, help="of the projection or the skips (see projection_lr)")
     add("--weight_decay", type=positive, help="AdamW's (default 0)")
     add("--clip", type=positive, help="largest gradient norm (SANA 0.1; see DEFAULTS); 0: no limit")
     add("--ema_decay", type=share, help="of the average (default 0.9999)")
@@ -224,19 +222,32 @@ def choose_settings(known, family, stage, further=False):
         values["steps"] = DEMO_STEPS
     if further:
         values["lr"] /= 10  # at the peak it would forget what it has learnt
-        values["proj_lr"] /= 10
         if "lr" not in known and RANK == 0:
             print(f"--model {known['model']} is trained already: --lr {values['lr']:g}, a tenth")
     values |= known
     if values["curriculum"]:
         values["steps"] = sum(steps for _, steps in values["curriculum"])
         values["resolution"] = values["curriculum"][0][0]
-    derived = {"ema_device": values["device"]}
+    derived = {
+        "ema_device": values["device"],
+        "proj_lr": projection_lr(values["lr"], stage, values["lora"]),
+    }
     if (family, row) == ("pretrained", "restorer") and values["device"].startswith("cuda"):
         derived["optimizer"] = "adamw_bf16"
     if (family, row) == ("pretrained", "decoder"):  # 4.6 GB an image of 512 pixels
         derived["accumulate"] = max(1, values["batch_size"] // WORLD)
     return values | derived | known
+
+
+def projection_lr(lr, stage, lora):
+    """Return the learning rate of the projection or the skips: new weights that start at 0.
+
+    Those of the projection have to grow to about 1, those of the skips to about 0.1."""
+    if stage == "decoder":
+        return min(10 * lr, 5e-3)
+    if lora:  # whose own rate is ten times the whole network's
+        return min(10 * lr, 0.05)
+    return min(100 * lr, 0.05)
 
 
 def check_flags(parser, args):
@@ -1200,7 +1211,7 @@ def draw_log(run):
     for key, title in CURVES.items():
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         if points:
-            charts.append((title, points, key == "loss", None))
+            charts.append((title, points, key == "loss"))
     with contextlib.suppress(UserError):  # Windows, while a viewer shows it
         evaluate.draw_charts(charts, run / "loss.png")
 
@@ -1220,7 +1231,7 @@ def describe_run(args):
         raise UserError(f"{at}: --steps sets the end")
     config = saved["model"]
     if "model" in args.typed:  # where a pretrained model is now
-        config["name"] = args.model
+        config["name"] = model.full_name(args.model)
     return config, saved["step"], saved["draws"]
 
 

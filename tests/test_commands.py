@@ -139,18 +139,16 @@ def test_pairs_train_evaluate(photos, tmp_path):
 
 def test_the_context_of_a_score(restore, photos, published, tmp_path):
     """Several steps, ceiling, all metrics from local files, intervals."""
-    (tmp_path / "six").mkdir()
-    for i in range(6):
-        (tmp_path / f"six/{i:02d}.png").symlink_to(photos / f"{i:02d}.png")
-    noise = "--degradations", "gaussian_noise:sigma=25"
-    run("data.py", "pairs", "six", "--out", "pairs", *noise, cwd=tmp_path)
+    (tmp_path / "three").mkdir()
+    for i in range(3):
+        (tmp_path / f"three/{i}.png").symlink_to(photos / f"{i:02d}.png")
+    run("data.py", "pairs", "three", "--out", "pairs", cwd=tmp_path)
     weights = ["--lpips_weights", published["alex"], published["alex heads"]]
     weights += ["--fid_weights", published["inception"]]
     others = ["--data", "pairs/pairs.csv"]
     sampling = ["--guidance", 1.5, "--condition_guidance", 1.1]
     output = run(*restore, *others, *weights, *sampling, "--steps", 1, 3, cwd=tmp_path)
-    assert "FID of 6 images is too high" in output
-    assert Image.open(tmp_path / "out/evaluation/sweep.png").size == (640, 240)
+    assert "FID of 3 images is too high" in output
     report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
     assert not report["missing"]
     methods = report["methods"]
@@ -200,15 +198,6 @@ def test_quality_and_two_inputs_of_one_name(restore, photos, tmp_path):
     Image.open(photos / "00.png").save(tmp_path / "more/0.png")
     inputs = "--input", "0.png", "more/0.png"
     assert "same name" in run(*restore, *inputs, "--output", "both", cwd=tmp_path, status=2)
-
-
-def test_degrade_commands(photos, tmp_path):
-    source = photos / "00.png"
-    assert "jpeg" in run("degrade.py", source, "a.png", "--only", "jpeg:quality=20", cwd=tmp_path)
-    assert Image.open(tmp_path / "a.png").size == (96, 80)
-    run("degrade.py", source, "b.png", "--num_degradations", 2, "--seed", 4, cwd=tmp_path)
-    run("degrade.py", source, "sheet.png", "--preview", cwd=tmp_path)
-    assert Image.open(tmp_path / "sheet.png").size == (4 * 96, 2 * 80)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,46 +301,24 @@ def test_a_folder_of_other_files_becomes_no_run_and_stays_as_it_is(flags, photos
 
 
 BAD_INPUT = [  # a command, and what the one line has to say
-    ("train.py --data absent.csv", ["absent.csv"]),
     ("train.py --data bad.csv", ["bad.csv, line 2", "empty.png"]),
     ("train.py --data small.csv --resolution 128", ["line 2", "96x80", "--resolution 80"]),
-    ("train.py --data header.csv", ["header.csv", "image_path", "picture"]),
     ("train.py --data sizes.csv", ["sizes.csv, line 2", "96x80", "96x81"]),
-    ("train.py --lr -1", ["--lr"]),
-    ("train.py --device moon", ["moon"]),
     ("train.py --stepz 3", ["--stepz", "-h"]),
-    ("train.py --steps x", ["--steps"]),
-    ("train.py --steps 0", ["--steps"]),
+    ("model.py import RUN out", ["export"]),
     ("train.py --resolution 31", ["multiple of 4"]),
-    ("train.py --degradations fog", ["fog", "jpeg"]),
-    ("train.py --out file/run", ["file/run"]),
     ("train.py --resume nowhere", ["nowhere", "no such folder"]),
     ("train.py --out RUN", ["holds a run already", "--resume"]),
     ("train.py --resume RUN --out x", ["--out", "--resume names the folder"]),
     ("train.py --model nonsense", ["tiny, mini, sana1.5-1.6b", "a hub id, or a run"]),
     ("train.py --resume --out RUN", ["100", "--steps"]),
-    ("train.py --condition_dropout 2", ["--condition_dropout"]),
     ("evaluate.py --checkpoint nowhere --input PHOTO --output b.png", ["nowhere", "no checkpoint"]),
     ("evaluate.py --checkpoint RUN", ["--input", "--data"]),
     ("evaluate.py --checkpoint RUN --input empty.png --output o.png", ["empty.png"]),
     ("evaluate.py --checkpoint RUN --input PHOTO", ["--output"]),
-    ("evaluate.py --checkpoint RUN --input PHOTO --output o.xyz", ["o.xyz"]),
-    ("evaluate.py --checkpoint RUN --input PHOTO --output file/o.png", ["file/o.png"]),
     ("evaluate.py --checkpoint RUN --input PHOTOS --output PHOTOS/x", ["inside"]),
-    ("evaluate.py --checkpoint RUN --input PHOTO --output o.jpg --quality 0", ["--quality"]),
-    ("evaluate.py --checkpoint RUN --data absent.csv", ["absent.csv"]),
     ("evaluate.py --data small.csv", ["small.csv, line 2", "--checkpoint"]),
-    ("evaluate.py --checkpoint RUN --data small.csv --steps 1 x", ["--steps"]),
     ("evaluate.py --data small.csv --steps 1 2", ["--steps: needs --checkpoint"]),
-    ("evaluate.py --checkpoint RUN --data small.csv --steps 0", ["--steps"]),
-    (
-        "evaluate.py --checkpoint RUN --data small.csv --metrics fid --fid_weights bad.csv",
-        ["bad.csv", "weights"],
-    ),
-    ("data.py pairs nowhere --out p", ["nowhere"]),
-    ("data.py pairs PHOTOS --out file/p", ["file/p"]),
-    ("degrade.py absent.png o.png", ["absent.png"]),
-    ("degrade.py PHOTO o.png --only fog", ["fog"]),
 ]
 
 
@@ -363,7 +330,6 @@ def test_bad_input_gets_one_line_and_exit_status_2(demo, photos, tmp_path):
         "file": "x",
         "bad.csv": "image_path,condition_image_path,caption\nempty.png,,\n",
         "small.csv": f"image_path\n{photo}\n",
-        "header.csv": f"picture\n{photo}\n",
         "sizes.csv": f"image_path,condition_image_path\n{photo},other.png\n",
     }
     for name, content in files.items():

@@ -143,7 +143,7 @@ def test_cuda_resume(flags, photos_csv, pipeline_folder, tmp_path):
 
 @pytest.mark.parametrize("flags", ["", "--lora 2 --checkpointing"])
 def test_cuda_memory_is_what_the_estimate_says(flags):
-    """Weights, moments and averages by what a State holds after two steps; the rest by its order."""
+    """Weights, moments and averages by what a State holds, the rest by its order."""
     args = bench.settings_of(f"--resolution 128 --optimizer adamw_bf16 {flags}", DEVICE)
     if args.lora:
         args.optimizer = "adamw"
