@@ -1107,7 +1107,7 @@ def run_cache(args):
     }
     own = model.find_autoencoder(model.find_checkpoint(name)) if model.is_run(name) else None
     autoencoder = model.load_autoencoder(config, own).to(args.device)
-    model.check_resolution([resolution], autoencoder, config)
+    model.check_resolution([resolution], autoencoder)
     before = model.rows_trained_on(name)
     options = resolution, drawing, args.skip_bad, before
     train_set, val_set, _ = make_datasets(args.data, args.val_data, *options)

@@ -93,19 +93,17 @@ class Sana(nn.Module):
     def forward(self, latents, timestep, text, text_mask=None):
         """Predict the velocity [B, C_out, H, W].
 
-        latents [B, C, H, W]. timestep [B] = 1000 * sigma. text [B, L, caption_channels], or what
-        caption_keys_values made of it. text_mask [B, L] bool, True = a real token; None = all are.
-        Raises ValueError for a mask that is not bool."""
+        latents [B, C, H, W]. timestep [B] = 1000 * sigma. text [B, L, caption_channels]. text_mask
+        [B, L] bool, True = a real token; None = all are. Raises ValueError for another mask."""
         if text_mask is not None and text_mask.dtype != torch.bool:
             raise ValueError(f"text_mask is {text_mask.dtype}: give bool, True = a real token")
         grid = latents.shape[2:]
         x = self.patch_embed(latents).to(self.proj_out.weight.dtype)  # [B, N, D]
         modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])
-        if torch.is_tensor(text):
-            text = [self.embed_caption(text)] * len(self.transformer_blocks)  # [B, L, D] each
-        # one entry a block: the caption's tokens, or its keys and values
-        for block, block_text in zip(self.transformer_blocks, text):
-            inputs = x, modulation, block_text, text_mask, grid
+        text = self.caption_projection(text.to(self.proj_out.weight.dtype))
+        text = self.caption_norm(text)                              # [B, L, D]
+        for block in self.transformer_blocks:
+            inputs = x, modulation, text, text_mask, grid
             if self.checkpointing:
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -113,17 +111,6 @@ class Sana(nn.Module):
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
         x = self.proj_out(modulate(x, shift, scale, 1e-6))          # [B, N, C_out]
         return x.transpose(1, 2).unflatten(2, grid)                 # [B, C_out, H, W]
-
-    def embed_caption(self, text):
-        """[B, L, caption_channels] -> [B, L, D]."""
-        return self.caption_norm(self.caption_projection(text.to(self.proj_out.weight.dtype)))
-
-    def caption_keys_values(self, text):
-        """Compute the caption's keys and values in each block, once for all steps of sampling.
-
-        text [B, L, caption_channels] -> [(keys, values)], [B, h, L, d] each. forward takes them."""
-        text = self.embed_caption(text)
-        return [block.attn2.keys_values(text) for block in self.transformer_blocks]
 
     def initialize(self, generator):
         """Fill every weight for training from scratch.
@@ -159,7 +146,7 @@ class SanaBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
     def forward(self, x, modulation, text, text_mask, grid):
-        """x [B, N, D], modulation [B, 6, D], text as CrossAttention takes it, grid (H, W)."""
+        """x [B, N, D], modulation [B, 6, D], text [B, L, D], its mask or None, grid (H, W)."""
         modulation = self.scale_shift_table + modulation            # [B, 6, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         x = x + gate1 * self.attn1(modulate(x, shift1, scale1, self.eps))
@@ -211,15 +198,11 @@ class LinearAttention(Attention):
 class CrossAttention(Attention):
     """Softmax attention from image tokens to caption tokens."""
 
-    def keys_values(self, text):                                    # [B, L, D]
+    def forward(self, x, text, text_mask):
+        """x [B, N, D], text [B, L, D], text_mask [B, L] or None -> [B, N, D]."""
+        q = self.split(self.norm_q(self.to_q(x)))                   # [B, h, N, d]
         k = self.split(self.norm_k(self.to_k(text)))                # [B, h, L, d]
         v = self.split(self.to_v(text))                             # [B, h, L, d]
-        return k, v
-
-    def forward(self, x, text, text_mask):
-        """x [B, N, D]. text [B, L, D], or its keys and values. text_mask [B, L] or None."""
-        k, v = self.keys_values(text) if torch.is_tensor(text) else text
-        q = self.split(self.norm_q(self.to_q(x)))                   # [B, h, N, d]
         if text_mask is not None:
             text_mask = text_mask[:, None, None, :]                 # [B, 1, 1, L]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask)  # [B, h, N, d]
@@ -637,53 +620,47 @@ MODEL_DEFAULTS = {
     "base": False,
     "decoder": None,
 }
-PRESETS = {  # what "sana" leaves out is as in SANA_DEFAULTS
-    # small enough to train from scratch on a laptop, on pixels instead of latents
-    "tiny": MODEL_DEFAULTS | {
+
+
+def small_sana(channels, layers, heads):
+    """Return the config of a transformer that trains on a laptop, of width 32 * heads."""
+    return {
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "num_cross_attention_heads": heads,
+        "cross_attention_head_dim": 32,
+        "cross_attention_dim": 32 * heads,
+        "caption_channels": 256,
+        "qk_norm": "rms_norm_across_heads",
+    }
+
+
+FROM_SCRATCH = MODEL_DEFAULTS | {"conditioning": "widen", "prediction": "residual"}
+MINI_DCAE = {
+    "latent_channels": 16,
+    "encoder_block_out_channels": [32, 32, 64, 128],
+    "decoder_block_out_channels": [48, 48, 96, 128],
+    "encoder_layers_per_block": [0, 1, 1, 1],  # it begins at half the side
+    "decoder_layers_per_block": [0, 3, 2, 2],
+    "encoder_qkv_multiscales": [[], [], [], []],
+    "decoder_qkv_multiscales": [[], [], [], []],
+}
+PRESETS = {
+    # on pixels instead of latents
+    "tiny": FROM_SCRATCH | {
         "name": "tiny",
         "autoencoder": {"kind": "pixels", "factor": 4},
-        "conditioning": "widen",
-        "prediction": "residual",
-        "sana": {
-            "in_channels": 48,
-            "out_channels": 48,
-            "num_layers": 4,
-            "num_attention_heads": 3,
-            "num_cross_attention_heads": 3,
-            "cross_attention_head_dim": 32,
-            "cross_attention_dim": 96,
-            "caption_channels": 256,
-            "qk_norm": "rms_norm_across_heads",
-        },
+        "sana": small_sana(channels=48, layers=4, heads=3),
     },
     # the whole latent method on a laptop: its own autoencoder, and SANA on the latents
-    "mini": MODEL_DEFAULTS | {
+    "mini": FROM_SCRATCH | {
         "name": "mini",
-        "autoencoder": {"kind": "own", "dcae": {
-            "latent_channels": 16,
-            "encoder_block_out_channels": [32, 32, 64, 128],
-            "decoder_block_out_channels": [48, 48, 96, 128],
-            "encoder_layers_per_block": [0, 1, 1, 1],  # it begins at half the side
-            "decoder_layers_per_block": [0, 3, 2, 2],
-            "encoder_qkv_multiscales": [[], [], [], []],
-            "decoder_qkv_multiscales": [[], [], [], []],
-        }},
-        "conditioning": "widen",
-        "prediction": "residual",
-        "sana": {
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": 6,
-            "num_attention_heads": 4,
-            "num_cross_attention_heads": 4,
-            "cross_attention_head_dim": 32,
-            "cross_attention_dim": 128,
-            "caption_channels": 256,
-            "qk_norm": "rms_norm_across_heads",
-        },
+        "autoencoder": {"kind": "own", "dcae": MINI_DCAE},
+        "sana": small_sana(channels=16, layers=6, heads=4),
     },
 }
-
 
 # The stages that may be trained next. A preset or a pretrained model is told by the kind of its
 # autoencoder, a run by the stage that it was.
@@ -765,11 +742,16 @@ def describe_pretrained(name):
     if (folder / "scheduler/scheduler_config.json").is_file():
         shift = read_json(folder / "scheduler/scheduler_config.json").get("flow_shift", SHIFT)
     return MODEL_DEFAULTS | {
-        "name": str(folder.resolve()) if Path(name).is_dir() else name,
+        "name": full_name(name),
         "digests": {part: weights_digest(folder / part) for part in PARTS},
         "shift": shift,
         "sana": load_config(Sana, folder / "transformer").config,
     }
+
+
+def full_name(name):
+    """Return the full path of a folder; another name of a pretrained model as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def weights_digest(folder):
@@ -1375,12 +1357,11 @@ def load_decoder(config, folder, checkpoint, weights="ema"):
     return autoencoder.requires_grad_(False)
 
 
-def check_resolution(sides, autoencoder, config):
+def check_resolution(sides, autoencoder):
     """Raise UserError for a crop that the model cannot take."""
-    unit = autoencoder.factor * config["sana"].get("patch_size", 1)
     for side in sides:
-        if side % unit:
-            raise UserError(f"--resolution {side}: give a multiple of {unit}, the model's unit")
+        if side % autoencoder.factor:
+            raise UserError(f"--resolution {side}: give a multiple of {autoencoder.factor}")
 
 
 # --------------------------------------------------------------------------------------------------

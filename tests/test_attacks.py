@@ -1,73 +1,75 @@
-"""The named cases of every attack and some drawn ones; tests/stress.py does thousands."""
+"""A few cases of every kind of attack; tests/attacks.py does thousands."""
 
 import os
 import pickle
 
+import attacks
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from attacks import Case, Trap, attack
 from safetensors.torch import load_file, save_file
-
-import attacks
-from data import list_images
-from degrade import UserError, open_image
-from evaluate import LPIPS_TRUNK, list_work, read_published
-from model import Sana
 from test_commands import run
+
+from degrade import UserError
+from evaluate import LPIPS_TRUNK, read_published
+from model import Sana
 from vae import load_pretrained
 
+# drawn cases, all cases, those that must work and those that must be refused at least
+COUNTS = {
+    "tables": (40, 61, 4, 17),
+    "pictures": (100, 122, 20, 60),
+    "kills": (2, 6, 6, 0),
+    "sizes": (10, 2, 2, 0),
+}
 
-def test_tables(tmp_path):
-    counts, wrong = attacks.tables(tmp_path, range(130))
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_attacks(kind, tmp_path):
+    draws, total, worked, refused = COUNTS[kind]
+    make_cases, _ = attacks.KINDS[kind]
+    counts, wrong = attack(make_cases(tmp_path, draws), tmp_path)
     assert not wrong, "\n".join(wrong)
-    assert counts.total() == 130 and counts["worked"] >= 20 and counts["refused"] >= 80, counts
+    assert counts.total() == total, counts
+    assert counts["worked"] >= worked and counts["refused"] >= refused, counts
 
 
-def test_pictures(tmp_path):
-    counts, wrong = attacks.pictures(tmp_path, range(160))
+def test_attacks_on_weights(pipeline_folder, tmp_path):
+    """Five files: whole, replaced in thirteen ways, and damaged in six."""
+    counts, wrong = attack(attacks.weights(tmp_path, 30, pipeline_folder), tmp_path)
     assert not wrong, "\n".join(wrong)
-    assert counts.total() == 160 and counts["worked"] >= 50 and counts["refused"] >= 80, counts
-
-
-def test_weight_files(pipeline_folder, tmp_path):
-    """15 files in 30 named ways each, two of which work."""
-    counts, wrong = attacks.weight_files(tmp_path, range(540), pipeline=pipeline_folder)
-    assert not wrong, "\n".join(wrong)
-    assert counts.total() == 540 and counts["worked"] >= 36 and counts["refused"] >= 450, counts
+    assert counts.total() == 5 * 20 and counts["worked"] >= 5 and counts["refused"] >= 5 * 13
 
 
 def test_an_attack_that_succeeds_is_noticed(tmp_path):
     """Each way in which a case can go wrong."""
+    (tmp_path / "known.txt").write_text("whole")
 
-    def case(n):
-        if n == 0:
-            raise KeyError("a traceback")
-        if n == 1:
-            return attacks.attempt(lambda: open_image(tmp_path / "gone.png"), "another.png")
-        if n == 2:
-            os.kill(os.getpid(), 9)
-        if n == 3:
-            os.write(2, b"a line, and\nanother\n")
-        if n == 4:
-            return attacks.attempt(lambda: print("one\ntwo"), "")
-        if n == 5:
-            np.zeros(2**33, np.uint8)[::4096] = 1
-        return "worked"
+    def refuse():
+        raise UserError("a line that names nothing")
 
-    counts, wrong = attacks.attack(case, range(7))
-    assert counts == {"worked": 2}
-    noticed = [
-        "case 0: KeyError",
-        "case 1: AssertionError",
-        "case 2: the process died",
-        "on stderr: a line, and",
-        "case 4",
-        "case 5",
-        "MemoryError",
+    def hang():
+        while True:
+            pass
+
+    cases = [
+        Case("raises", lambda: {}["gone"]),
+        Case("names nothing", refuse, named="known.txt"),
+        Case("works", lambda: None, tmp_path / "known.txt", b"bad", "refused"),
+        Case("says two lines", lambda: print("one\ntwo")),
+        Case("writes", lambda: os.write(2, b"a line, and\nanother\n")),
+        Case("takes memory", lambda: np.zeros(2**33, np.uint8)),
+        Case("fine", lambda: None),
+        Case("runs", lambda: (tmp_path / "ran").mkdir()),
+        Case("hangs", hang, seconds=1),
     ]
-    for words in noticed:
-        assert any(words in problem for problem in wrong), (words, wrong)
+    counts, wrong = attack(cases, tmp_path)
+    assert counts == {"worked": 2, "wrong": 6}
+    found = [problem.split(":")[0] for problem in wrong]
+    noticed = ["raises", "names nothing", "works", "says two lines", "takes memory", "runs"]
+    assert found == [*noticed, "hangs", "on stderr", "on stderr"]
+    assert (tmp_path / "known.txt").read_text() == "whole"
 
 
 def test_weights_that_are_not_finite_are_named(pipeline_folder, tmp_path):
@@ -76,25 +78,24 @@ def test_weights_that_are_not_finite_are_named(pipeline_folder, tmp_path):
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     good = load_file(pipeline_folder / "transformer" / path.name)
     spoiled = "transformer_blocks.1.attn2.to_k.weight"
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for value in (float("nan"), float("inf"), -float("inf")):
-            tensors = {name: tensor.to(dtype) for name, tensor in good.items()}
-            tensors[spoiled][5, 3] = value
-            save_file(tensors, path)
-            says = f"{path.name}: {spoiled} holds values that are not finite"
-            with pytest.raises(UserError, match=says):
-                load_pretrained(Sana, tmp_path)
-    large = {}
-    for name, tensor in good.items():
-        large[name] = torch.full_like(tensor, 60_000, dtype=torch.float16)
-    save_file(large, path)
-    assert next(load_pretrained(Sana, tmp_path).parameters()).max() == 60_000
+    values = {
+        torch.float32: float("nan"),
+        torch.bfloat16: float("inf"),
+        torch.float16: -float("inf"),
+    }
+    for dtype, value in values.items():
+        tensors = {name: tensor.to(dtype) for name, tensor in good.items()}
+        tensors[spoiled][5, 3] = value
+        save_file(tensors, path)
+        says = f"{path.name}: {spoiled} holds values that are not finite"
+        with pytest.raises(UserError, match=says):
+            load_pretrained(Sana, tmp_path)
 
 
 def test_nothing_is_unpickled_from_a_users_path(tmp_path):
-    trap = attacks.Trap(tmp_path / "ran")
+    trap = Trap(tmp_path / "ran")
     (tmp_path / "0.pth").write_bytes(pickle.dumps(trap))
-    (tmp_path / "1.pth").write_bytes(attacks.archive(trap))
+    torch.save(trap, tmp_path / "1.pth")
     os.mkfifo(tmp_path / "pipe.pth")
     for name in ("0.pth", "1.pth", "pipe.pth"):
         with pytest.raises(UserError, match=name):
@@ -104,24 +105,11 @@ def test_nothing_is_unpickled_from_a_users_path(tmp_path):
     assert (tmp_path / "ran").exists()  # the trap works
 
 
-def test_what_the_scripts_answer_to_what_is_no_file(tmp_path):
-    paths = attacks.special_files(tmp_path, ".png")
-    commands = [
-        ["degrade.py", paths["pipe"], "o.png"],
-        ["degrade.py", paths["folder"], "o.png"],
-        ["train.py", "--data", paths["pipe"]],
-    ]
-    for command in commands:
-        assert "not a file" in run(*command, cwd=tmp_path, status=2)
-    assert not (tmp_path / "o.png").exists()
-    Image.new("RGB", (9, 8)).save(tmp_path / "good.png")
-    assert list_images(tmp_path) == [tmp_path / "good.png"]
-    work = list_work([str(paths["pipe"])], tmp_path / "out.png")
-    with pytest.raises(UserError, match="attack_pipe.png: not a file"):
-        open_image(work[0][0])
+def test_a_script_does_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "not a file" in run("degrade.py", "pipe.png", "out.png", cwd=tmp_path, status=2)
+    assert not (tmp_path / "out.png").exists()
 
 
 def test_an_error_is_one_line():
-    """Also as it comes from a worker process."""
     assert str(UserError("a\nb\x1b[2Jé\0")) == "a b [2Jé "
-    assert str(pickle.loads(pickle.dumps(UserError("a\nb")))) == "a b"

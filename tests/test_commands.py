@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import data
 from conftest import ROOT
 from runner import run_script
 
-SMALL = ["--batch_size", 2, "--resolution", 32, "--val_every", 40, "--save_every", 20]
+SMALL = ["--batch_size", 2, "--resolution", 32, "--val_every", 20, "--save_every", 10]
 
 
 def run(*command, cwd, status=0, threads=1):
@@ -51,10 +53,10 @@ def read_csv(path):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The demo, cut down to half a minute -> its folder and what it printed."""
+    """The demo, cut down to some seconds -> its folder and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
-    noise = "--degradations", "gaussian_noise:sigma=25"
-    return folder, run("train.py", "--steps", 260, *noise, cwd=folder)
+    noise = "--degradations", "gaussian_noise:sigma=50"
+    return folder, run("train.py", "--steps", 100, *noise, cwd=folder)
 
 
 @pytest.fixture
@@ -67,16 +69,16 @@ def restore(demo):
 # Good input.
 
 
-def test_half_a_minute_of_training_beats_the_input_by_2_db(demo):
+def test_some_seconds_of_training_beat_the_input_by_4_db(demo):
     folder, output = demo
     before, after = re.search(r"PSNR ([\d.]+) -> ([\d.]+) dB", output).groups()
-    assert float(after) > float(before) + 2
+    assert float(after) > float(before) + 4
     run_folder = folder / "out/demo"
-    assert (run_folder / "latest").read_text() == "step_000260"
+    assert (run_folder / "latest").read_text() == "step_000100"
     last = read_log(run_folder)[-1]
-    assert last["step"] == 260
+    assert last["step"] == 100
     assert last["restored_psnr"] == pytest.approx(float(after), abs=0.01)
-    assert Image.open(run_folder / "samples/step_000260.png").size == (6 * 196, 4 * 210)
+    assert Image.open(run_folder / "samples/step_000100.png").size == (6 * 196, 4 * 210)
     assert Image.open(run_folder / "loss.png").size == (640, 720)
 
 
@@ -89,7 +91,7 @@ def test_restore_a_file_and_a_folder(demo, restore, photos, tmp_path):
     (tmp_path / "in/deep").mkdir(parents=True)
     photo.convert("L").save(tmp_path / "in/grey.png")
     photo.save(tmp_path / "in/deep/a.jpg")
-    step = demo[0] / "out/demo/step_000260"
+    step = demo[0] / "out/demo/step_000100"
     words = "--checkpoint", step, "--input", "in", "--output", "out", "--steps", 3
     run("evaluate.py", *words, cwd=tmp_path)
     assert Image.open(tmp_path / "out/grey.png").mode == "L"
@@ -137,18 +139,16 @@ def test_pairs_train_evaluate(photos, tmp_path):
 
 def test_the_context_of_a_score(restore, photos, published, tmp_path):
     """Several steps, ceiling, all metrics from local files, intervals."""
-    (tmp_path / "six").mkdir()
-    for i in range(6):
-        (tmp_path / f"six/{i:02d}.png").symlink_to(photos / f"{i:02d}.png")
-    noise = "--degradations", "gaussian_noise:sigma=25"
-    run("data.py", "pairs", "six", "--out", "pairs", *noise, cwd=tmp_path)
+    (tmp_path / "three").mkdir()
+    for i in range(3):
+        (tmp_path / f"three/{i}.png").symlink_to(photos / f"{i:02d}.png")
+    run("data.py", "pairs", "three", "--out", "pairs", cwd=tmp_path)
     weights = ["--lpips_weights", published["alex"], published["alex heads"]]
     weights += ["--fid_weights", published["inception"]]
     others = ["--data", "pairs/pairs.csv"]
     sampling = ["--guidance", 1.5, "--condition_guidance", 1.1]
     output = run(*restore, *others, *weights, *sampling, "--steps", 1, 3, cwd=tmp_path)
-    assert "FID of 6 images is too high" in output
-    assert Image.open(tmp_path / "out/evaluation/sweep.png").size == (640, 240)
+    assert "FID of 3 images is too high" in output
     report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
     assert not report["missing"]
     methods = report["methods"]
@@ -169,17 +169,10 @@ def test_a_folder_with_a_damaged_picture_and_a_second_time(restore, photos, tmp_
         Image.open(photos / f"{i:02d}.png").save(tmp_path / f"in/{i}.png")
     damaged = tmp_path / "in/3.png"
     damaged.write_bytes((tmp_path / "in/2.png").read_bytes()[:900])
-    command = *restore, "--input", "in/*.png", "--output", "out"
-    output = run(*command, "--grid", "grid.png", cwd=tmp_path, status=1)
-    assert "left out: in/3.png" in output
+    command = *restore, "--input", "in", "--output", "out"
+    output = run(*command, cwd=tmp_path, status=1)
+    assert "failed: in/3.png" in output
     assert "restored 3 image(s)" in output and "1 failed" in output
-    # the grid's third column is the difference of the first two, twice
-    grid = Image.open(tmp_path / "grid.png")
-    assert grid.size == (3 * 84, 3 * 98)
-    tiles = [np.asarray(grid.crop((x, 16, x + 80, 96))).astype(int) for x in (0, 84, 168)]
-    before, after, difference = tiles
-    assert np.array_equal(difference, np.clip(128 + 2 * (after - before), 0, 255))
-    assert len(np.unique(difference)) > 20
 
     def times():
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
@@ -207,22 +200,6 @@ def test_quality_and_two_inputs_of_one_name(restore, photos, tmp_path):
     assert "same name" in run(*restore, *inputs, "--output", "both", cwd=tmp_path, status=2)
 
 
-def test_degrade_commands(photos, tmp_path):
-    source = photos / "00.png"
-    assert "jpeg" in run("degrade.py", source, "a.png", "--only", "jpeg:quality=20", cwd=tmp_path)
-    assert Image.open(tmp_path / "a.png").size == (96, 80)
-    run("degrade.py", source, "b.png", "--num_degradations", 2, "--seed", 4, cwd=tmp_path)
-    run("degrade.py", source, "sheet.png", "--preview", cwd=tmp_path)
-    assert Image.open(tmp_path / "sheet.png").size == (4 * 96, 2 * 80)
-
-
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "data.py", "degrade.py", "model.py"])
-def test_help_of_every_script(script, tmp_path):
-    output = run(script, "-h", cwd=tmp_path)
-    assert "python " + script in output
-    assert len(output.splitlines()) <= 78
-
-
 # --------------------------------------------------------------------------------------------------
 # Interruptions.
 
@@ -242,92 +219,106 @@ def interrupt(flags, out, cwd):
     while not (cwd / out / "latest").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output, errors = process.communicate(timeout=60)
     assert process.returncode in (130, 143), errors
     assert "Traceback" not in errors
     return output
 
 
-@pytest.mark.parametrize("conditioning, workers", [("widen", 0), ("projection", 4)])
+@pytest.mark.parametrize("conditioning, workers", [("widen", 1), ("projection", 3)])
 def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(
     photos_csv, tmp_path, conditioning, workers
 ):
-    flags = ["--data", photos_csv, "--steps", 120, "--conditioning", conditioning, *SMALL]
+    flags = ["--data", photos_csv, "--steps", 60, "--conditioning", conditioning, *SMALL]
     run("train.py", *flags, "--out", "whole", cwd=tmp_path)
     assert "--resume halved" in interrupt([*flags, "--workers", workers], "halved", tmp_path)
     stopped = int((tmp_path / "halved/latest").read_text().removeprefix("step_"))
-    assert 20 <= stopped < 120
+    assert 10 <= stopped < 60
     run("train.py", "--resume", "--out", "halved", "--workers", workers, cwd=tmp_path)
     for name in ("model", "ema", "optimizer"):
-        whole = load_file(tmp_path / f"whole/step_000120/{name}.safetensors")
-        halved = load_file(tmp_path / f"halved/step_000120/{name}.safetensors")
+        whole = load_file(tmp_path / f"whole/step_000060/{name}.safetensors")
+        halved = load_file(tmp_path / f"halved/step_000060/{name}.safetensors")
         assert whole.keys() == halved.keys()
         assert all(torch.equal(whole[key], halved[key]) for key in whole), name
     validations = []
     for name in ("whole", "halved"):
         log = read_log(tmp_path / name)
-        lines = [line for line in log if "restored_psnr" in line and line["step"] % 40 == 0]
+        lines = [line for line in log if "restored_psnr" in line and line["step"] % 20 == 0]
         validations.append(lines)
     assert validations[0] == validations[1]
-    assert [line["step"] for line in validations[0]] == [0, 40, 80, 120]
+    assert [line["step"] for line in validations[0]] == [0, 20, 40, 60]
+
+
+def test_a_damaged_picture_ends_a_run_that_is_saved_and_goes_on(photos, tmp_path):
+    """Without --skip_bad, which decodes all pictures first. The held-out picture stays the same."""
+    rows = []
+    for i in range(12):
+        shutil.copy(photos / f"{i:02d}.png", tmp_path)
+        rows.append(f"{i:02d}.png")
+    table = tmp_path / "p.csv"
+    table.write_text("\n".join(["image_path", *rows]))
+    command = ["train.py", "--data", "p.csv", "--steps", 8, *SMALL, "--out"]
+    run(*command, "whole", cwd=tmp_path)
+    before = json.loads((tmp_path / "whole/config.json").read_text())["held_out"]
+    assert len(before) == 1
+    orders = data.EndlessOrder([i for i in range(12) if rows[i] not in before], 0)
+    bad = rows[orders[7]]  # drawn in the fourth step
+    (tmp_path / bad).write_bytes((tmp_path / bad).read_bytes()[:-900])
+    line = run(*command, "run", cwd=tmp_path, status=2)
+    assert f"p.csv, line {rows.index(bad) + 2}: {bad}: cannot read this picture" in line
+    assert line.endswith("python train.py --resume run --data CSV goes on with a mended table")
+    assert (tmp_path / "run/latest").read_text() == "step_000003"
+    output = run(*command, "skipped", "--skip_bad", cwd=tmp_path)
+    assert f"left out: p.csv, line {rows.index(bad) + 2}: " in output and "11 rows" in output
+
+    table.write_text("\n".join(["image_path", *[name for name in rows if name != bad]]))
+    line = run("train.py", "--resume", "run", cwd=tmp_path, status=2)
+    assert f"run began with other pictures; --data, given again, goes on with these: the row {bad}"\
+        in line
+    run("train.py", "--resume", "run", "--data", "p.csv", cwd=tmp_path)
+    assert json.loads((tmp_path / "run/config.json").read_text())["held_out"] == before
+    rows_then = json.loads((tmp_path / "run/step_000008/rows.json").read_text())
+    assert [name for name, _, _ in rows_then["held_out"]] == before
+    assert bad not in {name for name, _, _ in rows_then["trained"]}
+    assert len(rows_then["before"]) == 1  # the damaged one may have been trained on
 
 
 # --------------------------------------------------------------------------------------------------
 # Bad input.
 
 
-def test_what_lies_in_a_folder_that_holds_no_run_is_not_deleted(photos_csv, tmp_path):
-    mine = ["out/samples/mine.png", "out/step_by_step/notes.txt", "out/loss.md"]
-    for name in mine:
+@pytest.mark.parametrize("flags", [["--out", "mine"], ["--resume", "mine"]])
+def test_a_folder_of_other_files_becomes_no_run_and_stays_as_it_is(flags, photos_csv, tmp_path):
+    files = {"mine/base/a.png", "mine/samples/b.png", "mine/step_by_step/notes.txt", "mine/loss.md"}
+    for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
-    command = "train.py", "--data", photos_csv, "--steps", 1, *SMALL, "--out", "out"
-    run(*command, cwd=tmp_path)
-    assert [(tmp_path / name).read_text() for name in mine] == ["mine"] * 3
+    line = run("train.py", "--data", photos_csv, *SMALL, *flags, cwd=tmp_path, status=2)
+    assert "exists already" in line or "no run is here, but loss.md" in line
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.relative_to(tmp_path).as_posix() for path in left} == files
 
 
 BAD_INPUT = [  # a command, and what the one line has to say
-    ("train.py --data absent.csv", ["absent.csv"]),
     ("train.py --data bad.csv", ["bad.csv, line 2", "empty.png"]),
     ("train.py --data small.csv --resolution 128", ["line 2", "96x80", "--resolution 80"]),
-    ("train.py --data header.csv", ["header.csv", "image_path", "picture"]),
     ("train.py --data sizes.csv", ["sizes.csv, line 2", "96x80", "96x81"]),
-    ("train.py --lr -1", ["--lr"]),
-    ("train.py --device moon", ["moon"]),
-    ("train.py --resume --overwrite", ["give one"]),
     ("train.py --stepz 3", ["--stepz", "-h"]),
-    ("train.py --steps x", ["--steps"]),
-    ("train.py --steps 0", ["--steps"]),
+    ("model.py import RUN out", ["export"]),
     ("train.py --resolution 31", ["multiple of 4"]),
-    ("train.py --degradations fog", ["fog", "jpeg"]),
-    ("train.py --out file/run", ["file/run"]),
-    ("train.py --resume nowhere", ["nowhere", "no run"]),
-    ("train.py --out RUN", ["--resume", "--overwrite"]),
-    ("train.py --resume --out RUN", ["260", "--steps"]),
-    ("train.py --condition_dropout 2", ["--condition_dropout"]),
+    ("train.py --resume nowhere", ["nowhere", "no such folder"]),
+    ("train.py --out RUN", ["holds a run already", "--resume"]),
+    ("train.py --resume RUN --out x", ["--out", "--resume names the folder"]),
+    ("train.py --model nonsense", ["tiny, mini, sana1.5-1.6b", "a hub id, or a run"]),
+    ("train.py --resume --out RUN", ["100", "--steps"]),
     ("evaluate.py --checkpoint nowhere --input PHOTO --output b.png", ["nowhere", "no checkpoint"]),
     ("evaluate.py --checkpoint RUN", ["--input", "--data"]),
     ("evaluate.py --checkpoint RUN --input empty.png --output o.png", ["empty.png"]),
     ("evaluate.py --checkpoint RUN --input PHOTO", ["--output"]),
-    ("evaluate.py --checkpoint RUN --input PHOTO --output o.xyz", ["o.xyz"]),
-    ("evaluate.py --checkpoint RUN --input PHOTO --output file/o.png", ["file/o.png"]),
-    ("evaluate.py --checkpoint RUN --input none/*.png --output o", ["none/*.png"]),
     ("evaluate.py --checkpoint RUN --input PHOTOS --output PHOTOS/x", ["inside"]),
-    ("evaluate.py --checkpoint RUN --input PHOTO --output o.jpg --quality 0", ["--quality"]),
-    ("evaluate.py --checkpoint RUN --data absent.csv", ["absent.csv"]),
     ("evaluate.py --data small.csv", ["small.csv, line 2", "--checkpoint"]),
-    ("evaluate.py --checkpoint RUN --data small.csv --steps 1 x", ["--steps"]),
     ("evaluate.py --data small.csv --steps 1 2", ["--steps: needs --checkpoint"]),
-    ("evaluate.py --checkpoint RUN --data small.csv --steps 0", ["--steps"]),
-    (
-        "evaluate.py --checkpoint RUN --data small.csv --metrics fid --fid_weights bad.csv",
-        ["bad.csv", "weights"],
-    ),
-    ("data.py pairs nowhere --out p", ["nowhere"]),
-    ("data.py pairs PHOTOS --out file/p", ["file/p"]),
-    ("degrade.py absent.png o.png", ["absent.png"]),
-    ("degrade.py PHOTO o.png --only fog", ["fog"]),
 ]
 
 
@@ -339,7 +330,6 @@ def test_bad_input_gets_one_line_and_exit_status_2(demo, photos, tmp_path):
         "file": "x",
         "bad.csv": "image_path,condition_image_path,caption\nempty.png,,\n",
         "small.csv": f"image_path\n{photo}\n",
-        "header.csv": f"picture\n{photo}\n",
         "sizes.csv": f"image_path,condition_image_path\n{photo},other.png\n",
     }
     for name, content in files.items():

@@ -13,6 +13,7 @@ import model
 import train
 from data import to_tensor
 from evaluate import Pipeline
+from memory import restorer_memory
 from model import Gemma2, Sana
 from pipeline import DC_AE, GEMMA, randomize
 from test_commands import run
@@ -140,46 +141,29 @@ def test_cuda_resume(flags, photos_csv, pipeline_folder, tmp_path):
     assert all(error(a[key], b[key]) < 1e-2 for key in a if b[key].norm() > 1e-3)
 
 
-def test_cuda_bench_runs_in_its_stand_in_form(tmp_path):
-    """What `bench.py --gpu` does first on a card, small and on the CPU."""
-    # the README's test runs its memory and gradients
-    works = ["decoder", "preset", "--quick", "--threads", 1]
-    output = run("tests/bench.py", *works, cwd=tmp_path)
-    assert "37,888 in skips" in output
-    assert "tiny, 20 steps on cpu" in output
-
-
-@pytest.mark.parametrize("lora", [None, {"rank": 2}])
-def test_cuda_memory_is_what_the_estimate_says(lora, pipeline_folder):
-    """Weights, gradients, moments and averages, by what a state really holds."""
-    args = train.parse_args(["--model", str(pipeline_folder), "--device", DEVICE])
-    args.lora = lora["rank"] if lora else None
-    if lora:
+@pytest.mark.parametrize("flags", ["", "--lora 2 --checkpointing"])
+def test_cuda_memory_is_what_the_estimate_says(flags):
+    """Weights, moments and averages by what a State holds, the rest by its order."""
+    args = bench.settings_of(f"--resolution 128 --optimizer adamw_bf16 {flags}", DEVICE)
+    if args.lora:
         args.optimizer = "adamw"
-    config = model.describe_model(str(pipeline_folder), lora=lora)
-    state = train.State(
-        config, model.initial_restorer(str(pipeline_folder), config, seeded()), args
-    )
-    autoencoder = DCAE(DC_AE)
-    sizes = train.estimate_memory(config, args, autoencoder)
+    config = bench.card_config(SMALL | QK_NORM, args.lora)
+    state = bench.train_row(config, args)
+    assert state.step == 2
     weights = sum(p.nbytes for p in state.module.parameters())
     moments = 0
-    for values in state.optimizer.state.values():
-        weights += values["low"].nbytes if "low" in values else 0
-        moments += values["exp_avg"].nbytes + values["exp_avg_sq"].nbytes
+    for kept in state.moments.values():
+        weights += kept["low"].nbytes if "low" in kept else 0
+        moments += kept["exp_avg"].nbytes + kept["exp_avg_sq"].nbytes
+    autoencoder = DCAE(DC_AE)
+    about = {"count": 4, "side": 128, "base_bytes": 2 if DEVICE == "cuda" else 4}
+    sizes = restorer_memory(config, autoencoder, args.optimizer, **about)
     assert sizes["weights"] == pytest.approx(weights, rel=0.02)
     assert sizes["moments"] == pytest.approx(moments, rel=0.02)
-    assert sizes["average"] == sum(t.nbytes for t in state.ema.values())
+    assert sizes["average"] == sum(t.nbytes for t in state.average.values())
     assert sizes["autoencoder"] == sum(p.nbytes for p in autoencoder.parameters())
-    assert sizes["activations"] > 0
-    args.checkpointing = True
-    spared = train.estimate_memory(config, args, autoencoder)
-    assert spared["activations"] < sizes["activations"]
-    train.prepare_restorer(state.module, config, args)
-    assert state.module.sana.checkpointing
-    args.curriculum = [(args.resolution, 8), (2 * args.resolution, 2)]  # the largest counts
-    grown = train.estimate_memory(config, args, autoencoder)
-    assert grown["activations"] > 2 * spared["activations"]
+    spared = restorer_memory(config, autoencoder, args.optimizer, checkpointing=True, **about)
+    assert 0 < spared["activations"] < sizes["activations"]
 
 
 def test_cuda_a_pretrained_run_restores_in_bf16(pipeline_folder, photo, tmp_path):
@@ -197,14 +181,3 @@ def test_cuda_a_pretrained_run_restores_in_bf16(pipeline_folder, photo, tmp_path
     assert pipeline.restorer.projection.weight.dtype == torch.float32
     restored = to_tensor(pipeline(small, steps=2))
     assert 0 < (restored - exact).abs().mean() < 0.02
-
-
-@pytest.mark.parametrize("flags", ["", "--lora 2 --checkpointing"])
-def test_cuda_a_row_of_the_memory_table_trains(flags):
-    args = bench.training_args(f"--resolution 128 {flags}")
-    args.device = args.ema_device = DEVICE
-    lora = {"rank": 2} if args.lora else None
-    config = model.MODEL_DEFAULTS | {"sana": Sana(SMALL | QK_NORM).config, "lora": lora}
-    state = bench.train_row(config, args)
-    assert state.step == 2
-    assert state.condition_norm() > 0

@@ -7,9 +7,8 @@ import torch
 from diffusers import SanaTransformer2DModel
 
 import model
-from data import hash_prompts
 from model import PRESETS, SAMPLERS, GLUMBConv, Restorer, Sana, add_noise, build_restorer
-from model import draw_sigma, flow_loss, guided, sample_euler
+from model import draw_sigma, flow_loss, guided, hash_prompts, sample_euler
 
 SMALL = {
     "in_channels": 8,
@@ -186,23 +185,6 @@ def test_configs_that_are_not_built_are_refused(change):
         Sana(SMALL | change)
 
 
-@pytest.mark.parametrize("change", [{}, QK_NORM])
-def test_caption_keys_values_give_the_bits_of_the_text_at_every_step(change):
-    sana = randomized(Sana(SMALL | {"num_layers": 3} | change))
-    latents, timestep, text, mask = inputs()
-    with torch.no_grad():
-        keys_values = sana.caption_keys_values(text)
-        assert len(keys_values) == 3
-        for keys, values in keys_values:
-            assert keys.shape == values.shape == (2, 2, 6, 12)
-        for t in (timestep, timestep / 2):
-            for text_mask in (mask, None):
-                expected = sana(latents, t, text, text_mask)
-                assert torch.equal(sana(latents, t, keys_values, text_mask), expected)
-        other = sana(latents, timestep, sana.caption_keys_values(text + 1), mask)
-        assert not torch.equal(other, sana(latents, timestep, text, mask))
-
-
 def test_masked_caption_tokens_change_nothing():
     """Without a mask all tokens are real. One that is not bool would be added to the logits."""
     restorer = randomized(Restorer(Sana(SMALL)))
@@ -215,10 +197,9 @@ def test_masked_caption_tokens_change_nothing():
     assert torch.allclose(answer(other, mask), answer(text, mask), atol=1e-5)
     assert torch.allclose(answer(text), answer(text, torch.ones_like(mask)), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(answer(text), answer(text, mask), atol=1e-3)
-    for caption in (text, restorer.sana.caption_keys_values(text)):
-        for dtype in (torch.float32, torch.int64):
-            with pytest.raises(ValueError, match="text_mask .* bool"):
-                answer(caption, mask.to(dtype))
+    for dtype in (torch.float32, torch.int64):
+        with pytest.raises(ValueError, match="text_mask .* bool"):
+            answer(text, mask.to(dtype))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_commands import read_csv
 from test_data import coordinates, levels, write_csv
 
 import data
@@ -66,26 +65,18 @@ def write_pictures(folder, *paths, size=(20, 20)):
 def test_grey_is_degraded_in_one_channel(tmp_path, photo):
     """Noise of sigma 25 in three channels would be 14.4 once it is grey again."""
     grey = photo.convert("L")
-    grey.save(tmp_path / "grey.png")
-    source = CsvPairs(write_csv(tmp_path / "p.csv", [("grey.png",)], ["image_path"]))
+    (tmp_path / "photos").mkdir()
+    grey.save(tmp_path / "photos/grey.png")
+    make_pairs(tmp_path / "photos", tmp_path / "out", NOISE, [1], seed=0)
+    for kind in ("clean", "condition"):
+        assert Image.open(tmp_path / f"out/{kind}/00000_grey.png").mode == "L"
+    source = CsvPairs(write_csv(tmp_path / "p.csv", [("photos/grey.png",)], ["image_path"]))
     item = PairedDataset(source, None, NOISE, training=False, max_degradations=1)[0]
     assert item["grey"]
     assert torch.equal(item["condition"][0], item["condition"][1])
     middle = (levels(grey) > 100) & (levels(grey) < 150)  # where nothing is clipped
     noise = ((item["condition"] - item["clean"])[0] * 127.5).numpy()[middle]
     assert abs(noise.std() - 25) < 0.3
-
-
-def test_pairs_and_degrade_keep_grey(tmp_path, photo, monkeypatch):
-    (tmp_path / "photos").mkdir()
-    photo.convert("L").save(tmp_path / "photos/grey.png")
-    make_pairs(tmp_path / "photos", tmp_path / "out", NOISE, [1], seed=0)
-    for kind in ("clean", "condition"):
-        assert Image.open(tmp_path / f"out/{kind}/00000_grey.png").mode == "L"
-    words = ["degrade.py", tmp_path / "photos/grey.png", tmp_path / "noisy.png"]
-    monkeypatch.setattr("sys.argv", [str(word) for word in words])
-    degrade.main()
-    assert Image.open(tmp_path / "noisy.png").mode == "L"
 
 
 def test_transparent_pixels_are_refused_and_opaque_ones_are_not(tmp_path, capsys):
@@ -340,6 +331,8 @@ def test_whole_units_are_held_out_in_the_order_of_their_hashes(tmp_path, groups)
         if seed:
             assert measured == before
         before = measured
+        if held_out:
+            assert datasets(path, kept=held_out)[2] == held_out  # when the run is resumed
     assert expected or groups == 2
 
 
@@ -390,16 +383,6 @@ def test_a_run_keeps_the_pictures_that_it_held_out(tmp_path):
     assert left == [name for name, _, _ in kept if name != gone]
     (tmp_path / kept[0][0]).rename(tmp_path / "renamed.png")
     assert held_out([(path.name, "") for path in tmp_path.glob("*.png")])[0] == "renamed.png"
-
-
-def test_copies_that_are_held_out_resume_as_they_were(tmp_path):
-    made_of(tmp_path / "a", 10)
-    made_of(tmp_path / "b", 10)
-    rows = [(path.relative_to(tmp_path),) for path in sorted(tmp_path.rglob("*.png"))]
-    path = write_csv(tmp_path / "p.csv", rows, ["image_path"])
-    _, _, kept = datasets(path)
-    assert len({name for name, _, _ in kept}) == 2
-    assert datasets(path, kept=kept)[2] == kept
 
 
 def test_val_data_is_what_is_validated_and_is_not_trained_on(tmp_path, capsys):

@@ -44,7 +44,7 @@ KNOWN = {
     ),
     "python train.py --data photos.csv --model mini": (
         f"{SMALL} --overwrite",
-        r"round trip PSNR [\d.]+ dB",
+        r"images: PSNR [\d.]+ dB",
     ),
     "python evaluate.py": ("", r"degraded input +\d"),
     "python evaluate.py --checkpoint out/demo --input": (
@@ -60,15 +60,11 @@ KNOWN = {
     "python data.py cache": ("--resolution 32 --workers 0", r"[1-9]\d* draws"),
     "python degrade.py": ("", ""),
     "python model.py export": ("", "M parameters, in_channels"),
-    "python tests/stress.py": (
-        "tables rows --share 0.01",
-        r"worked, \d+ refused in one line.*a CSV of",
-    ),
-    "python tests/bench.py optimizer": ("--quick --threads 1", r"adamw_sr: ours +\d"),
+    "python tests/attacks.py": ("tables --draws 20", r"worked, \d+ refused in one line"),
+    "python tests/bench.py optimizer": ("--quick --threads 1", r"adamw_bf16: ours, eager +\d"),
     "python tests/bench.py memory": ("", "1,604,6"),
     "python tests/bench.py decoder": ("--quick --threads 1", "in skips"),
-    "python tests/bench.py gradients": ("--quick --threads 1", "bf16 gradients, compiled: "),
-    "python tests/bench.py denoise": ("--minutes 0.02", r"minutes, 1 threads: .* s a photo"),
+    "python tests/bench.py convolutions": ("--minutes 0.02", r"minutes, 1 threads: .* s a photo"),
     "python tests/pictures.py": ("", r"assets/\w+.jpg: \d+x\d+"),
     "torchrun": (SMALL, r"on 2 x cpu.*PSNR [\d.]+ -> [\d.]+ dB"),
 }
@@ -180,8 +176,6 @@ def outputs(words):
         promised.append(f"out/{name}/latest")
     if words[1] == "evaluate.py" and "--data" in words:
         names = ["scores.csv", "scores.json", "grid.png"]
-        several = re.search(r"--steps \d+ \d+", " ".join(words))
-        names += ["sweep.png"] if several else []
         promised += [f"out/evaluation*/{name}" for name in names]
     if words[1] == "degrade.py":
         promised.append(words[3])

@@ -1,8 +1,11 @@
-"""The optimizer against torch's, and the parts of the training loop that no command shows."""
+"""Settings, a run's folder, the optimizer against torch's, and the loop."""
 
+import contextlib
+import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,63 +16,74 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import evaluate
 import model
 import train
 from conftest import ROOT
 from degrade import UserError
 from model import Sana
 from pipeline import SANA, randomize
-from test_commands import SMALL, read_log, run
-from train import BF16AdamW, join_fp32, round_stochastically, split_fp32
+from test_commands import read_log
+from train import adamw_bf16, join_fp32, round_stochastically, split_fp32
+from vae import file_digest
+
+SCRIPTS = {"train.py": train, "data.py": data, "model.py": model, "evaluate.py": evaluate}
+SMALL = ["--batch_size", 2, "--resolution", 32, "--val_every", 40, "--save_every", 20]
+SMALL += ["--device", "cpu"]
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def train_here(monkeypatch, *flags):
-    """Run train.py's main() in this process, where its functions can be replaced."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    handlers = {}
-    for number in data.SIGNALS:
-        handlers[number] = signal.getsignal(number)
-    try:
-        train.main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def call(script, *flags, cwd, stop=None, by=signal.SIGTERM, threads=1):
+    """Run a script's main() in this process, in the folder cwd -> what it prints.
 
+    So its functions can be replaced, and nothing is imported anew. stop: send the signal by in that
+    training step (from 1), as whose end it saves. Raises what main does.
+    """
+    output = io.StringIO()
+    before = {number: signal.getsignal(number) for number in train.SIGNALS}
+    train_step = train.train_step
 
-def train_until(step, *flags, cwd, threads=1):
-    """Run train.py with a SIGTERM in that step (from 1), as whose end it saves."""
+    def stopping(state, *rest):
+        if state.step + 1 == stop:
+            os.kill(os.getpid(), by)
+        return train_step(state, *rest)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SIGNAL", f"TERM {step - 1} 0")
-        run(ROOT / "tests/signalled.py", *flags, cwd=cwd, status=143, threads=threads)
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        if stop:
+            patch.setattr(train, "train_step", stopping)
+        torch.set_num_threads(threads)
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                if stop:
+                    with pytest.raises(SystemExit, match=str(128 + by)):
+                        train.main()
+                else:
+                    SCRIPTS[script].main()
+        finally:
+            torch.set_num_threads(1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return output.getvalue()
 
 
-def start_training(*flags, cwd):
-    """Start train.py in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, flags)],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+def refused(script, *flags, cwd):
+    """Return the line with which a script refuses these flags."""
+    with pytest.raises(UserError) as error:
+        call(script, *flags, cwd=cwd)
+    return str(error.value)
 
 
-def wait_until(condition, process):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+def parse(*flags):
+    return train.parse_args([str(word) for word in flags])
 
 
 def load_newest(run_folder, name="model"):
-    latest = (run_folder / "latest").read_text()
-    return load_file(run_folder / latest / f"{name}.safetensors")
+    return load_file(model.find_checkpoint(run_folder) / f"{name}.safetensors")
 
 
 def assert_same_checkpoint(run_folder, other):
@@ -85,6 +99,297 @@ def assert_same_checkpoint(run_folder, other):
 
 def assert_finite(tensors):
     assert all(t.float().isfinite().all() for t in tensors.values())
+
+
+@pytest.fixture(scope="module")
+def whole(photos_csv, tmp_path_factory):
+    """A run of ten steps of the preset tiny."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = ["--data", photos_csv, *SMALL, "--steps", 10, "--save_every", 4, "--out", "run"]
+    call("train.py", *flags, cwd=folder)
+    return folder / "run"
+
+
+@pytest.fixture
+def run_folder(whole, tmp_path):
+    """A copy of it, elsewhere."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings.
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", {"model": "tiny", "steps": 4000, "lr": 5e-3, "out": "out/demo"}),
+        ("--data CSV", {"steps": 12000, "resolution": 48, "out": "out/photos"}),
+        ("--data CSV --lr 0.1 --steps 7", {"steps": 7, "lr": 0.1, "batch_size": 8}),
+        ("--stage autoencoder", {"model": "mini", "clip": 1.0, "share_at_one": 0.3}),
+        ("--model SANA", {"lr": 1e-5, "batch_size": 4, "share_at_one": 0.0, "clip": 0.1}),
+        ("--model SANA --lora 4 --clip 9", {"lr": 1e-4, "clip": 9.0, "steps": 10000}),
+        ("--model RUN --data CSV", {"lr": 5e-4, "steps": 12000}),  # a tenth: it is trained
+        ("--model RUN --data CSV --lora 2", {"lr": 5e-3}),
+        ("--curriculum 32:7,48:5", {"steps": 12, "resolution": 32}),
+    ],
+)
+def test_what_was_typed_comes_first_then_defaults_of_the_model_then_common_ones(
+    flags, expected, photos_csv, pipeline_folder, whole, monkeypatch
+):
+    """Of the words that are given to parse_args, not of those of this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "decoder", "--lr", "nonsense"])
+    places = {"CSV": photos_csv, "SANA": pipeline_folder, "RUN": whole}
+    words = [places.get(word, word) for word in ["--device", "cpu", *flags.split()]]
+    args = parse(*words)
+    assert vars(args).items() >= expected.items()
+    names = {word.removeprefix("--") for word in words if str(word).startswith("--")}
+    assert args.given.keys() >= names
+    assert args.given.keys() <= names | {"model", "lora"}
+
+
+def test_a_resumed_run_keeps_its_values_but_derives_some_anew(run_folder):
+    """Those that depend on the machine, unless they were typed, now or when it was begun."""
+    config = run_folder / "step_000010/config.json"
+    content = json.loads(config.read_text())
+    assert content["given"]["batch_size"] == content["args"]["batch_size"] == 2
+    assert "lr" not in content["given"] and content["args"]["lr"] == 5e-3
+    del content["given"]["device"]
+    content["given"] |= {"workers": 3}
+    content["args"] |= {"lr": 7e-3, "device": "cuda:9", "ema_device": "cuda:9", "accumulate": 2}
+    content["args"] |= {"workers": 3}
+    config.write_text(json.dumps(content))
+    args = parse("--resume", run_folder, "--steps", 20, "--val_every", 5)
+    assert (args.lr, args.steps, args.val_every, args.save_every) == (7e-3, 20, 5, 4)
+    assert (args.device, args.ema_device) == (data.DEFAULTS["device"],) * 2
+    assert (args.accumulate, args.workers) == (1, 3)
+    assert parse("--resume", run_folder, "--accumulate", 2).accumulate == 2
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--resume RUN --stage autoencoder", "begun with restorer"),
+        ("--resume RUN --conditioning projection", "begun with widen"),
+        ("--resume RUN --lora 3", "begun with None"),
+        ("--resume RUN --optimizer adamw_bf16", "begun with adamw"),
+        ("--resume RUN --shift 1", "begun with 3"),
+        ("--resume RUN --model mini", "where a pretrained model is"),
+        ("--resume RUN --out x", "--resume names the folder already"),
+        ("--resume RUN/step_000010x", "no such folder"),
+        ("--out RUN", "holds a run already"),
+        ("--curriculum 32:7,x", "write SIDE:STEPS"),
+        ("--curriculum 32:7 --steps 9", "--steps: it has no effect with --curriculum"),
+        ("--curriculum 32:7 --resolution 9", "--resolution: it has no effect with --curriculum"),
+        ("--curriculum 32:7 --data CSV --cache x", "--cache: it has no effect with --curriculum"),
+        ("--accumulate 3 --batch_size 4", "divisor"),
+        ("--skip_bad", "give --data"),
+        ("--val_data CSV", "give --data"),
+        ("--lora 4 --model RUN --optimizer adamw_bf16", "trains fp32 weights"),
+        ("--overwrite", "unrecognized"),
+        ("--device cuda:77", "not on this machine"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, said, photos_csv, whole):
+    words = flags.replace("RUN", str(whole)).replace("CSV", str(photos_csv)).split()
+    with pytest.raises(UserError, match=said):
+        train.parse_args(words)
+
+
+VALUES = {
+    "conditioning": ["widen"],
+    "lora": [2],
+    "optimizer": ["adamw"],
+    "shift": [1],
+    "share_at_one": [0.1],
+    "condition_dropout": [0.1],
+    "checkpointing": [],
+    "cache": ["folder"],
+    "lpips_weights": ["trunk", "heads"],
+    "latent_steps": [2],
+}
+IDLE = {
+    "autoencoder": ["--stage restorer", "--stage decoder"],
+    "restorer": ["--stage autoencoder, --stage decoder", "--stage decoder"],
+    "decoder": ["--stage restorer"],
+}
+
+
+@pytest.mark.parametrize("stage", model.STAGES)
+def test_flags_without_effect_are_refused_by_group(stage):
+    """All flags of the groups of other stages, as the parser has them."""
+    parser = train.make_parser()
+    idle = {name: VALUES[name] for name, title in parser.titles.items() if title in IDLE[stage]}
+    assert idle
+    if stage == "autoencoder":
+        idle |= {"proj_lr": [0.1], "caption_dropout": [0.1]}
+        idle |= {"degradations": ["jpeg"], "max_degradations": [1]}
+    for name, values in idle.items():
+        with pytest.raises(UserError, match=f"--{name}: .*no effect with --stage {stage}"):
+            parse("--stage", stage, "--model", "mini", f"--{name}", *values)
+    others = {name for name in VALUES if name not in idle and name not in ("lora", "cache")}
+    for name in others:
+        parse("--stage", stage, "--model", "mini", f"--{name}", *VALUES[name])
+
+
+def test_clip_0_is_no_limit(photos_csv, tmp_path, monkeypatch):
+    update = train.State.update
+    scales = []
+
+    def watch(state, scale):
+        scales.append(scale)
+        update(state, scale)
+
+    monkeypatch.setattr(train.State, "update", watch)
+    for clip in (0, 1e-3):
+        flags = ["--data", photos_csv, *SMALL, "--steps", 1, "--clip", clip, "--out", clip]
+        call("train.py", *flags, cwd=tmp_path)
+    norm = read_log(tmp_path / "0.001")[1]["norm"]
+    assert scales == [1.0, pytest.approx(1e-3 / norm, rel=1e-3)]
+    assert norm > 1e-2
+
+
+# --------------------------------------------------------------------------------------------------
+# A run's folder and the pictures that it saw.
+
+
+def test_seven_steps_and_three_are_ten(whole, photos_csv, tmp_path):
+    flags = ["--data", photos_csv, *SMALL, "--steps", 10, "--save_every", 4]
+    by = signal.SIGHUP  # the terminal was closed
+    call("train.py", *flags, "--out", "run", cwd=tmp_path, stop=7, by=by)
+    assert (tmp_path / "run/latest").read_text() == "step_000007"
+    output = call("train.py", "--resume", "run", cwd=tmp_path)
+    assert "3 steps of 2 crops of 32 pixels" in output
+    assert_same_checkpoint(tmp_path / "run", whole)
+    lines = [read_log(folder)[-1] for folder in (tmp_path / "run", whole)]
+    assert lines[0] == lines[1]  # of the last validation
+    already = refused("train.py", "--resume", "run", cwd=tmp_path)
+    assert "at step 10 of 10 already" in already
+
+
+def test_a_folder_is_claimed_by_making_it(photos_csv, tmp_path, monkeypatch):
+    """By the first of two that begin in it. A start that fails leaves no trace."""
+    flags = ["--data", photos_csv, *SMALL, "--steps", 2, "--out", "run"]
+    load_batches = data.load_batches
+
+    def second_start(*rest):
+        monkeypatch.setattr(data, "load_batches", load_batches)
+        assert "it exists already" in refused("train.py", *flags, cwd=tmp_path)
+        return load_batches(*rest)
+
+    monkeypatch.setattr(data, "load_batches", second_start)
+    call("train.py", *flags, cwd=tmp_path)
+    assert (tmp_path / "run/latest").read_text() == "step_000002"
+    wrong = [*flags[:-1], "other", "--resolution", 33]
+    assert "give a multiple of 4" in refused("train.py", *wrong, cwd=tmp_path)
+    assert not (tmp_path / "other").exists()
+
+
+def test_resume_begins_where_no_run_is_yet(whole, photos_csv, tmp_path):
+    """In no folder, and in what a start that was killed has left; not among other files."""
+    flags = ["--data", photos_csv, *SMALL, "--steps", 10, "--save_every", 4, "--resume"]
+    (tmp_path / "killed/samples").mkdir(parents=True)
+    shutil.copy(whole / "config.json", tmp_path / "killed")
+    shutil.copytree(whole / "step_000010", tmp_path / "killed/.step_000001.partial")
+    for name in ("new", "killed"):
+        call("train.py", *flags, "--out", name, cwd=tmp_path)
+        assert_same_checkpoint(tmp_path / name, whole)
+        assert not list((tmp_path / name).glob(".step*"))
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters/dear.txt").write_text("mine")
+    line = refused("train.py", *flags, "--out", "letters", cwd=tmp_path)
+    assert "no run is here, but dear.txt" in line
+    assert (tmp_path / "letters/dear.txt").read_text() == "mine"
+
+
+def test_the_second_of_two_that_resume_one_run_stops(run_folder, tmp_path):
+    flags = ["--resume", "run", "--save_every", 1, "--steps", 13]
+    train_step = train.train_step
+    with pytest.MonkeyPatch.context() as patch:
+
+        def meanwhile(state, *rest):
+            if state.step == 11:
+                patch.setattr(train, "train_step", train_step)
+                call("train.py", *flags, cwd=tmp_path)
+            return train_step(state, *rest)
+
+        patch.setattr(train, "train_step", meanwhile)
+        line = refused("train.py", *flags, cwd=tmp_path)
+    assert "another process trains here, it has saved step_000013" in line
+    assert (run_folder / "latest").read_text() == "step_000013"
+    model.load_restorer(run_folder)
+
+
+def test_a_run_can_be_moved_and_a_step_folder_of_its_own_restores(run_folder, photo, tmp_path):
+    small = photo.resize((40, 36))
+    expected = evaluate.Pipeline.load(run_folder)(small).tobytes()
+    (run_folder / "step_000010").rename(tmp_path / "step")
+    assert evaluate.Pipeline.load(tmp_path / "step")(small).tobytes() == expected
+
+
+@pytest.fixture
+def table(photos, tmp_path):
+    """Copies of the twelve photos, and photos.csv -> a function that writes it."""
+    shutil.copytree(photos, tmp_path / "photos")
+
+    def write(*rows):
+        lines = ["image_path,caption", *rows]
+        (tmp_path / "photos.csv").write_text("\n".join(lines) + "\n")
+
+    write(*[f"photos/{i:02d}.png,a" for i in range(12)])
+    return write
+
+
+def test_rows_are_remembered_and_a_change_is_named(table, photos, tmp_path):
+    flags = ["--data", "photos.csv", *SMALL, "--out", "run"]
+    call("train.py", *flags, "--steps", 2, cwd=tmp_path)
+    rows = json.loads((tmp_path / "run/step_000002/rows.json").read_text())
+    assert (len(rows["trained"]), len(rows["held_out"]), rows["before"]) == (11, 1, [])
+    held_out = rows["held_out"][0][0]
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["held_out"] == [held_out]
+    names = [f"photos/{i:02d}.png" for i in range(12)]
+    assert [name for name, _, _ in rows["trained"]] == [n for n in names if n != held_out]
+    for name, digest, _ in rows["trained"]:
+        assert digest == file_digest(photos / name.removeprefix("photos/"))
+
+    resume = "train.py", "--resume", "run", "--steps"
+    trained = [name for name in names if name != held_out]
+    table(*[f"{name},{'b' if name == trained[4] else 'a'}" for name in names])
+    line = refused(*resume, 4, cwd=tmp_path)
+    assert f"texts of the row {trained[4]} have changed" in line
+    table(*[f"{name},a" for name in names if name != trained[2]])
+    line = refused(*resume, 4, cwd=tmp_path)
+    assert f"the row {trained[2]} was where {trained[3]} is now" in line
+
+    call(*resume, 4, "--data", "photos.csv", cwd=tmp_path)
+    call(*resume, 6, cwd=tmp_path)
+    now = json.loads((tmp_path / "run/step_000006/rows.json").read_text())
+    assert (now["held_out"], len(now["trained"])) == (rows["held_out"], 10)
+    gone = [digest for name, digest, _ in rows["trained"] if name == trained[2]]
+    assert now["before"] == gone  # it has seen this one, too
+
+    (tmp_path / trained[0]).write_bytes(b"no longer a picture")
+    assert "photos.csv, line" in refused(*resume, 8, cwd=tmp_path)
+
+
+def test_what_the_model_was_trained_on_is_never_held_out(table, tmp_path):
+    """Also by the run before the run before."""
+    flags = ["--data", "photos.csv", *SMALL, "--steps", 1]
+    call("train.py", *flags, "--out", "a", cwd=tmp_path)
+    rows = json.loads((tmp_path / "a/step_000001/rows.json").read_text())
+    held_out = rows["held_out"][0][0]
+    names = [f"photos/{i:02d}.png" for i in range(12)]
+    names.remove(held_out)
+    table(*[f"{name},a" for name in names])  # a run of its own would hold out one of these
+    for name, before in (("b", "a"), ("c", "b")):
+        call("train.py", *flags, "--model", before, "--out", name, cwd=tmp_path)
+        now = json.loads((tmp_path / name / "step_000001/rows.json").read_text())
+        assert now["held_out"] == []
+    table(*[f"{name},a" for name in [held_out, *names]])
+    call("train.py", *flags, "--model", "c", "--out", "d", cwd=tmp_path)
+    now = json.loads((tmp_path / "d/step_000001/rows.json").read_text())
+    assert [name for name, _, _ in now["held_out"]] == [held_out]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,116 +412,179 @@ def test_split_weights_lose_nothing():
     assert torch.equal((high.double() - weights.double()).abs()[normal], nearest)
 
 
+def rounded(x, seed, start=0):
+    return round_stochastically(x, *torch.tensor([seed, start], dtype=torch.int32))
+
+
 def test_stochastic_rounding_has_the_mean_and_never_skips_a_neighbour():
     numbers = torch.tensor([1.0, 1.0 + 1 / 512, -1.0 - 3 / 512, 3e-5])
     x = numbers[:, None].expand(4, 40_000).contiguous()
-    rounded = round_stochastically(x, torch.tensor([1, 2], dtype=torch.int32)).float()
-    assert (rounded[0] == 1).all()
-    assert all(len(row.unique()) <= 2 for row in rounded)
+    got = rounded(x.view(-1), 1).float().view(4, -1)
+    assert (got[0] == 1).all()
+    assert all(len(row.unique()) <= 2 for row in got)
     # in units of the gap between neighbours, at most; 1 / sqrt(40,000) = 0.005
-    error = (rounded - x).mean(1) / (x.abs().mean(1) / 128)
+    error = (got - x).mean(1) / (x.abs().mean(1) / 128)
     assert error.abs().max() < 0.015
 
 
 def test_rounding_is_fair_and_unrelated_between_neighbours_and_seeds():
-    """Half way between two neighbours: up or down, as often.
+    """What is half way between two neighbours goes up or down like a coin.
 
-    2^17 choices, all correlations below five standard deviations.
+    All correlations of 2^17 throws are below five standard deviations.
     """
     x = torch.full((1 << 17,), 1 + 1 / 256)
-    ups = []
-    for i in range(8):
-        seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, generator=seeded(i))
-        ups.append((round_stochastically(x, seed) > 1) * 2.0 - 1)
-    ups = torch.stack(ups)
-    ups = torch.cat([ups, ups.roll(1, 1), ups.roll(2, 1), ups.roll(64, 1)])
-    correlation = ups @ ups.T / len(x) - torch.eye(len(ups))
-    assert correlation.abs().max() < 5 / len(x) ** 0.5
-    assert ups.mean(1).abs().max() < 5 / len(x) ** 0.5
-
-
-def test_the_chance_of_rounding_is_unrelated_between_neighbours_and_seeds():
-    """What is half way between two bf16 goes up or down like a coin.
-
-    Correlations of 2^16 throws are below five standard deviations.
-    """
-    x = torch.full((1 << 16,), 1 + 1 / 256)
-    seeds = torch.randint(-(2**31), 2**31, (4, 2), dtype=torch.int32, generator=seeded())
-    coins = torch.stack([(round_stochastically(x, seed).float() > 1) * 2.0 - 1 for seed in seeds])
+    seeds = torch.randint(-(2**31), 2**31, (8,), generator=seeded()).tolist()
+    coins = torch.stack([(rounded(x, seed).float() > 1) * 2.0 - 1 for seed in seeds])
     rows = torch.cat([coins.roll(shift, 1) for shift in (0, 1, 2, 3, 64, 4096)])
     correlation = rows @ rows.T / x.numel() - torch.eye(len(rows))
-    assert correlation.abs().max() < 5 / 256
-    assert coins.mean(1).abs().max() < 5 / 256
+    assert correlation.abs().max() < 5 / x.numel() ** 0.5
+    assert coins.mean(1).abs().max() < 5 / x.numel() ** 0.5
 
 
-@pytest.mark.parametrize("weight_decay, shape", [(0.0, (70_001,)), (0.1, (33, 9, 3, 3))])
-def test_bf16_adamw_with_fp32_moments_is_torchs_fp32_adamw_bit_for_bit(weight_decay, shape):
-    """1,000 steps of changing length and direction, in several pieces, against torch's own loop.
+def test_rounding_depends_on_the_seed_and_the_place_alone():
+    """So the processes that share a tensor round as one process would."""
+    x = torch.randn(5000, generator=seeded())
+    whole = rounded(x, 7)
+    assert torch.equal(whole, torch.cat([rounded(x[:3000], 7), rounded(x[3000:], 7, 3000)]))
+    assert not torch.equal(whole, rounded(x, 8))
+
+
+def bf16_state(start, moments=torch.bfloat16):
+    """Return what adamw_bf16 updates, for weights that begin as fp32 start."""
+    high, low = split_fp32(start)
+    zeros = torch.zeros_like(start, dtype=moments)
+    return {
+        "weight": high.clone(),
+        "low": low,
+        "exp_avg": zeros,
+        "exp_avg_sq": zeros.clone(),
+        "average": start.clone(),
+    }
+
+
+def bf16_step(state, gradient, t, lr, decay=0.0, share=0.0):
+    numbers = 1 - lr * decay, -lr / (1 - 0.9**t), math.sqrt(1 - 0.99**t), 1.0, share
+    adamw_bf16(
+        state["weight"],
+        state["low"],
+        gradient,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        state["average"],
+        *torch.tensor([t, 0], dtype=torch.int32),
+        [torch.tensor(number) for number in numbers],
+    )
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_bf16_adamw_with_fp32_moments_is_torchs_fp32_adamw_bit_for_bit(decay, monkeypatch):
+    """1,000 steps of changing length and direction, and their average, against torch's own loop.
 
     (foreach and fused order their operations otherwise: up to 1 ulp.)
     """
-    start = torch.randn(shape, generator=seeded())
+    monkeypatch.setattr(train, "round_stochastically", lambda x, seed, start: x)
+    start = torch.randn(20_001, generator=seeded())
     theirs = torch.nn.Parameter(start.clone())
-    high, low = split_fp32(start)
-    ours = torch.nn.Parameter(high.clone())
-    a = BF16AdamW([{"params": [ours], "lr": 1e-3}], weight_decay, moments=torch.float32)
-    a.state[ours]["low"].copy_(low)
-    options = {"betas": (0.9, 0.99), "weight_decay": weight_decay, "foreach": False}
-    b = torch.optim.AdamW([theirs], lr=1e-3, fused=False, **options)
+    average = start.clone()
+    ours = bf16_state(start, torch.float32)
+    options = {"betas": (0.9, 0.99), "weight_decay": decay, "foreach": False, "fused": False}
+    adamw = torch.optim.AdamW([theirs], lr=1e-3, **options)
     for i in range(1000):
         size = 10 ** math.sin(i)
-        gradient = (torch.randn(shape, generator=seeded(i + 1)) * size).bfloat16()
-        ours.grad = gradient
+        gradient = (torch.randn(start.shape, generator=seeded(i + 1)) * size).bfloat16()
         theirs.grad = gradient.float()
-        a.param_groups[0]["lr"] = 1e-3 * (1 - i / 1000)
-        b.param_groups[0]["lr"] = 1e-3 * (1 - i / 1000)
-        a.step(i + 1, {ours: i})
-        b.step()
-    assert torch.equal(join_fp32(ours.data, a.state[ours]["low"]), theirs.data)
-    assert torch.equal(a.state[ours]["exp_avg_sq"], b.state[theirs]["exp_avg_sq"])
+        adamw.param_groups[0]["lr"] = 1e-3 * (1 - i / 1000)
+        adamw.step()
+        bf16_step(ours, gradient, i + 1, 1e-3 * (1 - i / 1000), decay, 0.01)
+        average.lerp_(theirs.detach(), 0.01)
+    assert torch.equal(join_fp32(ours["weight"], ours["low"]), theirs.data)
+    assert torch.equal(ours["exp_avg_sq"], adamw.state[theirs]["exp_avg_sq"])
+    assert torch.equal(ours["average"], average)
 
 
-def travelled(make_optimizer, dtype, steps=400):
-    """Return the share of the way to a far target that lr 1e-5 covers of what fp32 could."""
-    p = torch.nn.Parameter(torch.ones(20_000, dtype=dtype))
-    optimizer = make_optimizer([{"params": [p], "lr": 1e-5}])
-    for i in range(steps):
-        p.grad = (1 + 0.1 * torch.randn(p.shape, generator=seeded(i))).to(dtype)
-        if isinstance(optimizer, BF16AdamW):
-            optimizer.step(i + 1, {p: i})
-        else:
-            optimizer.step()
-    weight = p.data.float()
-    if "low" in optimizer.state[p]:
-        weight = join_fp32(p.data, optimizer.state[p]["low"])
-    return (1 - weight).mean().item() / (1e-5 * steps)
+def test_plain_bf16_loses_what_adamw_bf16_keeps():
+    """The share of the way to a far target that lr 1e-5 covers in 400 steps."""
 
+    def travelled(step, weight):
+        for i in range(400):
+            step(i + 1, 1 + 0.1 * torch.randn(20_000, generator=seeded(i)))
+        return (1 - weight()).mean().item() / (1e-5 * 400)
 
-def test_plain_bf16_loses_what_the_two_bf16_optimizers_keep():
-    def torchs(groups):
-        return torch.optim.AdamW(groups, weight_decay=0)
+    def torchs(dtype):
+        p = torch.nn.Parameter(torch.ones(20_000, dtype=dtype))
+        adamw = torch.optim.AdamW([p], lr=1e-5, weight_decay=0)
 
-    def stochastic(groups):
-        return BF16AdamW(groups, exact=False)
+        def step(_, gradient):
+            p.grad = gradient.to(dtype)
+            adamw.step()
 
-    whole = travelled(torchs, torch.float32)
+        return travelled(step, lambda: p.data.float())
+
+    state = bf16_state(torch.ones(20_000))
+    ours = travelled(
+        lambda t, gradient: bf16_step(state, gradient.bfloat16(), t, 1e-5),
+        lambda: join_fp32(state["weight"], state["low"]),
+    )
+    whole = torchs(torch.float32)
     assert whole > 0.9
-    assert abs(travelled(BF16AdamW, torch.bfloat16) / whole - 1) < 0.01
-    assert abs(travelled(stochastic, torch.bfloat16) / whole - 1) < 0.05
-    assert travelled(torchs, torch.bfloat16) < 0.1
+    assert abs(ours / whole - 1) < 0.01
+    assert torchs(torch.bfloat16) < 0.1
 
 
-def test_rounding_depends_on_the_seed_alone():
-    def final(seed):
-        p = torch.nn.Parameter(torch.randn(5000, generator=seeded()).bfloat16())
-        optimizer = BF16AdamW([{"params": [p], "lr": 1e-3}], exact=False)
-        for i in range(3):
-            p.grad = torch.randn(5000, generator=seeded(i)).bfloat16()
-            optimizer.step(i + 1, {p: seed + i})
-        return p.data
+def make_state(optimizer, *flags):
+    """A State of a toy SANA with a projection."""
+    args = parse("--optimizer", optimizer, "--device", "cpu", "--steps", 40, *flags)
+    restorer = model.Restorer(randomize(Sana(SANA)), "projection")
+    return train.State(restorer.requires_grad_(True), args)
 
-    assert torch.equal(final(7), final(7))
-    assert not torch.equal(final(7), final(700))
+
+def fp32_weights(state):
+    weights = {}
+    for name, p in state.own.items():
+        weights[name] = p.detach().float().clone()
+        if p.dtype == torch.bfloat16:
+            weights[name] = join_fp32(p.detach(), state.moments[name]["low"])
+    return weights
+
+
+@pytest.mark.parametrize("optimizer, every", [("adamw", 1), ("adamw_bf16", 1), ("adamw_bf16", 4)])
+def test_updates_are_those_of_torchs_adamw_and_are_averaged(optimizer, every):
+    """With two learning rates, a warm-up, a clipped gradient, and an average that warms up."""
+    state = make_state(optimizer, "--lr", 1e-3, "--proj_lr", 1e-2, "--weight_decay", 0.1)
+    state.average_every = every
+    theirs = {name: torch.nn.Parameter(t.clone()) for name, t in fp32_weights(state).items()}
+    average = {name: p.detach().clone() for name, p in theirs.items()}
+    adamw = torch.optim.AdamW(theirs.values(), betas=(0.9, 0.99), weight_decay=0.1)
+    start = {name: p.detach().clone() for name, p in theirs.items()}
+    new = {"projection.weight"}
+    for i in range(12):
+        for n, (name, p) in enumerate(state.own.items()):
+            gradient = torch.randn(p.shape, generator=seeded(100 * i + n)).bfloat16()
+            p.grad = gradient.to(p.dtype)
+            theirs[name].grad = gradient.float() * 0.5
+        progress = (i + 0.5) / 40
+        share = min(1, progress / 0.02) * 0.5 * (1 + math.cos(math.pi * progress))
+        state.update(0.5)
+        for peak, names in ((1e-3, theirs.keys() - new), (1e-2, new)):
+            adamw.param_groups[0]["lr"] = share * peak
+            adamw.param_groups[0]["params"] = [theirs[name] for name in names]
+            adamw.step()
+        decay = min(0.9999, (2 + i) / (11 + i)) ** every
+        if (i + 1) % every == 0:
+            for name, weight in fp32_weights(state).items():
+                average[name] = average[name] * decay + weight * (1 - decay)
+    for name, weight in fp32_weights(state).items():
+        moved = (theirs[name].detach() - start[name]).norm()
+        tolerance = 1e-4 if optimizer == "adamw" or name in new else 0.02  # moments in bf16
+        assert (weight - theirs[name].detach()).norm() < tolerance * moved, name
+        assert (state.average[name] - average[name]).norm() < 1e-4 * moved, name
+
+
+def test_averages_on_another_device_move_every_fiftieth_step():
+    assert make_state("adamw_bf16").average_every == 1
+    args = parse("--device", "cpu")
+    args.ema_device = "cpu:0"  # which is another word, here the same device
+    assert train.State(model.build_restorer(model.PRESETS["tiny"]), args).average_every == 50
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,59 +604,67 @@ def test_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
-def test_a_batch_in_parts_gives_the_same_weights(photos_csv, tmp_path):
-    flags = ["--data", photos_csv, "--steps", 20, *SMALL, "--batch_size", 4]
-    run("train.py", *flags, "--out", "plain", cwd=tmp_path)
-    run("train.py", *flags, "--accumulate", 2, "--checkpointing", "--out", "parts", cwd=tmp_path)
-    a = load_newest(tmp_path / "plain")
-    b = load_newest(tmp_path / "parts")
-    assert all((a[key] - b[key]).abs().max() < 2e-3 * a[key].abs().max() for key in a)
-    assert any(not torch.equal(a[key], b[key]) for key in a)
-    flags = ["--accumulate", 3, "--batch_size", 4]
-    assert "divisor" in run("train.py", *flags, cwd=tmp_path, status=2)
-
-
-def test_threads_that_share_a_batch_change_nothing(photos_csv, tmp_path):
-    """They have parts of 3, 3 and 2 pictures. What is stopped goes on as if it had not been."""
-    flags = ["--data", photos_csv, "--steps", 12, *SMALL, "--batch_size", 8]
-    run("train.py", *flags, "--out", "one", cwd=tmp_path)
-    run("train.py", *flags, "--out", "three", cwd=tmp_path, threads=3)
-    train_until(6, *flags, "--out", "again", cwd=tmp_path, threads=3)
-    run("train.py", "--resume", "again", cwd=tmp_path, threads=3)
-    a, b = load_newest(tmp_path / "one"), load_newest(tmp_path / "three")
-    assert all((a[key] - b[key]).abs().max() < 1e-2 * a[key].abs().max() for key in a)
-    assert any(not torch.equal(a[key], b[key]) for key in a)
+def test_parts_and_threads_that_share_a_batch_change_nothing(photos_csv, tmp_path):
+    """Three threads have 3, 3 and 2 pictures. What they stopped goes on as if it had not been."""
+    flags = ["--data", photos_csv, "--steps", 6, *SMALL, "--batch_size", 8]
+    call("train.py", *flags, "--out", "one", cwd=tmp_path)
+    parts = ["--accumulate", 2, "--checkpointing"]
+    call("train.py", *flags, *parts, "--out", "parts", cwd=tmp_path)
+    call("train.py", *flags, "--out", "three", cwd=tmp_path, threads=3)
+    call("train.py", *flags, "--out", "again", cwd=tmp_path, threads=3, stop=3)
+    call("train.py", "--resume", "again", cwd=tmp_path, threads=3)
     assert_same_checkpoint(tmp_path / "three", tmp_path / "again")
-    for one, three in zip(read_log(tmp_path / "one"), read_log(tmp_path / "three")):
-        for key in one.keys() & {"loss", "norm"}:
-            assert abs(one[key] / three[key] - 1) < 1e-3
+    one = load_newest(tmp_path / "one")
+    for name in ("parts", "three"):
+        other = load_newest(tmp_path / name)
+        assert all((one[key] - other[key]).abs().max() < 1e-2 * one[key].abs().max() for key in one)
+        assert any(not torch.equal(one[key], other[key]) for key in one)
+        for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / name)):
+            for key in a.keys() & {"loss", "norm"}:
+                assert abs(a[key] / b[key] - 1) < 1e-3
+
+
+def test_gradients_of_lanes_have_the_weights_layout():
+    """As fused AdamW expects; those of a matrix product may be transposed."""
+    weight = torch.nn.Parameter(torch.randn(3, 4, generator=seeded()).T)
+    x = torch.randn(8, 3, generator=seeded(1))
+    config = model.PRESETS["tiny"]
+    torch.set_num_threads(2)
+    try:
+        lanes = train.Lanes(config, parse("--device", "cpu"))
+    finally:
+        torch.set_num_threads(1)
+    assert lanes.count == 2
+    pieces = [slice(0, None, 2), slice(1, None, 2)]
+    total = lanes.add_gradients(lambda some: (x[some] @ weight.T).sum(1), [weight], pieces, 8)
+    assert total == pytest.approx((x @ weight.T).sum().item(), rel=1e-5)
+    assert weight.grad.stride() == weight.stride() == (1, 4)
+    assert torch.allclose(weight.grad, x.mean(0).expand(4, 3))
 
 
 def test_a_run_keeps_its_shift(photos_csv, tmp_path):
     """It is that of a run which goes on, of one that begins with it, and of what is exported."""
-    flags = ["--data", photos_csv, *SMALL, "--steps", 4]
-    train_until(2, *flags, "--shift", 0.1, "--out", "first", cwd=tmp_path)
-    said = run("train.py", "--resume", "first", "--shift", 1, cwd=tmp_path, status=2)
-    assert "begun with 0.1" in said
-    run("train.py", "--resume", "first", cwd=tmp_path)
-    run("train.py", *flags, "--model", "first", "--out", "kept", cwd=tmp_path)
-    run("train.py", *flags, "--model", "first", "--shift", 1, "--out", "other", cwd=tmp_path)
+    flags = ["--data", photos_csv, *SMALL, "--steps", 2]
+    call("train.py", *flags, "--shift", 0.1, "--out", "first", cwd=tmp_path, stop=1)
+    call("train.py", "--resume", "first", cwd=tmp_path)
+    call("train.py", *flags, "--model", "first", "--out", "kept", cwd=tmp_path)
+    call("train.py", *flags, "--model", "first", "--shift", 1, "--out", "other", cwd=tmp_path)
     for name, shift in [("first", 0.1), ("kept", 0.1), ("other", 1)]:
         assert model.read_run(tmp_path / name)["model"]["shift"] == shift
         assert model.load_restorer(tmp_path / name)[0].shift == shift
     first = str(tmp_path / "first")
-    config = model.describe_model(first) | {"shift": 1}
+    config = model.describe_model(first, "restorer", shift=1)
     assert model.initial_restorer(first, config, None).shift == 1  # what it is trained with
 
 
-@pytest.mark.parametrize("optimizer, bytes_each", [("adamw_bf16", 8), ("adamw_sr", 6)])
-def test_training_in_bf16_resumes_bit_for_bit(optimizer, bytes_each, photos_csv, tmp_path):
-    flags = ["--data", photos_csv, "--optimizer", optimizer, "--conditioning", "projection"]
-    flags += [*SMALL, "--steps", 12]
-    run("train.py", *flags, "--out", "whole", cwd=tmp_path)
-    train_until(6, *flags, "--out", "halved", cwd=tmp_path)
-    assert (tmp_path / "halved/latest").read_text() == "step_000006"
-    run("train.py", "--resume", "--out", "halved", cwd=tmp_path)
+def test_training_in_bf16_resumes_bit_for_bit(photos_csv, tmp_path):
+    """And keeps eight bytes a weight: bf16, its low bits, two moments."""
+    flags = ["--data", photos_csv, "--optimizer", "adamw_bf16", "--conditioning", "projection"]
+    flags += [*SMALL, "--steps", 10]
+    call("train.py", *flags, "--out", "whole", cwd=tmp_path)
+    call("train.py", *flags, "--out", "halved", cwd=tmp_path, stop=7)
+    assert (tmp_path / "halved/latest").read_text() == "step_000007"
+    call("train.py", "--resume", "--out", "halved", cwd=tmp_path)
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "halved")
 
     weights = load_newest(tmp_path / "whole")
@@ -298,7 +674,7 @@ def test_training_in_bf16_resumes_bit_for_bit(optimizer, bytes_each, photos_csv,
     for key, moment in load_newest(tmp_path / "whole", "optimizer").items():
         if key.split(".", 1)[1] in half:
             size += moment.nbytes
-    assert size == bytes_each * sum(weights[name].numel() for name in half)
+    assert size == 8 * sum(weights[name].numel() for name in half)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,27 +700,8 @@ def spoil_losses(monkeypatch, steps):
     monkeypatch.setattr(train.model, "flow_loss", spoilt)
 
 
-def test_a_step_without_a_finite_loss_is_skipped(photos_csv, tmp_path, monkeypatch, capsys):
-    spoil_losses(monkeypatch, {3, 4})
-    flags = ["--data", photos_csv, *SMALL, "--workers", 0, "--steps", 6]
-    train_here(monkeypatch, *flags, "--out", tmp_path / "run")
-    output = capsys.readouterr().out
-    assert output.count("skipped") == 2
-    assert "step 3: loss nan" in output
-    assert read_log(tmp_path / "run")[-2]["skipped"] == 2
-    assert_finite(load_file(tmp_path / "run/step_000006/model.safetensors"))
-
-
-def test_twenty_steps_without_a_finite_loss_end_the_run(photos_csv, tmp_path, monkeypatch):
-    spoil_losses(monkeypatch, range(5, 100))
-    flags = ["--data", photos_csv, *SMALL, "--workers", 0, "--steps", 60, "--save_every", 100]
-    with pytest.raises(UserError, match="20 steps in a row"):
-        train_here(monkeypatch, *flags, "--out", tmp_path / "run")
-    assert_finite(load_file(tmp_path / "run/step_000024/model.safetensors"))
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
-def test_skipped_steps_do_not_change_how_a_run_resumes(
+def test_steps_without_a_finite_loss_are_skipped_and_do_not_change_how_a_run_resumes(
     optimizer, photos_csv, tmp_path, monkeypatch
 ):
     """Steps 1 to 3 and 7 have no finite loss.
@@ -352,25 +709,25 @@ def test_skipped_steps_do_not_change_how_a_run_resumes(
     A run that stopped after 3, before any update, or after 8, ends like the one that did not.
     """
     spoil_losses(monkeypatch, {1, 2, 3, 7})
-    flags = ["--data", photos_csv, *SMALL, "--workers", 0, "--steps", 10]
-    flags += ["--optimizer", optimizer]
-    train_here(monkeypatch, *flags, "--out", tmp_path / "whole")
-    watched = train.train_step
+    flags = ["--data", photos_csv, *SMALL, "--steps", 10, "--optimizer", optimizer]
+    output = call("train.py", *flags, "--out", "whole", cwd=tmp_path)
+    assert output.count("skipped") == 4
+    assert "step 3: loss nan" in output
+    assert read_log(tmp_path / "whole")[-2]["skipped"] == 4
+    assert_finite(load_newest(tmp_path / "whole"))
     for stop in (3, 8):
+        name = f"stopped_{stop}"
+        call("train.py", *flags, "--out", name, cwd=tmp_path, stop=stop)
+        assert (tmp_path / name / "latest").read_text() == f"step_{stop:06d}"
+        call("train.py", "--resume", name, cwd=tmp_path)
+        assert_same_checkpoint(tmp_path / "whole", tmp_path / name)
 
-        def stopping(state, *rest):
-            if state.step + 1 == stop:  # noqa: B023, called within this round of the loop
-                os.kill(os.getpid(), signal.SIGTERM)
-            return watched(state, *rest)
 
-        out = tmp_path / f"stopped_{stop}"
-        monkeypatch.setattr(train, "train_step", stopping)
-        with pytest.raises(SystemExit):
-            train_here(monkeypatch, *flags, "--out", out)
-        assert (out / "latest").read_text() == f"step_{stop:06d}"
-        monkeypatch.setattr(train, "train_step", watched)
-        train_here(monkeypatch, "--resume", out)
-        assert_same_checkpoint(tmp_path / "whole", out)
+def test_twenty_steps_without_a_finite_loss_end_the_run(photos_csv, tmp_path, monkeypatch):
+    spoil_losses(monkeypatch, range(5, 100))
+    flags = ["--data", photos_csv, *SMALL, "--steps", 60, "--save_every", 100, "--out", "run"]
+    assert "20 steps in a row" in refused("train.py", *flags, cwd=tmp_path)
+    assert_finite(load_file(tmp_path / "run/step_000024/model.safetensors"))
 
 
 def test_condition_dropout_hides_that_share_of_the_conditions(photos_csv, tmp_path, monkeypatch):
@@ -383,82 +740,84 @@ def test_condition_dropout_hides_that_share_of_the_conditions(photos_csv, tmp_pa
         return flow_loss(restorer, x0, condition, *rest, **options)
 
     monkeypatch.setattr(train.model, "flow_loss", watch)
-    flags = ["--data", photos_csv, "--steps", 60, "--batch_size", 4, "--resolution", 16]
-    flags += ["--val_every", 60, "--device", "cpu"]
-    for share in (0.0, 0.3):
-        hidden.clear()
-        more = "--condition_dropout", share, "--out", tmp_path / str(share)
-        train_here(monkeypatch, *flags, *more)
-        assert len(hidden) == 240
-        assert abs(sum(hidden) / 240 - share) < 0.1  # 3.4 standard deviations
-        assert (sum(hidden) > 0) == (share > 0)
-
-
-# --------------------------------------------------------------------------------------------------
-# What is saved, and when.
-
-
-def test_a_run_resumes_with_its_own_optimizer_and_folder_only(photos_csv, tmp_path):
-    flags = ["--data", photos_csv, "--batch_size", 2]
-    run("train.py", *flags, "--resolution", 32, "--steps", 4, "--out", "a", cwd=tmp_path)
-    run("train.py", *flags, "--curriculum", "32:2,48:2", "--out", "b", cwd=tmp_path)
-    config = tmp_path / "a/step_000004/config.json"
-    before = config.read_text()
-    refused = [
-        (["--resume", "a/step_000004", "--steps", 8], "no run in"),
-        (["--resume", "a", "--steps", 8, "--optimizer", "adamw_bf16"], "begun with adamw"),
-        (["--resume", "a", "--steps", 8, "--conditioning", "projection"], "begun with widen"),
-        (["--resume", "b", "--steps", 9], "--curriculum"),
-    ]
-    for flags, words in refused:
-        assert words in run("train.py", *flags, cwd=tmp_path, status=2)
-    assert config.read_text() == before
+    flags = ["--data", photos_csv, *SMALL, "--batch_size", 8, "--condition_dropout", 0.3]
+    call("train.py", *flags, "--steps", 4, "--out", "run", cwd=tmp_path)
+    args = parse(*flags)
+    expected = [train.draw_step([48, 8, 8], step, args, 3.0)[2] for step in range(4)]
+    assert hidden == [not kept for kept in torch.cat(expected).tolist()]
+    args.batch_size = 2000
+    dropped = 1 - train.draw_step([1], 0, args, 3.0)[2].float().mean().item()
+    assert abs(dropped - 0.3) < 0.04  # four standard deviations
 
 
 def test_another_batch_size_after_a_resume_skips_and_repeats_no_draw(
     photos_csv, tmp_path, monkeypatch
 ):
+    prepare = data.PairedDataset.prepare
     drawn = []
-    draw = data.PairedDataset.draw
 
-    def watch(dataset, index, later=0):
+    def watch(dataset, n, plan):
         if dataset.training:
-            drawn.append(index)
-        return draw(dataset, index, later)
+            drawn.append(n)
+        return prepare(dataset, n, plan)
 
-    monkeypatch.setattr(data.PairedDataset, "draw", watch)
-    flags = ["--data", photos_csv, "--curriculum", "32:4,48:4", "--workers", 0, "--out", "run"]
-    train_until(3, *flags, "--batch_size", 4, cwd=tmp_path)
-    train_here(monkeypatch, "--resume", tmp_path / "run", "--batch_size", 2)
-    assert drawn == list(range(12, 22))
-    config = json.loads((tmp_path / "run/step_000008/config.json").read_text())
-    assert config["draws"] == 22
-
-
-def test_a_closed_terminal_saves(photos_csv, tmp_path, monkeypatch):
-    monkeypatch.setenv("SIGNAL", "HUP 2 0")
-    flags = ["--data", photos_csv, *SMALL, "--steps", 9, "--out", "run"]
-    run(ROOT / "tests/signalled.py", *flags, cwd=tmp_path, status=128 + signal.SIGHUP)
-    assert (tmp_path / "run/latest").read_text() == "step_000003"
+    flags = ["--data", photos_csv, "--curriculum", "32:4,48:4", "--out", "run", "--device", "cpu"]
+    call("train.py", *flags, "--batch_size", 4, cwd=tmp_path, stop=3)
+    monkeypatch.setattr(data.PairedDataset, "prepare", watch)
+    call("train.py", "--resume", "run", "--batch_size", 2, cwd=tmp_path)
+    assert sorted(drawn) == list(range(12, 22))
+    assert model.read_run(tmp_path / "run")["draws"] == 22
 
 
-def test_a_trained_model_gets_a_tenth_of_the_learning_rate(photos_csv, tmp_path, capsys):
-    flags = ["--data", photos_csv, *SMALL]
-    run("train.py", *flags, "--steps", 2, "--out", "a", cwd=tmp_path)
-    output = run("train.py", *flags, "--steps", 2, "--model", "a", "--out", "b", cwd=tmp_path)
-    assert "--lr 0.0005, a tenth" in output
-    config = json.loads((tmp_path / "b/config.json").read_text())
-    assert config["args"]["lr"] == pytest.approx(5e-4)
+def test_a_curriculum_changes_the_crop_and_resumes_across_the_change(
+    photos_csv, tmp_path, monkeypatch
+):
+    flow_loss = train.model.flow_loss
+    sides = []
+
+    def watch(restorer, x0, *rest, **options):
+        if torch.is_grad_enabled():
+            sides.append(x0.shape[-1] * 4)
+        return flow_loss(restorer, x0, *rest, **options)
+
+    monkeypatch.setattr(train.model, "flow_loss", watch)
+    flags = ["--data", photos_csv, "--curriculum", "32:4,48:3", "--batch_size", 2]
+    flags += ["--val_every", 50, "--device", "cpu"]
+    call("train.py", *flags, "--out", "whole", cwd=tmp_path)
+    assert sides == [32] * 4 + [48] * 3
+    for stop, workers in ((2, 2), (5, 1)):
+        out = tmp_path / f"stopped_{stop}"
+        call("train.py", *flags, "--out", out, cwd=tmp_path, stop=stop)
+        call("train.py", "--resume", out, "--workers", workers, cwd=tmp_path)
+        assert_same_checkpoint(tmp_path / "whole", out)
 
 
-def test_sigterm_to_all_processes_of_a_run_saves_and_the_best_is_kept(photos_csv, tmp_path):
-    """torchrun and batch systems signal the whole group, the workers that prepare images too."""
-    flags = ["--data", photos_csv, *SMALL, "--val_every", 5, "--save_every", 5, "--workers", 2]
-    process = start_training(*flags, cwd=tmp_path)
+def start_training(*flags, cwd):
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, flags)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_until(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_sigterm_to_a_run_saves_and_the_best_is_kept(photos_csv, tmp_path):
+    """In a process of its own, as batch systems send it."""
+    flags = ["--data", photos_csv, *SMALL, "--val_every", 5, "--save_every", 5]
+    process = start_training(*flags, "--lr", 0.1, cwd=tmp_path)
     run_folder = tmp_path / "out/photos"
     latest = run_folder / "latest"
     wait_until(lambda: latest.exists() and latest.read_text() >= "step_000020", process)
-    os.killpg(process.pid, signal.SIGTERM)
+    process.terminate()
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
     assert "--resume out/photos goes on" in output
@@ -468,8 +827,6 @@ def test_sigterm_to_all_processes_of_a_run_saves_and_the_best_is_kept(photos_csv
     word = "validated" if validated == step else "last validated"
     assert f"\n{word} at step {validated} on" in output
     assert "Traceback" not in errors
-    with pytest.raises(ProcessLookupError):  # nobody is left
-        os.killpg(process.pid, signal.SIGTERM)
     scores = {}
     for line in read_log(run_folder):
         if "restored_psnr" in line and line["step"]:
@@ -490,6 +847,6 @@ def test_the_best_checkpoint_is_one_that_was_validated(photos_csv, tmp_path, mon
 
     monkeypatch.setattr(train, "validate", validate)
     flags = ["--data", photos_csv, *SMALL, "--steps", 8, "--val_every", 4, "--save_every", 1]
-    train_here(monkeypatch, *flags, "--out", tmp_path / "run")
+    call("train.py", *flags, "--out", "run", cwd=tmp_path)
     assert (tmp_path / "run/best").read_text() == "step_000004"
     assert (tmp_path / "run/step_000004").is_dir()
