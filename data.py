@@ -203,16 +203,14 @@ class CsvPairs:
         """Make a Row. Raises UserError."""
         if None in fields:
             raise UserError("more fields than columns")
-        values = {key: (value or "").strip() for key, value in fields.items()}
-        name = values["image_path"]
+        name, degraded, *texts = [(fields.get(column) or "").strip() for column in COLUMNS]
         if not name:
             raise UserError("image_path is empty")
         clean = self.path.parent / name
         condition = None
-        if values.get("condition_image_path"):
-            name += "," + values["condition_image_path"]
-            condition = self.path.parent / values["condition_image_path"]
-        texts = [values.get(column, "") for column in ("caption", "degradation", "group")]
+        if degraded:
+            name += "," + degraded
+            condition = self.path.parent / degraded
         row = Row(line, name, clean, condition, *texts)
         for path in row.paths():
             if not os.path.isfile(path):  # False, no error, if too long or with a NUL
@@ -461,20 +459,18 @@ class Plan(NamedTuple):
 
 
 class PairedDataset:
-    """Crops of pairs: {"clean", "condition": [3, H, W] in [-1, 1], "caption": str, ...}.
+    """Crops of pairs: {"clean", "condition": [3, H, W] in [-1, 1], "caption", "grey", "draw"}.
 
-    And "grey": whether the condition has one channel, repeated three times; "draw": the item's
-    number.
+    grey: whether the condition has one channel, repeated three times. draw: the item's number.
 
     source: CsvPairs or DeadLeaves. rows: which of its indices to use (default all).
-    crop: side in pixels; None: whole pictures; [(n, side), ...]: that side for draws below n. In
-    validation, a side of the picture that is shorter than the crop is kept whole.
+    crop: side in pixels; None: whole pictures; [(n, side), ...]: that side for draws below n.
     degradations: as parse_degradations returns them; 1 to max_degradations of them are applied to
     the clean picture of a row without a condition. caption_dropout: share of captions emptied.
     training True: item n is the n-th draw of an endless stream, which visits every row once an
     epoch in a new order, with random crop, flip and caption dropout. All of it depends on seed and
-    n alone, so a run can stop and go on at any n. False: item n is the n-th of rows, cropped at its
-    centre, always with the same degradation."""
+    n alone, so a run can stop and go on at any n. False: item n is the n-th of rows, always with
+    the same degradation, cropped at its centre; a side shorter than the crop is kept whole."""
 
     def __init__(
         self,
@@ -547,12 +543,10 @@ class PairedDataset:
         """Choose a crop and a flip -> a function that applies both to a picture of image's size.
 
         Raises UserError if the picture is smaller than the crop of training."""
-        crop = self.crop_at(n)
-        width, height = crop or image.width, crop or image.height
-        if not self.training:  # pictures smaller than the crop are allowed
-            width, height = min(width, image.width), min(height, image.height)
-        if width > image.width or height > image.height:
+        crop = self.crop_at(n) or max(image.size)
+        if self.training and self.crop and min(image.size) < crop:
             raise UserError(f"{where}: {too_small(image.size, crop)}")
+        width, height = min(crop, image.width), min(crop, image.height)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         flip = False
         if self.training:
@@ -575,13 +569,9 @@ class PairedDataset:
 
     def degradation_names(self):
         """Return the names of all degradations that its rows may have, by draw or by the CSV."""
-        names = set()
+        names = {name for name, _ in self.degradations}
         for i in self.rows:
-            has_condition, _ = self.source.peek(i)
-            if has_condition:
-                names.update(self.source.degradations_of(i))
-            else:
-                names.update(name for name, _ in self.degradations)
+            names.update(self.source.degradations_of(i))
         return names
 
     def name_degradations(self, n):
@@ -698,16 +688,12 @@ def add_data_flags(parser):
     add("--model", help=text)
     add("--seed", type=between(int, 0), help="of everything random (default 0)")
     add("--workers", type=between(int, 1, 100), help="threads that prepare pictures (default 1)")
-    add_device_flag(add)
+    add("--device", type=check_device, help=f"default {DEFAULTS['device']}")
 
 
 def add_degradations_flag(add):
     example = "such as jpeg gaussian_noise:sigma=25 (default: all but color_jitter)"
     add("--degradations", nargs="+", metavar="NAME", help=example)
-
-
-def add_device_flag(add):
-    add("--device", type=check_device, help=f"default {DEFAULTS['device']}")
 
 
 def check_device(name):
@@ -917,7 +903,7 @@ class CachedDataset:
 
 
 def draw_path(folder, n):
-    """Return the file of draw n, a thousand in a folder."""
+    """Return the file of draw n; a folder holds a thousand."""
     return Path(folder) / f"{n // 1000:04d}" / f"{n:07d}.safetensors"
 
 
@@ -1002,8 +988,8 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
         raise UserError(f"{photos}: no picture that can be read")
     write_csv(out / "pairs.csv", rows)
     say_notices(notices)
-    left_out = len(paths) - len(rows) + 1
-    print(f"{len(rows) - 1} pairs in {out / 'pairs.csv'}; {left_out} pictures left out")
+    pairs = len(rows) - 1
+    print(f"{pairs} pairs in {out / 'pairs.csv'}; {len(paths) - pairs} pictures left out")
 
 
 def match_folders(clean_folder, degraded_folder, out, pattern="", skip_bad=False):
@@ -1076,7 +1062,7 @@ def write_csv(path, rows):
 
 
 def make_parsers():
-    """Return the parser of all commands, and that of cache, whose flags have defaults here."""
+    """Return the parser of all commands."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     pairs = commands.add_parser("pairs", description="Degrade every photo of a folder once.")
@@ -1123,13 +1109,13 @@ def run_cache(args):
     autoencoder = model.load_autoencoder(config, own).to(args.device)
     model.check_resolution([resolution], autoencoder)
     before = model.rows_trained_on(name)
-    tables = args.data, args.val_data
-    train_set, val_set, _ = make_datasets(*tables, resolution, drawing, args.skip_bad, before)
+    options = resolution, drawing, args.skip_bad, before
+    train_set, val_set, _ = make_datasets(args.data, args.val_data, *options)
     index = fingerprint(config, drawing, resolution)
     index |= {"epochs": args.epochs, "rows": list_rows(train_set)}
     prompts = model.Prompts(config, args.device)
-    parts = train_set, val_set, autoencoder, prompts
-    make_cache(Path(args.out), index, *parts, args.device, args.workers)
+    sets = train_set, val_set
+    make_cache(Path(args.out), index, *sets, autoencoder, prompts, args.device, args.workers)
 
 
 def main():
