@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageEnhance
+from PIL import Image, ImageCms, ImageDraw, ImageEnhance, ImageOps
 
 # --------------------------------------------------------------------------------------------------
 # The six degradations: plain functions of a grey ("L") or RGB image.
@@ -101,39 +101,32 @@ def to_uint8(levels):
 
 @dataclass(frozen=True)
 class Strength:
-    """The values of one parameter of a degradation.
+    """The values of one parameter of a degradation: a range of integers, or (lowest, highest).
 
-    drawn: what a recipe draws from, uniformly: (5.0, 50.0) any number in between, (10, 40) an
-    integer from 10 to 40, [3, 5, 7] one of these. legal: what a user may set: (lowest, highest)
-    any number in between, range(1, 101) one of these integers. Ends of tuples are inclusive."""
+    drawn: what a recipe draws from, uniformly. legal: what a user may set."""
 
-    drawn: tuple | list
+    drawn: tuple | range
     legal: tuple | range
 
     def draw(self, rng):
-        if isinstance(self.drawn, list):
+        if isinstance(self.drawn, range):
             return int(rng.choice(self.drawn))
-        low, high = self.drawn
-        if isinstance(low, int):
-            return int(rng.integers(low, high + 1))
-        return float(rng.uniform(low, high))
+        return float(rng.uniform(*self.drawn))
 
     def parse(self, text):
         """Return the number that a user has written. Raises ValueError if it is not legal."""
-        try:
+        low, high = self.legal[0], self.legal[-1]
+        value = math.nan
+        with contextlib.suppress(ValueError):
             value = float(text)
-        except ValueError:
-            value = math.nan
         if isinstance(self.legal, tuple):
-            low, high = self.legal
+            wanted = "a number"
             if low <= value <= high:
                 return value
-            wanted = "a number"
         else:
+            wanted = "an odd number" if self.legal.step == 2 else "a whole number"
             if value in self.legal:
                 return int(value)
-            low, high = self.legal[0], self.legal[-1]
-            wanted = "an odd number" if self.legal.step == 2 else "a whole number"
         raise ValueError(f"{text} is not possible; give {wanted} from {low:.7g} to {high:.7g}")
 
 
@@ -152,7 +145,7 @@ class Degradation:
         chosen = {}
         for key, strength in self.strengths.items():
             chosen[key] = given[key] if key in given else strength.draw(rng)
-        return chosen | given  # one that is unknown: the function refuses it
+        return chosen | given  # the function refuses an unknown one
 
     def __call__(self, image, rng, **given):
         """Degrade a PIL image. Modes other than "L" and "RGB" become RGB.
@@ -176,12 +169,12 @@ DEGRADATIONS = {
     ),
     "jpeg": Degradation(
         jpeg,
-        {"quality": Strength((10, 40), legal=range(1, 101))},
+        {"quality": Strength(range(10, 41), legal=range(1, 101))},
         ("JPEG artifacts", "compression artifacts", "JPEG blocking"),
     ),
     "gaussian_blur": Degradation(
         gaussian_blur,
-        {"kernel": Strength([3, 5, 7, 9, 11], legal=range(1, 1000, 2))},
+        {"kernel": Strength(range(3, 12, 2), legal=range(1, 1000, 2))},
         ("gaussian blur", "defocus blur", "soft focus"),
     ),
     "downscale": Degradation(
@@ -285,9 +278,7 @@ TEMPLATES = [
 
 
 def make_prompt(names, rng):
-    """Return a random prompt that asks to undo the named degradations; "" if there are none."""
-    if not names:
-        return ""
+    """Return a random prompt that asks to undo the named degradations, one at least."""
     phrases = []
     for name in names:
         options = DEGRADATIONS[name].phrases
@@ -416,15 +407,7 @@ def fail(message):
 GREY = "1", "L", "LA", "La"  # modes of one channel
 COLOR = "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"  # modes that become RGB without a loss
 NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}  # what Pillow knows but cannot decode
-TURNS = {  # {EXIF orientation: what turns the picture upright}
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+ORIENTATION = 0x0112  # EXIF's tag
 PNG_EXIF = b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif"  # where a PNG may have EXIF
 
 
@@ -434,18 +417,13 @@ class Header:
 
     size: tuple  # (width, height), upright
     mode: str  # L, LA, RGB or RGBA
-    orientation: int  # EXIF's, 1 to 8; from 5 on, width and height are stored the other way round
     notices: list  # texts: what is converted
-    transparent: bool = False  # some pixel is; only read_header looks
 
 
 def read_header(path):
-    """Look at a picture -> Header. Only one that has alpha is decoded. Raises UserError."""
+    """Look at a picture -> Header. Its pixels are not decoded. Raises UserError."""
     with explain_errors(path, "this picture"), Image.open(path) as image:
-        header = describe_picture(image)
-        if header.mode.endswith("A"):
-            header.transparent = image.convert("RGBA").getchannel("A").getextrema()[0] < 255
-    return header
+        return describe_picture(image)
 
 
 def open_image(path, notices=None):
@@ -487,9 +465,8 @@ def describe_picture(image):
         raise UserError("it has several pages; save the page that you mean as PNG")
     if has_deep_channels(image):
         raise UserError("it has more than 8 bits a channel; save it as PNG with 8 bits a channel")
-    orientation = find_orientation(image)
     size = image.size
-    if orientation >= 5 and image.format != "TIFF":  # Pillow itself turns a TIFF
+    if find_orientation(image) >= 5:  # stored lying on its side
         size = size[::-1]
     mode = "L" if image.mode in GREY else "RGB"
     if image.has_transparency_data:
@@ -498,7 +475,7 @@ def describe_picture(image):
     notices = [notice] if notice else []
     if not profile and image.mode not in GREY + COLOR:
         notices.append(f"{image.mode} without a usable colour profile: its colours are approximate")
-    return Header(size, mode, orientation, notices)
+    return Header(size, mode, notices)
 
 
 def has_deep_channels(image):
@@ -516,13 +493,15 @@ def has_deep_channels(image):
 def find_orientation(image):
     """Return EXIF's orientation, 1 to 8. 1 is upright, and stands for a damaged or missing one."""
     orientation = 1
+    if image.format == "TIFF":  # Pillow itself turns it
+        return orientation
     with contextlib.suppress(Exception):
         if image.format == "PNG" and "exif" not in image.info and image.filename:
             content = Path(image.filename).read_bytes()
             if not any(word in content for word in PNG_EXIF):
-                return 1  # getexif would decode the pixels, to look behind them
-        orientation = image.getexif().get(0x0112)
-    return orientation if orientation in TURNS else 1
+                return orientation  # getexif would decode the pixels, to look behind them
+        orientation = image.getexif().get(ORIENTATION)
+    return orientation if orientation in range(1, 9) else 1
 
 
 def find_profile(image):
@@ -549,6 +528,8 @@ def find_profile(image):
 
 def plain_image(image, header):
     """Convert a PIL image of any mode to what its header says. The result carries no metadata."""
+    # by its name Pillow would map a TIFF into memory, and garble one that lies on its side
+    image.filename = ""
     plain = image.convert(header.mode)
     profile, _ = find_profile(image)
     if profile:
@@ -559,8 +540,9 @@ def plain_image(image, header):
         if header.mode.endswith("A"):
             converted.putalpha(plain.getchannel("A"))
         plain = converted
-    if header.orientation > 1 and image.format != "TIFF":
-        plain = plain.transpose(TURNS[header.orientation])
+    plain.info = {}
+    plain.getexif()[ORIENTATION] = find_orientation(image)
+    plain = ImageOps.exif_transpose(plain)
     plain.info = {}
     return plain
 

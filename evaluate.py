@@ -651,8 +651,7 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, unrestored
 
     -> rows [{"image": i, "condition": "", "degradation": [name, ...], "input_psnr", "NAME_psnr",
     ...}], and the labelled pictures of the first eight pairs, as draw_grid takes them. save: called
-    with row, item and {name: picture} of each pair when it is measured; it may change "image" to a
-    name. Raises UserError."""
+    with each row when it is measured; it may change "image" to a name. Raises UserError."""
     rows = []
     pictures = []
     bar = tqdm(range(len(dataset)), unit="img", desc="evaluate", disable=quiet)
@@ -674,7 +673,7 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, unrestored
             metrics.fid.add("clean", item["clean"][None].to(metrics.device))
         rows.append(row)
         if save:
-            save(row, item, outputs)
+            save(row)
         labelled.append(("clean", to_image(item["clean"])))
         if len(pictures) < 8:
             pictures.append(labelled)
@@ -837,22 +836,6 @@ def append_row(path, row):
         writer.writerow(row.values())
 
 
-def picture_names(source):
-    """Return the path, below pictures/, of the restored picture of each row.
-
-    It is that of the condition, or else of the clean picture, relative to the CSV, without .. and
-    with .png. Raises UserError if two rows would share one."""
-    lines = {}
-    for row in source.rows:
-        path = Path(relative(row.condition or row.clean, source.path)).with_suffix(".png")
-        name = Path(*[part for part in path.parts if part not in ("..", path.anchor)])
-        if name in lines:
-            both = f"line {lines[name]} and line {row.line} of {source.path}"
-            raise UserError(f"--save_pictures: {both} have one name, {name}; rename a picture")
-        lines[name] = row.line
-    return list(lines)
-
-
 def make_methods(args, pipeline, dataset):
     """Return {name: method}: the ceiling, and the restorer with each number of --steps.
 
@@ -911,11 +894,8 @@ def say_trained_rows(checkpoint, source):
 
 
 def measure(args, out):
-    """Do what --data asks: print the table, write scores.csv, scores.json and grid.png to out.
-
-    With several --steps also sweep.png, with --save_pictures also pictures/."""
+    """Do what --data asks: print the table, write scores.csv, scores.json and grid.png to out."""
     source = open_pairs(args)
-    names = picture_names(source) if args.save_pictures else []
     args.degradations = args.degradations or DEFAULT_DEGRADATIONS
     degradations = parse_degradations(args.degradations)
     options = {"training": False, "seed": args.seed}
@@ -931,15 +911,9 @@ def measure(args, out):
     metrics = Metrics(args.metrics, args.lpips_weights, args.fid_weights, args.device)
     methods = make_methods(args, pipeline, dataset) if args.checkpoint else {}
     unrestored = "input" if args.checkpoint else "conditions"
-    restored = [name for name in methods if name not in BESIDE]
 
-    def save(row, item, outputs):
+    def save(row):
         pair = source.rows[row["image"]]
-        if args.save_pictures:
-            for name in restored:
-                folder = out / "pictures" / (name if len(restored) > 1 else "")
-                path = folder / names[row["image"]]
-                save_image(finished_image(outputs[name], item["grey"]), path)
         row["image"] = relative(pair.clean, source.path)
         if pair.condition:
             row["condition"] = relative(pair.condition, source.path)
@@ -950,8 +924,6 @@ def measure(args, out):
     summary = summarize(rows, [unrestored, *methods], metrics)
     print_summary(rows, summary, metrics)
     save_image(draw_grid(pictures), out / "grid.png")
-    if len(restored) > 1 and "psnr" in metrics.names and len(metrics.names) > 1:
-        draw_sweep({name: summary[name] for name in restored}, metrics, out / "sweep.png")
     report = {
         "flags": vars(args),
         "count": len(rows),
@@ -992,14 +964,14 @@ WIDTH, HEIGHT = 640, 240  # pixels, of a chart
 def draw_charts(charts, path):
     """Draw line charts below each other and save them.
 
-    charts: [(title, [(x, y)], log_scale, labels)], labels: a text beside each point, or None."""
+    charts: [(title, [(x, y)], log_scale)]."""
     picture = Image.new("RGB", (WIDTH, len(charts) * HEIGHT), "white")
     for i, chart in enumerate(charts):
         draw_chart(ImageDraw.Draw(picture), i * HEIGHT, *chart)
     save_image(picture, path)
 
 
-def draw_chart(draw, top, title, points, log_scale, labels):
+def draw_chart(draw, top, title, points, log_scale):
     left, right, bottom, top = 44, WIDTH - 12, top + HEIGHT - 28, top + 28
     draw.text((left, top - 24), title, fill="black")
     points = [(x, y) for x, y in points if math.isfinite(x + y)]
@@ -1007,34 +979,20 @@ def draw_chart(draw, top, title, points, log_scale, labels):
         return
     xs = [x for x, _ in points]
     ys = [math.log10(max(y, 1e-12)) if log_scale else y for _, y in points]
-    x0, x1 = min(xs) if labels else 0, max(xs)
     y0, y1 = min(ys), max(ys)
-    room = right - left - (60 if labels else 0)
     places = []
     for x, y in zip(xs, ys):
-        across = (x - x0) / max(x1 - x0, 1e-9)
+        across = x / max(max(xs), 1e-9)
         up = (y - y0) / max(y1 - y0, 1e-9)
-        places.append((left + across * room, bottom - up * (bottom - top)))
+        places.append((left + across * (right - left), bottom - up * (bottom - top)))
     for share in (0, 0.5, 1):  # three grid lines
         y = bottom - share * (bottom - top)
         value = y0 + share * (y1 - y0)
         draw.line([(left, y), (right, y)], fill="#dddddd")
         draw.text((4, y - 6), f"{10**value if log_scale else value:.3g}", fill="black")
-    draw.text((left, bottom + 8), f"{x0:.5g}", fill="black")
-    draw.text((right - 48, bottom + 8), f"{x1:.5g}", fill="black")
+    draw.text((left, bottom + 8), "0", fill="black")
+    draw.text((right - 48, bottom + 8), f"{max(xs):.5g}", fill="black")
     draw.line(places, fill="#1f5fbf", width=2)
-    for (x, y), label in zip(places, labels or []):
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#1f5fbf")
-        draw.text((x + 6, y - 12), label, fill="black")
-
-
-def draw_sweep(summary, metrics, path):
-    """Draw LPIPS (SSIM if it is missing) over PSNR, a point for each number of steps."""
-    key = "lpips" if metrics.lpips else "ssim"
-    points = [(scores["psnr"]["mean"], scores[key]["mean"]) for scores in summary.values()]
-    labels = [name.removeprefix("steps_") for name in summary]
-    title = f"{key.upper()} over PSNR (dB), by sampling steps"
-    draw_charts([(title, points, False, labels)], path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1043,7 +1001,7 @@ def draw_sweep(summary, metrics, path):
 DEFAULTS = dict.fromkeys(["checkpoint", "input", "data", "output", "device", "model", "prompt"])
 DEFAULTS |= dict.fromkeys(["steps", "decoder_weight", "degradations"])
 DEFAULTS |= dict.fromkeys(["lpips_weights", "fid_weights"])
-DEFAULTS |= dict.fromkeys(["overwrite", "skip_bad", "save_pictures"], False)
+DEFAULTS |= dict.fromkeys(["overwrite", "skip_bad"], False)
 DEFAULTS |= {"seed": 0, "weights": "ema", "sampler": "euler", "guidance": 1.0}
 DEFAULTS |= {"condition_guidance": 1.0, "quality": 95, "metrics": [*METRICS, "fid"]}
 
@@ -1080,7 +1038,6 @@ def make_parser():
     add("--metrics", nargs="+", choices=DEFAULTS["metrics"], help="default: all four")
     add("--lpips_weights", nargs=2, metavar=("TRUNK", "HEADS"), help="local files")
     add("--fid_weights", metavar="FILE", help="local file of FID's Inception")
-    add("--save_pictures", action="store_true", help="keep the restored pictures, in pictures/")
     return parser
 
 
@@ -1103,9 +1060,8 @@ def parse_args(argv=None):
     if not args.checkpoint:
         reason = "needs --checkpoint: what to restore with"
         parser.refuse(given, "how to restore", reason)
-        for name in ("input", "save_pictures"):
-            if name in given:
-                raise UserError(f"--{name}: {reason}")
+        if args.input:
+            raise UserError(f"--input: {reason}")
     for metric in ("lpips", "fid"):
         if f"{metric}_weights" in given and metric not in args.metrics:
             raise UserError(f"--{metric}_weights: --metrics leaves out {metric}; leave it out too")

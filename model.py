@@ -620,53 +620,47 @@ MODEL_DEFAULTS = {
     "base": False,
     "decoder": None,
 }
-PRESETS = {  # what "sana" leaves out is as in SANA_DEFAULTS
-    # small enough to train from scratch on a laptop, on pixels instead of latents
-    "tiny": MODEL_DEFAULTS | {
+
+
+def small_sana(channels, layers, heads):
+    """Return the config of a transformer that trains on a laptop, of width 32 * heads."""
+    return {
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "num_cross_attention_heads": heads,
+        "cross_attention_head_dim": 32,
+        "cross_attention_dim": 32 * heads,
+        "caption_channels": 256,
+        "qk_norm": "rms_norm_across_heads",
+    }
+
+
+FROM_SCRATCH = MODEL_DEFAULTS | {"conditioning": "widen", "prediction": "residual"}
+MINI_DCAE = {
+    "latent_channels": 16,
+    "encoder_block_out_channels": [32, 32, 64, 128],
+    "decoder_block_out_channels": [48, 48, 96, 128],
+    "encoder_layers_per_block": [0, 1, 1, 1],  # it begins at half the side
+    "decoder_layers_per_block": [0, 3, 2, 2],
+    "encoder_qkv_multiscales": [[], [], [], []],
+    "decoder_qkv_multiscales": [[], [], [], []],
+}
+PRESETS = {
+    # on pixels instead of latents
+    "tiny": FROM_SCRATCH | {
         "name": "tiny",
         "autoencoder": {"kind": "pixels", "factor": 4},
-        "conditioning": "widen",
-        "prediction": "residual",
-        "sana": {
-            "in_channels": 48,
-            "out_channels": 48,
-            "num_layers": 4,
-            "num_attention_heads": 3,
-            "num_cross_attention_heads": 3,
-            "cross_attention_head_dim": 32,
-            "cross_attention_dim": 96,
-            "caption_channels": 256,
-            "qk_norm": "rms_norm_across_heads",
-        },
+        "sana": small_sana(channels=48, layers=4, heads=3),
     },
     # the whole latent method on a laptop: its own autoencoder, and SANA on the latents
-    "mini": MODEL_DEFAULTS | {
+    "mini": FROM_SCRATCH | {
         "name": "mini",
-        "autoencoder": {"kind": "own", "dcae": {
-            "latent_channels": 16,
-            "encoder_block_out_channels": [32, 32, 64, 128],
-            "decoder_block_out_channels": [48, 48, 96, 128],
-            "encoder_layers_per_block": [0, 1, 1, 1],  # it begins at half the side
-            "decoder_layers_per_block": [0, 3, 2, 2],
-            "encoder_qkv_multiscales": [[], [], [], []],
-            "decoder_qkv_multiscales": [[], [], [], []],
-        }},
-        "conditioning": "widen",
-        "prediction": "residual",
-        "sana": {
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": 6,
-            "num_attention_heads": 4,
-            "num_cross_attention_heads": 4,
-            "cross_attention_head_dim": 32,
-            "cross_attention_dim": 128,
-            "caption_channels": 256,
-            "qk_norm": "rms_norm_across_heads",
-        },
+        "autoencoder": {"kind": "own", "dcae": MINI_DCAE},
+        "sana": small_sana(channels=16, layers=6, heads=4),
     },
 }
-
 
 # The stages that may be trained next. A preset or a pretrained model is told by the kind of its
 # autoencoder, a run by the stage that it was.
@@ -748,11 +742,16 @@ def describe_pretrained(name):
     if (folder / "scheduler/scheduler_config.json").is_file():
         shift = read_json(folder / "scheduler/scheduler_config.json").get("flow_shift", SHIFT)
     return MODEL_DEFAULTS | {
-        "name": str(folder.resolve()) if Path(name).is_dir() else name,
+        "name": full_name(name),
         "digests": {part: weights_digest(folder / part) for part in PARTS},
         "shift": shift,
         "sana": load_config(Sana, folder / "transformer").config,
     }
+
+
+def full_name(name):
+    """Return the full path of a folder; another name of a pretrained model as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def weights_digest(folder):

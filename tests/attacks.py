@@ -52,7 +52,7 @@ from vae import load_pretrained
 
 GIGABYTES = 3  # that the cases may take beyond what the process had
 SCRIPTS = {"train.py": train, "data.py": data, "model.py": model, "evaluate.py": evaluate}
-SMALL = ["--batch_size", 2, "--resolution", 16, "--workers", 0, "--device", "cpu"]
+SMALL = ["--batch_size", 2, "--resolution", 16, "--workers", 1, "--device", "cpu"]
 
 # --------------------------------------------------------------------------------------------------
 # The driver.
@@ -154,6 +154,7 @@ def attempt(use, named):
     said = io.StringIO()
     with warnings.catch_warnings(record=True) as warned, contextlib.redirect_stdout(said):
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", module="PIL")  # as run_script has it
         try:
             use()
             outcome = "worked"
@@ -259,8 +260,7 @@ def tables(folder, draws):
 
     def use():
         dataset = data.PairedDataset(data.CsvPairs(table), 12, training=False)
-        dataset.draw(0)
-        dataset.draw(len(dataset) - 1)
+        assert dataset[0] and dataset[len(dataset) - 1]
 
     whole = HEADER + 'a.png,b.png,"words, é"\n'.encode() * 3
     drawn = [partial(damage, whole, rng_of(n)) for n in range(draws)]
@@ -291,11 +291,14 @@ def pictures(folder, draws):
         "transparent palette": encoded(photo.convert("P"), "PNG", transparency=3),
         "wide": encoded(Image.new("RGB", (30_000, 2)), "PNG"),
         "one pixel": encoded(Image.new("1", (1, 1)), "PNG"),
+        "photo with a preview": encoded(photo, "MPO", save_all=True, append_images=[photo]),
     }
     bad = special_files(folder) | {
         "bomb": b"P6 30000 30000 255\n",
         "zero wide": b"P6 0 9 255\n",
         "floats": encoded(photo.convert("F"), "TIFF"),
+        "16 bits": encoded(Image.new("I;16", (9, 8)), "PNG"),
+        "pages": encoded(photo, "GIF", save_all=True, append_images=[photo.rotate(180)]),
         "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{ } loop\n",
         "nothing": b"",
         "headers alone": b"\xff\xd8\xff\xe0",
@@ -312,8 +315,10 @@ def pictures(folder, draws):
 
     def use():
         os.environ["PATH"] = str(folder)  # where Pillow would find Ghostscript
-        image = data.open_image(picture, None)
+        header = degrade.read_header(picture)
+        image = degrade.open_image(picture)
         assert image.mode in ("L", "LA", "RGB", "RGBA") and image.width * image.height, image
+        assert (header.size, header.mode) == (image.size, image.mode), header
 
     drawn = []
     for n in range(draws):

@@ -30,7 +30,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-import conftest  # noqa: F401, first: it puts the project on the path, and torchvision needs what it defines
+import conftest  # noqa: F401, first: puts the project on the path, and torchvision needs it
 import numpy as np
 import torch
 from PIL import Image
@@ -192,10 +192,10 @@ def bench_transformer(quick):
     what = f"SANA 1.6B, {WHERE.layers} layers, {side} px, batch {batch}: training"
     compare(what, 3 if quick else 7, "diffusers", train_ours, train_theirs, flops=flops)
     with torch.no_grad():
-        keys_values = ours.caption_keys_values(text[:, :tokens])  # once for all steps
 
         def sample_ours():
-            return sample_euler(lambda x, t: ours(x, t, keys_values), latents, WHERE.steps)
+            network = lambda x, t: ours(x, t, text[:, :tokens])
+            return sample_euler(network, latents, WHERE.steps)
 
         def sample_theirs():
             return sample_euler(peer, latents, WHERE.steps)

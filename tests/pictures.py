@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import seed_for
 from degrade import DEGRADATIONS
 from evaluate import Pipeline
+from model import find_part
 
 SIDE = 256
 PHOTOS = {  # name: left and top of what is shown
@@ -72,7 +73,7 @@ def draw_demo(checkpoint):
 def draw_latent(checkpoint):
     """Degraded | plain decoder | decoder that sees the degraded picture | clean."""
     seeing = Pipeline.load(checkpoint)
-    plain = Pipeline.load(seeing.config["base"]["checkpoint"])
+    plain = Pipeline.load(find_part(seeing.checkpoint, "base"))
     rows = []
     for name in ("astronaut", "coffee"):
         clean = photo(name)

@@ -16,7 +16,6 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "torch",
-        "torch.utils.data",
         "torch.distributed",
         "torch._dynamo",
         "safetensors.torch",
@@ -33,7 +32,6 @@ def run_child(command, cwd, env, output):
     for number in (1, 2):
         file = os.open(f"{output}/{number}", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
-    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

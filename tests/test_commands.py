@@ -149,7 +149,6 @@ def test_the_context_of_a_score(restore, photos, published, tmp_path):
     sampling = ["--guidance", 1.5, "--condition_guidance", 1.1]
     output = run(*restore, *others, *weights, *sampling, "--steps", 1, 3, cwd=tmp_path)
     assert "FID of 3 images is too high" in output
-    assert Image.open(tmp_path / "out/evaluation/sweep.png").size == (640, 240)
     report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
     assert not report["missing"]
     methods = report["methods"]

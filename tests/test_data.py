@@ -185,7 +185,7 @@ class Recorded:
         self.threads.add(threading.get_ident())
         if n == 9:
             raise UserError("draw 9")
-        picture = np.full((2, 2, 3), n, np.uint8)
+        picture = Image.new("RGB", (2, 2), (n, n, n))
         return {"clean": picture, "condition": picture, "caption": "", "draw": n}
 
 
@@ -309,8 +309,7 @@ def test_damage_behind_the_header_is_named_when_it_is_drawn(pictures):
 def test_with_skip_bad_whole_pictures_are_decoded_and_rows_left_out(pictures, capsys):
     rows = [("cut.png", "", ""), ("a.png", "", "good"), ("gone.png", "", ""), ("a.png", "cut.png")]
     rows += [("a.png", "b.png", ""), ("", "", ""), ("small.png", "", "")]
-    source = CsvPairs(write_csv(pictures / "p.csv", rows), skip_bad=True)
-    source.check_sides(32)
+    source = CsvPairs(write_csv(pictures / "p.csv", rows), skip_bad=True, smallest=32)
     assert [row.caption for row in source.rows] == ["good"]
     said = capsys.readouterr().err
     assert said.count("left out: ") == 6

@@ -163,7 +163,6 @@ def test_prompts_name_what_was_done():
         for name in names:
             assert any(phrase in prompt for phrase in degrade.DEGRADATIONS[name].phrases)
         assert degrade.read_prompt(prompt) == names
-    assert degrade.make_prompt([], np.random.default_rng(0)) == ""
 
 
 def test_recipes_can_be_written_down_and_read_back():
@@ -262,7 +261,7 @@ def test_a_picture_is_grey_or_rgb_perhaps_with_alpha(tmp_path, photo, mode, name
     assert opened.mode == mode_read
     assert opened.tobytes() == Image.open(tmp_path / name).convert(mode_read).tobytes()
     header = read_header(tmp_path / name)
-    assert (header.mode, header.size, header.transparent) == (mode_read, (20, 10), False)
+    assert (header.mode, header.size) == (mode_read, (20, 10))
     assert header.notices == list(notices)
     assert bool(notices) == said
 
@@ -318,17 +317,37 @@ def test_what_only_looks_like_it_is_opened(tmp_path):
     assert levels(open_image(tmp_path / "565.bmp")).tolist() == [[[255, 0, 0], [0, 255, 0]]]
 
 
+TURNS = {  # {EXIF orientation: what turns an array of the picture upright}
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: np.flipud(np.rot90(x)),
+    6: lambda x: np.rot90(x, 3),
+    7: lambda x: np.fliplr(np.rot90(x)),
+    8: np.rot90,
+    9: lambda x: x,  # there is none
+}
+
+
 @pytest.mark.parametrize("extension", ["jpg", "png", "tif", "webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_upright(tmp_path, orientation, extension):
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_a_picture_is_turned_upright(tmp_path, orientation, mode, extension):
+    """A grey TIFF, and one with alpha, are mapped into memory, where Pillow 13 garbles them."""
+    if (mode, extension) == ("RGBA", "jpg"):
+        return
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"turned.{extension}"
-    coordinates().save(path, exif=exif)
+    coordinates().convert(mode).save(path, exif=exif)
+    plain = tmp_path / f"plain.{extension}"
+    coordinates().convert(mode).save(plain)
     opened = open_image(path)
-    assert np.array_equal(levels(opened), levels(ImageOps.exif_transpose(Image.open(path))))
-    assert read_header(path).size == opened.size == ((30, 40) if orientation > 4 else (40, 30))
-    assert read_header(path).orientation == orientation
+    expected = levels(Image.open(plain).convert(opened.mode))
+    assert np.array_equal(levels(opened), TURNS[orientation](expected))
+    header = read_header(path)
+    assert (header.size, header.mode) == (opened.size, opened.mode)
 
 
 def test_orientation_may_stand_behind_the_pixels(tmp_path):
@@ -436,4 +455,3 @@ def test_degrade_takes_alpha_only_if_it_hides_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["degrade.py", "hidden.png", "o.png", *words])
     with pytest.raises(UserError, match="hidden.png has transparent pixels"):
         degrade.main()
-    assert read_header(tmp_path / "hidden.png").transparent

@@ -150,10 +150,10 @@ def test_what_match_refuses(tmp_path):
     write_pictures(tmp_path, "clean/1.png", "noisy/1.png", "noisy/1.jpg", "gt/a.png", "gt/a.jpg")
     write_pictures(tmp_path, "one/a.png", "alone/2.png")
     cases = [
-        ("clean", "noisy", "", "1.jpg and .*1.png have one name|1.png and .*1.jpg have one name"),
-        ("gt", "one", "", "have one partner, .*one/a.png"),
+        ("clean", "noisy", "", "1.(jpg|png) and .*1.(jpg|png) have one name, 1; leave one out"),
+        ("gt", "one", "", "have one name, a; leave one out"),
         ("clean", "clean", "", "--pattern"),
-        ("clean", "alone", "", "1.png: no 1.png in .*alone"),
+        ("clean", "alone", "", "1.png: no 1 in .*alone"),
         ("clean", "alone", "GT", "write CLEAN=DEGRADED"),
     ]
     for clean, degraded, pattern, message in cases:
@@ -229,7 +229,7 @@ def test_a_pair_that_exif_turns_says_so(tmp_path):
     exif[0x0112] = 6
     coordinates(40, 30).save(tmp_path / "turned.jpg", exif=exif)
     coordinates(40, 30).save(tmp_path / "plain.png")
-    with pytest.raises(UserError, match="40x30.*turned.jpg is turned by its EXIF"):
+    with pytest.raises(UserError, match="turned upright by EXIF: 40x30 and 30x40"):
         CsvPairs(write_csv(tmp_path / "p.csv", [("plain.png", "turned.jpg", "")]))
 
 
@@ -258,7 +258,7 @@ def test_a_row_of_another_factor_is_refused(tmp_path):
         rows.append((f"{i}.png", f"{i}x4.png", ""))
     rows.append(("0.png", "1.png", ""))
     path = write_csv(tmp_path / "p.csv", rows)
-    with pytest.raises(UserError, match="line 6: a pair of different sizes, 40x40 and 40x40"):
+    with pytest.raises(UserError, match="line 6: a pair of different sizes.* 40x40 and 40x40"):
         CsvPairs(path)
     source = CsvPairs(path, skip_bad=True)
     assert (len(source), source.enlarge) == (4, 4)

@@ -44,7 +44,7 @@ KNOWN = {
     ),
     "python train.py --data photos.csv --model mini": (
         f"{SMALL} --overwrite",
-        r"round trip PSNR [\d.]+ dB",
+        r"images: PSNR [\d.]+ dB",
     ),
     "python evaluate.py": ("", r"degraded input +\d"),
     "python evaluate.py --checkpoint out/demo --input": (
@@ -176,8 +176,6 @@ def outputs(words):
         promised.append(f"out/{name}/latest")
     if words[1] == "evaluate.py" and "--data" in words:
         names = ["scores.csv", "scores.json", "grid.png"]
-        several = re.search(r"--steps \d+ \d+", " ".join(words))
-        names += ["sweep.png"] if several else []
         promised += [f"out/evaluation*/{name}" for name in names]
     if words[1] == "degrade.py":
         promised.append(words[3])

@@ -236,9 +236,10 @@ def test_the_scores_of_grey_pairs_are_those_of_the_saved_pictures(command, run_f
     save(picture(0, mode="L"), tmp_path / "clean.png")
     save(picture(1, mode="L"), tmp_path / "grey.png")
     (tmp_path / "pairs.csv").write_text("image_path,condition_image_path\nclean.png,grey.png\n")
-    words = "--checkpoint", run_folder, "--data", "pairs.csv", "--metrics", "psnr"
-    command(*words, "--save_pictures")
-    restored = Image.open(tmp_path / "out/evaluation/pictures/grey.png")
+    words = "--checkpoint", run_folder
+    command(*words, "--data", "pairs.csv", "--metrics", "psnr")
+    command(*words, "--input", "grey.png", "--output", "restored.png")
+    restored = Image.open(tmp_path / "restored.png")
     assert restored.mode == "L"
     clean = np.asarray(Image.open(tmp_path / "clean.png"), float)
     pixels = to_tensor(Image.open(tmp_path / "grey.png"))[None]
@@ -250,38 +251,12 @@ def test_the_scores_of_grey_pairs_are_those_of_the_saved_pictures(command, run_f
     assert float(row["restored_psnr"]) == pytest.approx(10 * math.log10(255**2 / error), abs=1e-4)
 
 
-def test_restored_pictures_are_saved_under_their_names(command, run_folder, tmp_path):
-    write_pairs(tmp_path, ["a/0.png", "b/0.png"])
-    (tmp_path / "lists").mkdir()
-    lines = ["image_path,condition_image_path", "../clean/a/0.png,../noisy/a/0.png"]
-    lines.append("../clean/b/0.png,")
-    (tmp_path / "lists/pairs.csv").write_text("\n".join(lines))
-    words = "--checkpoint", run_folder, "--data", "lists/pairs.csv", "--metrics", "psnr", "ssim"
-    command(*words, "--save_pictures")
-    pictures = tmp_path / "out/evaluation/pictures"
-    files = sorted(path for path in pictures.rglob("*") if path.is_file())
-    assert files == [pictures / "clean/b/0.png", pictures / "noisy/a/0.png"]
-    expected = Pipeline.load(run_folder)(tmp_path / "noisy/a/0.png", "")
-    row = read_csv(tmp_path / "out/evaluation/scores.csv")[0]
-    assert row["condition"] == "../noisy/a/0.png"
-    assert Image.open(pictures / "noisy/a/0.png").tobytes() == expected.tobytes()
-
-    command(*words, "--save_pictures", "--steps", 1, 2)
-    swept = tmp_path / "out/evaluation-2/pictures"
-    for steps in (1, 2):
-        assert (swept / f"steps_{steps}/noisy/a/0.png").is_file()
-    assert Image.open(swept.parent / "sweep.png").size == (640, 240)
-    methods = json.loads((swept.parent / "scores.json").read_text())["methods"]
+def test_several_steps_are_compared(command, run_folder, tmp_path):
+    write_pairs(tmp_path, ["0.png"])
+    words = "--checkpoint", run_folder, "--data", "pairs.csv", "--metrics", "psnr", "ssim"
+    command(*words, "--steps", 1, 2)
+    methods = json.loads((tmp_path / "out/evaluation/scores.json").read_text())["methods"]
     assert list(methods) == ["input", "ceiling", "steps_1", "steps_2"]
-
-
-def test_two_pictures_of_one_name_are_not_saved(command, run_folder, tmp_path):
-    write_pairs(tmp_path, ["0.png", "0.bmp"])
-    words = "--checkpoint", run_folder, "--data", "pairs.csv", "--metrics", "psnr"
-    both = "line 2 and line 3 of pairs.csv have one name, noisy/0.png"
-    with pytest.raises(UserError, match=both):
-        command(*words, "--save_pictures")
-    command(*words)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -357,11 +332,9 @@ IDLE = [
     (f"{DATA} --quality 80", "--quality: goes with --input"),
     (f"{INPUT} --steps 1 2", "--steps: several numbers"),
     (f"{INPUT} --metrics psnr", "--metrics: goes with --data"),
-    (f"{INPUT} --save_pictures", "--save_pictures: goes with --data"),
     (f"{ALONE} --sampler euler", "--sampler: needs --checkpoint"),
     (f"{ALONE} --condition_guidance=1", "--condition_guidance: needs --checkpoint"),
     (f"{ALONE} --weights ema", "--weights: needs --checkpoint"),
-    (f"{ALONE} --save_pictures", "--save_pictures: needs --checkpoint"),
     ("--input a.png --output o.png", "--input: needs --checkpoint"),
     (f"{ALONE} --metrics psnr --lpips_weights a b", "--lpips_weights: --metrics leaves out"),
     (f"{ALONE} --metrics psnr --fid_weights a", "--fid_weights: --metrics leaves out"),
