@@ -1283,16 +1283,18 @@ def load_data(args, step, draws):
 RUN_FILES = "autoencoder", "base", "config.json", "log.jsonl", "loss.png", "samples"
 
 
-def claim_run(args, config):
-    """Make the folder of a new run, and put what it stands on there. Raises UserError."""
+def claim_run(args):
+    """Make the folder of a new run, unless a start that was killed has left it. Raises UserError.
+
+    -> whether it is new."""
     run = Path(args.out)
-    if args.resume and run.is_dir():  # a start that was killed
+    if args.resume and run.is_dir():
         for path in run.iterdir():
             if path.name not in RUN_FILES and not path.name.startswith((".", "step_")):
                 raise UserError(f"--resume {run}: no run is here, but {path.name}; see --out")
-    else:
-        degrade.make_folder(run)
-    model.link_parts(args.model, config, run)
+        return False
+    degrade.make_folder(run)
+    return True
 
 
 def run_training(args, config, train_set, val_set, rows, draws):
@@ -1367,10 +1369,10 @@ def main():
     # every draw of the run has a number; this process takes every WORLD-th
     last = first + (args.steps - step) * args.batch_size
     draws = range(first + RANK, last, WORLD)
-    made = not run.exists()
-    if not args.checkpoint:
-        first_does(lambda: claim_run(args, config))
+    made = not args.checkpoint and first_does(lambda: claim_run(args))
     try:
+        if not args.checkpoint:
+            first_does(lambda: model.link_parts(args.model, config, run))
         state, caught = run_training(args, config, train_set, val_set, rows, draws)
     except BaseException:
         if made and RANK == 0 and not (run / "latest").exists():
