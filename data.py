@@ -101,11 +101,8 @@ def list_images(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# Sources of pairs. A source has a length and these methods:
-#   peek(i) -> (whether row i has a condition, caption), without opening a file
+# Sources of pairs. A source has .rows, a length, .enlarge and
 #   load(i) -> (clean, condition or None, the row's name in error messages)
-#   degradations_of(i) -> the names in the CSV's column degradation
-#   identity(i) -> (the row's name, digest of the clean picture, digest of all else)
 
 # of decoded pictures that each process keeps in memory; others are read again at each draw
 CACHE_BYTES = 512 * 2**20
@@ -119,23 +116,38 @@ class Row:
 
     line: int
     name: str  # as the CSV names its files
-    clean: Path
+    clean: Path | None  # None: procedural
     condition: Path | None
     caption: str
     degradation: str  # what was done to the condition, as degrade.describe() writes it; may be ""
     group: str  # no row of a held-out row's group is trained on; may be ""
+    digest: str = ""  # SHA-256 of the clean picture's file: copies of a picture are the same
+    condition_digest: str | None = None
 
     def paths(self):
         return [path for path in (self.clean, self.condition) if path]
+
+    def degradations(self):
+        """Return the names in the column degradation: ["jpeg", "downscale"].
+
+        A text that is no recipe counts as one name."""
+        names = [word.split(":")[0] for word in self.degradation.split()]
+        if set(names) <= degrade.DEGRADATIONS.keys():
+            return names
+        return [self.degradation]
+
+    def identity(self):
+        """Return [name, digest of the clean picture, digest of all else]."""
+        others = [self.condition_digest, self.caption, self.degradation, self.group]
+        return [self.name, self.digest, short_hash(others)]
 
 
 class CsvPairs:
     """The rows of a pairs.csv, whose pictures have been looked at.
 
-    headers, digests: {path: Header}, {path: SHA-256 of the file}. enlarge: how many times smaller
-    the conditions are than their clean pictures. smallest: side that clean pictures have at least.
-    Raises UserError, with the line, if a file of a row is missing or unreadable, has transparent
-    pixels, or does not fit its partner.
+    headers: {path: Header}. enlarge: how many times smaller the conditions are than their clean
+    pictures. smallest: side that clean pictures must have at least. Raises UserError, with the
+    line, if a file of a row is missing or unreadable, has transparent pixels, or does not fit.
     skip_bad: decode each picture now, and print and leave out the rows that fail."""
 
     def __init__(self, path, skip_bad=False, smallest=1):
@@ -146,7 +158,6 @@ class CsvPairs:
         self.bytes = 0
         self.rows = []
         self.headers = {}
-        self.digests = {}
         for line, fields in self.read_lines():
             with self.bad_row(line):
                 self.rows.append(self.read_row(line, fields))
@@ -220,12 +231,15 @@ class CsvPairs:
     def look_at_pictures(self):
         """Read the headers and digests of all pictures. Leave out, or refuse, rows that fail."""
         paths = dict.fromkeys(path for row in self.rows for path in row.paths())
+        digests = {}
         with ThreadPoolExecutor() as pool:
             looks = {path: pool.submit(look_at, path, self.skip_bad) for path in paths}
 
             def check(row):
                 for path in row.paths():
-                    self.headers[path], self.digests[path] = looks[path].result()
+                    self.headers[path], digests[path] = looks[path].result()
+                row.digest = digests[row.clean]
+                row.condition_digest = digests.get(row.condition)
 
             self.keep_rows(check)
         notices = {}
@@ -269,10 +283,6 @@ class CsvPairs:
     def __len__(self):
         return len(self.rows)
 
-    def peek(self, index):
-        row = self.rows[index]
-        return row.condition is not None, row.caption
-
     def load(self, index):
         row = self.rows[index]
         where = f"{self.path}, line {row.line}"
@@ -296,25 +306,6 @@ class CsvPairs:
             self.pictures[path] = image
             self.bytes += len(image.mode) * image.width * image.height
         return image
-
-    def degradations_of(self, index):
-        """Return the names in the column degradation: ["jpeg", "downscale"].
-
-        A text that is no recipe counts as one name."""
-        written = self.rows[index].degradation
-        names = [word.split(":")[0] for word in written.split()]
-        if set(names) <= degrade.DEGRADATIONS.keys():
-            return names
-        return [written]
-
-    def identity(self, index):
-        row = self.rows[index]
-        others = [self.digests.get(row.condition), row.caption, row.degradation, row.group]
-        return row.name, self.digest(index), short_hash(others)
-
-    def digest(self, index):
-        """Return the SHA-256 of row index's clean picture: copies of a picture are the same."""
-        return self.digests[self.rows[index].clean]
 
 
 def look_at(path, decode=False):
@@ -354,29 +345,23 @@ class DeadLeaves:
     enlarge = 1
 
     def __init__(self, count, size, seed):
-        self.count = count
         self.size = size
         self.seed = seed
         self.pictures = {}
+        self.rows = []
+        for i in range(count):
+            name = f"procedural picture {i} of seed {seed}"
+            self.rows.append(Row(i, name, None, None, "", "", "", short_hash([name, size])))
 
     def __len__(self):
-        return self.count
-
-    def peek(self, index):
-        return False, ""
+        return len(self.rows)
 
     def load(self, index):
         if index not in self.pictures:
             rng = np.random.default_rng(seed_for(self.seed, index, "dead leaves"))
             self.pictures[index] = dead_leaves(self.size, rng)
-        return self.pictures[index], None, f"procedural picture {index}"
+        return self.pictures[index], None, self.rows[index].name
 
-    def degradations_of(self, index):
-        return []
-
-    def identity(self, index):
-        name = f"procedural picture {index} of seed {self.seed}"
-        return name, short_hash([name, self.size]), ""
 
 def dead_leaves(size, rng):
     """Draw a size x size picture of opaque shapes that hide each other.
@@ -506,16 +491,17 @@ class PairedDataset:
         Its random numbers are separate from those of prepare."""
         purpose = "train plan" if self.training else "validation plan"
         rng = np.random.default_rng(seed_for(self.seed, n, purpose))
-        row = self.order[n] if self.training else self.rows[n]
-        has_condition, caption = self.source.peek(row)
+        index = self.order[n] if self.training else self.rows[n]
+        row = self.source.rows[index]
+        caption = row.caption
         recipe = None
-        if not has_condition:
+        if not row.condition:
             count = rng.integers(1, self.max_degradations + 1)
             recipe = degrade.draw_recipe(self.degradations, count, rng)
             caption = caption or degrade.make_prompt([name for name, _ in recipe], rng)
         if self.training and rng.random() < self.caption_dropout:
             caption = ""
-        return Plan(row, recipe, caption)
+        return Plan(index, recipe, caption)
 
     def prepare(self, n, plan):
         """Open and degrade the pictures of draw n. They are PIL images, RGB.
@@ -571,7 +557,7 @@ class PairedDataset:
         """Return the names of all degradations that its rows may have, by draw or by the CSV."""
         names = {name for name, _ in self.degradations}
         for i in self.rows:
-            names.update(self.source.degradations_of(i))
+            names.update(self.source.rows[i].degradations())
         return names
 
     def name_degradations(self, n):
@@ -579,10 +565,10 @@ class PairedDataset:
 
         Read from its recipe; without one from the CSV's column degradation; if that is empty from
         the caption."""
-        row, recipe, caption = self.plan(n)
+        index, recipe, caption = self.plan(n)
         if recipe:
             return [name for name, _ in recipe]
-        return self.source.degradations_of(row) or degrade.read_prompt(caption)
+        return self.source.rows[index].degradations() or degrade.read_prompt(caption)
 
 
 class EndlessOrder:
@@ -714,12 +700,18 @@ HELD_OUT = 8  # pictures that validation measures, or a tenth of the rows if tha
 VALIDATION_CROP = 192
 
 
+def drawing_of(flags):
+    """Return {flag: value} of how a pair is drawn. flags: {flag: value}, as given."""
+    drawing = {name: flags[name] for name in ("max_degradations", "caption_dropout", "seed")}
+    return drawing | {"degradations": degrade.parse_degradations(flags["degradations"])}
+
+
 def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), kept=()):
     """Return the PairedDataset of training, that of validation, and the rows held out.
 
     table, val_table: paths of CSVs. table None: the demo. val_table None: rows of table are held
-    out, see hold_out. crop: PairedDataset's, of training. drawing: its degradations,
-    max_degradations, caption_dropout and seed. before, kept: see hold_out. Raises UserError."""
+    out, see hold_out. crop: PairedDataset's, of training. drawing: see drawing_of. before, kept:
+    see hold_out. Raises UserError."""
     largest = max(side for _, side in crop) if isinstance(crop, list) else crop
     fixed = drawing | {"training": False}
     if table is None:  # the demo
@@ -738,8 +730,8 @@ def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), ke
     else:
         measured, held_out = hold_out(source, before, kept)
     units = find_units(source, val_source)
-    taken = {units[val_source.digest(i)] for i in held_out}
-    training = [i for i in range(len(source)) if units[source.digest(i)] not in taken]
+    taken = {units[val_source.rows[i].digest] for i in held_out}
+    training = [i for i, row in enumerate(source.rows) if units[row.digest] not in taken]
     if not training:
         raise UserError(f"{table}: all rows share a picture or group with --val_data")
     print(source.summary())
@@ -754,7 +746,7 @@ def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), ke
     val_crop = max(VALIDATION_CROP, largest)
     val_set = PairedDataset(val_source, val_crop, rows=measured, **fixed)
     train_set = PairedDataset(source, crop, rows=training, **drawing)
-    return train_set, val_set, [list(val_source.identity(i)) for i in held_out]
+    return train_set, val_set, [val_source.rows[i].identity() for i in held_out]
 
 
 def find_units(*sources):
@@ -771,7 +763,7 @@ def find_units(*sources):
 
     for source in sources:
         for row in source.rows:
-            root = find(("picture", source.digests[row.clean]))
+            root = find(("picture", row.digest))
             if row.group:
                 name = hashlib.sha256(row.group.encode()).hexdigest()
                 other = find(("group", name))
@@ -792,15 +784,15 @@ def hold_out(source, before=(), kept=()):
     count = min(HELD_OUT, len(source) // 10)
     units = find_units(source)
     rows = {}  # of each unit
-    for i in sorted(range(len(source)), key=lambda i: source.identity(i)[1:]):
-        rows.setdefault(units[source.digest(i)], []).append(i)
+    for i in sorted(range(len(source)), key=lambda i: source.rows[i].identity()[1:]):
+        rows.setdefault(units[source.rows[i].digest], []).append(i)
     order = [i for unit in sorted(rows) for i in rows[unit]]
     earlier = {digest for _, digest, _ in kept}
-    held_out = [i for i in order if source.digest(i) in earlier]
+    held_out = [i for i in order if source.rows[i].digest in earlier]
     if held_out:
         return held_out[: max(1, count)], held_out
     for unit in sorted(rows):
-        seen = any(source.digest(i) in before for i in rows[unit])
+        seen = any(source.rows[i].digest in before for i in rows[unit])
         if len(held_out) < count and len(rows[unit]) <= len(source) / 2 and not seen:
             held_out += rows[unit]
     if held_out:
@@ -813,14 +805,14 @@ def refuse_useless_flags(given, *sources):
 
     given: {flag: value} of what was typed."""
     useless = {"degradations", "max_degradations"} & given.keys()
-    if useless and all(source.peek(i)[0] for source in sources for i in range(len(source))):
+    if useless and all(row.condition for source in sources for row in source.rows):
         all_paired = f"every row of {sources[0].path} has a condition, nothing is degraded here"
         raise UserError(f"--{min(useless)}: {all_paired}; leave it out")
 
 
 def list_rows(dataset):
     """Return [[name, digest of the clean picture, digest of all else]] of a data set's rows."""
-    return [list(dataset.source.identity(i)) for i in dataset.rows]
+    return [dataset.source.rows[i].identity() for i in dataset.rows]
 
 
 def check_same(before, now, what):
@@ -910,7 +902,7 @@ def draw_path(folder, n):
 def fingerprint(config, drawing, resolution):
     """Return {flag: value} of all that a cache depends on, except its pictures.
 
-    config: "model" of config.json. drawing: see make_datasets."""
+    config: "model" of config.json. drawing: see drawing_of."""
     about = {
         "degradations": degrade.describe(drawing["degradations"]),
         "resolution": resolution,
@@ -1099,12 +1091,7 @@ def run_cache(args):
     name = args.model or default_model(args.data, args.device)
     config = model.describe_model(name, "restorer")
     resolution = args.resolution or RESOLUTIONS.get(config["name"], RESOLUTION)
-    drawing = {
-        "degradations": degrade.parse_degradations(args.degradations),
-        "max_degradations": args.max_degradations,
-        "caption_dropout": args.caption_dropout,
-        "seed": args.seed,
-    }
+    drawing = drawing_of(vars(args))
     own = model.find_autoencoder(model.find_checkpoint(name)) if model.is_run(name) else None
     autoencoder = model.load_autoencoder(config, own).to(args.device)
     model.check_resolution([resolution], autoencoder)

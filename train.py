@@ -1247,16 +1247,6 @@ def crop_sides(args, step, draws):
     return sides
 
 
-def drawing_of(args):
-    """Return the flags of data.make_datasets on how a pair is drawn."""
-    return {
-        "degradations": degrade.parse_degradations(args.degradations),
-        "max_degradations": args.max_degradations,
-        "caption_dropout": args.caption_dropout,
-        "seed": args.seed,
-    }
-
-
 def load_data(args, step, draws):
     """Open the pairs -> training set, validation set, rows.json. Raises UserError.
 
@@ -1266,7 +1256,7 @@ def load_data(args, step, draws):
         begun = vae.read_json(args.checkpoint / "rows.json")
     before = model.rows_trained_on(args.checkpoint or args.model)
     crop = crop_sides(args, step, draws)
-    how = crop, drawing_of(args), args.skip_bad, before, begun["held_out"]
+    how = crop, data.drawing_of(vars(args)), args.skip_bad, before, begun["held_out"]
     train_set, val_set, held_out = data.make_datasets(args.data, args.val_data, *how)
     if args.data:
         data.refuse_useless_flags(args.given, train_set.source, val_set.source)
@@ -1364,7 +1354,7 @@ def main():
     train_set, val_set, rows = first_does(lambda: load_data(args, step, first))
     config["enlarge"] = train_set.source.enlarge
     if args.cache:
-        about = data.fingerprint(config, drawing_of(args), args.resolution)
+        about = data.fingerprint(config, data.drawing_of(vars(args)), args.resolution)
         train_set = data.CachedDataset(args.cache, about, train_set)
     # every draw of the run has a number; this process takes every WORLD-th
     last = first + (args.steps - step) * args.batch_size
