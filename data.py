@@ -1161,8 +1161,7 @@ def run_cache(args):
         "caption_dropout": args.caption_dropout,
         "seed": args.seed,
     }
-    own = model.find_autoencoder(model.find_checkpoint(name)) if model.is_run(name) else None
-    autoencoder = model.load_autoencoder(config, own).to(args.device)
+    autoencoder = model.load_autoencoder(config, name).to(args.device)
     model.check_resolution([resolution], autoencoder)
     before = model.rows_trained_on(name)
     tables = args.data, args.val_data
