@@ -821,7 +821,7 @@ def find_part(checkpoint, part):
     part: "base" or "autoencoder"."""
     folder = run_of(checkpoint) / part
     if not (folder / "ema.safetensors").is_file():
-        raise UserError(f"{folder} is gone, and {checkpoint} stands on it; take the whole run folder")
+        raise UserError(f"{checkpoint} stands on {folder}, which is gone; take the whole run")
     return folder
 
 
@@ -940,8 +940,9 @@ def export(path, out, weights="ema"):
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a model already; choose another folder")
     restorer, about = load_restorer(path, weights)
-    if about["stage"] == "decoder" and weights == "model":
-        raise UserError(f"--weights model: {path} is a decoder; give the run of its restorer")
+    if about["stage"] == "decoder":
+        base = find_part(find_checkpoint(path), "base")
+        raise UserError(f"{path} is a decoder, and diffusers has no such; export {base}")
     merge_lora(restorer)
     tensors = restorer.sana.state_dict()
     if restorer.conditioning == "projection":
@@ -957,8 +958,6 @@ def export(path, out, weights="ema"):
     print(f"{out}: {count / 1e6:.2f} M parameters, in_channels {channels}")
     meaning = {"velocity": "noise - x0", "residual": "x0 - condition, which is no velocity"}
     print(f"it predicts {meaning[restorer.prediction]}; sample with shift {restorer.shift:g}")
-    if about["stage"] == "decoder":
-        print("this is its restorer: the decoder is no part of diffusers' AutoencoderDC")
 
 
 # --------------------------------------------------------------------------------------------------
