@@ -1092,8 +1092,7 @@ def run_cache(args):
     config = model.describe_model(name, "restorer")
     resolution = args.resolution or RESOLUTIONS.get(config["name"], RESOLUTION)
     drawing = drawing_of(vars(args))
-    own = model.find_autoencoder(model.find_checkpoint(name)) if model.is_run(name) else None
-    autoencoder = model.load_autoencoder(config, own).to(args.device)
+    autoencoder = model.load_autoencoder(config, name).to(args.device)
     model.check_resolution([resolution], autoencoder)
     before = model.rows_trained_on(name)
     options = resolution, drawing, args.skip_bad, before
