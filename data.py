@@ -54,17 +54,8 @@ def seed_for(seed, index, purpose):
 
 def to_tensor(image):
     """PIL image (alpha ignored) -> float tensor [3, H, W] in [-1, 1], RGB."""
-    return levels_to_tensor(to_levels(image))
-
-
-def to_levels(image):
-    """PIL image (alpha ignored) -> array [H, W, 3] of the levels 0..255, RGB."""
-    return np.array(image.convert("RGB"))
-
-
-def levels_to_tensor(levels):
-    """Array [H, W, 3] of 0..255 -> float tensor [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(levels).permute(2, 0, 1).float() / 127.5 - 1
+    levels = torch.from_numpy(np.array(image.convert("RGB")))
+    return levels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_image(tensor):
@@ -74,7 +65,8 @@ def to_image(tensor):
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
-SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
+# how the names of hidden and system files and folders begin
+HIDDEN = ".", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"
 
 
 def list_images(folder):
@@ -87,21 +79,19 @@ def list_images(folder):
     extensions = picture_extensions()
     found = []
     others = []
-    visited = set()  # a link may lead back
+    visited = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in visited:
+        real = os.path.realpath(place)
+        if real in visited:  # a link leads back
             folders.clear()
             continue
-        visited.add(os.path.realpath(place))
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        visited.add(real)
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         for name in names:
             path = Path(place, name)
-            if is_hidden(name) or not path.is_file():
-                continue
-            if path.suffix.lower() in extensions:
-                found.append(path)
-            else:
-                others.append(path)
+            if path.is_file() and not name.startswith(HIDDEN):
+                files = found if path.suffix.lower() in extensions else others
+                files.append(path)
     if others:
         some = f"{len(others)} files such as {min(others).name}"
         print(f"{folder}: left out as no pictures: {some}", file=sys.stderr)
@@ -110,16 +100,9 @@ def list_images(folder):
     return sorted(found)
 
 
-def is_hidden(name):
-    return name.startswith(".") or name in SYSTEM_FOLDERS
-
-
 # --------------------------------------------------------------------------------------------------
-# Sources of pairs. A source has a length and these methods:
-#   peek(i) -> (whether row i has a condition, caption), without opening a file
+# Sources of pairs. A source has .rows, a length, .enlarge and
 #   load(i) -> (clean, condition or None, the row's name in error messages)
-#   degradations_of(i) -> the names in the CSV's column degradation
-#   identity(i) -> (the row's name, digest of the clean picture, digest of all else)
 
 # of decoded pictures that each process keeps in memory; others are read again at each draw
 CACHE_BYTES = 512 * 2**20
@@ -133,37 +116,54 @@ class Row:
 
     line: int
     name: str  # as the CSV names its files
-    clean: Path
+    clean: Path | None  # None: procedural
     condition: Path | None
     caption: str
     degradation: str  # what was done to the condition, as degrade.describe() writes it; may be ""
     group: str  # no row of a held-out row's group is trained on; may be ""
+    digest: str = ""  # SHA-256 of the clean picture's file: copies of a picture are the same
+    condition_digest: str | None = None
 
     def paths(self):
         return [path for path in (self.clean, self.condition) if path]
+
+    def degradations(self):
+        """Return the names in the column degradation: ["jpeg", "downscale"].
+
+        A text that is no recipe counts as one name."""
+        names = [word.split(":")[0] for word in self.degradation.split()]
+        if set(names) <= degrade.DEGRADATIONS.keys():
+            return names
+        return [self.degradation]
+
+    def identity(self):
+        """Return [name, digest of the clean picture, digest of all else]."""
+        others = [self.condition_digest, self.caption, self.degradation, self.group]
+        return [self.name, self.digest, short_hash(others)]
 
 
 class CsvPairs:
     """The rows of a pairs.csv, whose pictures have been looked at.
 
-    headers, digests: {path: Header}, {path: SHA-256 of the file}. enlarge: how many times smaller
-    the conditions are than their clean pictures. Raises UserError, with the line, if a file of a
-    row is missing or unreadable, has transparent pixels, or does not fit its partner.
+    headers: {path: Header}. enlarge: how many times smaller the conditions are than their clean
+    pictures. smallest: side that clean pictures must have at least. Raises UserError, with the
+    line, if a file of a row is missing or unreadable, has transparent pixels, or does not fit.
     skip_bad: decode each picture now, and print and leave out the rows that fail."""
 
-    def __init__(self, path, skip_bad=False):
+    def __init__(self, path, skip_bad=False, smallest=1):
         self.path = Path(path)
         self.skip_bad = skip_bad
+        self.smallest = smallest
         self.pictures = {}
         self.bytes = 0
         self.rows = []
+        self.headers = {}
         for line, fields in self.read_lines():
             with self.bad_row(line):
                 self.rows.append(self.read_row(line, fields))
-        self.headers, self.digests, self.errors = look_at(self.rows, decode=skip_bad)
+        self.look_at_pictures()
         self.enlarge = self.find_factor()
-        self.keep_rows(self.check_pictures)
-        self.say_what_is_converted()
+        self.keep_rows(self.check_sizes)
 
     @contextlib.contextmanager
     def bad_row(self, line):
@@ -179,7 +179,7 @@ class CsvPairs:
     def keep_rows(self, check):
         """Keep the rows for which check(row) raises no UserError; see bad_row."""
         kept = []
-        for row in self.rows:
+        for row in tqdm(self.rows, unit="row", desc="check", delay=1):
             with self.bad_row(row.line):
                 check(row)
                 kept.append(row)
@@ -191,9 +191,8 @@ class CsvPairs:
         """Read the CSV -> [(line number, {column: field})]."""
         path = self.path
         if path.is_dir():
-            two = "python data.py match CLEAN DEGRADED --out pairs.csv makes one of two folders"
-            one = "python data.py pairs PHOTOS --out pairs of one"
-            raise UserError(f"{path} is a folder, a CSV is needed: {two}, {one}")
+            advice = "python data.py match makes one of two folders, python data.py pairs of one"
+            raise UserError(f"{path} is a folder, a CSV is needed: {advice}")
         with explain_errors(path, "this CSV"), open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
@@ -215,67 +214,64 @@ class CsvPairs:
         """Make a Row. Raises UserError."""
         if None in fields:
             raise UserError("more fields than columns")
-        values = {key: (value or "").strip() for key, value in fields.items()}
-        name = values["image_path"]
+        name, degraded, *texts = [(fields.get(column) or "").strip() for column in COLUMNS]
         if not name:
             raise UserError("image_path is empty")
         clean = self.path.parent / name
         condition = None
-        if values.get("condition_image_path"):
-            name += "," + values["condition_image_path"]
-            condition = self.path.parent / values["condition_image_path"]
-        texts = [values.get(column, "") for column in ("caption", "degradation", "group")]
+        if degraded:
+            name += "," + degraded
+            condition = self.path.parent / degraded
         row = Row(line, name, clean, condition, *texts)
         for path in row.paths():
             if not os.path.isfile(path):  # False, no error, if too long or with a NUL
                 raise UserError(f"no file {path}")
         return row
 
+    def look_at_pictures(self):
+        """Read the headers and digests of all pictures. Leave out, or refuse, rows that fail."""
+        paths = dict.fromkeys(path for row in self.rows for path in row.paths())
+        digests = {}
+        with ThreadPoolExecutor() as pool:
+            looks = {path: pool.submit(look_at, path, self.skip_bad) for path in paths}
+
+            def check(row):
+                for path in row.paths():
+                    self.headers[path], digests[path] = looks[path].result()
+                row.digest = digests[row.clean]
+                row.condition_digest = digests.get(row.condition)
+
+            self.keep_rows(check)
+        notices = {}
+        for path, header in self.headers.items():
+            for text in header.notices:
+                notices.setdefault(text, []).append(path)
+        say_notices(notices)
+
     def find_factor(self):
         """Return how many times smaller most conditions are than their clean pictures."""
         counts = Counter()
         for row in self.rows:
-            clean, condition = self.headers.get(row.clean), self.headers.get(row.condition)
-            if clean and condition:
-                counts.update(n for n in FACTORS if sizes_fit(clean.size, condition.size, n))
+            if row.condition:
+                clean, condition = self.headers[row.clean].size, self.headers[row.condition].size
+                counts.update(n for n in FACTORS if sizes_fit(clean, condition, n))
         if not counts:
             return 1
-        factor = counts.most_common(1)[0][0]  # others are refused by check_pictures
+        factor = counts.most_common(1)[0][0]  # others are refused by check_sizes
         if factor > 1:
             smaller = f"conditions are {factor} times smaller than their clean pictures"
             print(f"{self.path}: {smaller}: they are enlarged (bicubic)")
         return factor
 
-    def check_pictures(self, row):
-        """Raise UserError if the pictures of a row cannot be used."""
-        for path in row.paths():
-            if path in self.errors:
-                raise self.errors[path]
-        if not row.condition:
-            return
-        clean, condition = self.headers[row.clean], self.headers[row.condition]
-        if sizes_fit(clean.size, condition.size, self.enlarge):
-            return
-        sizes = f"{as_text(clean.size)} and {as_text(condition.size)}"
-        raise UserError(f"a pair of different sizes, once turned upright by EXIF: {sizes}")
-
-    def check_sides(self, crop):
-        """Leave out, or refuse, rows whose pictures are smaller than the crops of training."""
-
-        def check(row):
-            size = self.headers[row.clean].size
-            if min(size) < crop:
-                raise UserError(too_small(size, crop))
-
-        self.keep_rows(check)
-
-    def say_what_is_converted(self):
-        notices = {}
-        for row in self.rows:
-            for path in row.paths():
-                for text in self.headers[path].notices:
-                    notices.setdefault(text, []).append(path)
-        say_notices(notices)
+    def check_sizes(self, row):
+        """Raise UserError if the pictures of a row do not fit each other, or are too small."""
+        clean = self.headers[row.clean].size
+        if min(clean) < self.smallest:
+            raise UserError(too_small(clean, self.smallest))
+        condition = row.condition and self.headers[row.condition].size
+        if condition and not sizes_fit(clean, condition, self.enlarge):
+            sizes = f"{as_text(clean)} and {as_text(condition)}"
+            raise UserError(f"a pair of different sizes, once turned upright by EXIF: {sizes}")
 
     def summary(self):
         """Say what is in the rows, in a line."""
@@ -286,10 +282,6 @@ class CsvPairs:
 
     def __len__(self):
         return len(self.rows)
-
-    def peek(self, index):
-        row = self.rows[index]
-        return row.condition is not None, row.caption
 
     def load(self, index):
         row = self.rows[index]
@@ -315,48 +307,16 @@ class CsvPairs:
             self.bytes += len(image.mode) * image.width * image.height
         return image
 
-    def degradations_of(self, index):
-        """Return the names in the column degradation: ["jpeg", "downscale"].
 
-        A text that is no recipe counts as one name."""
-        written = self.rows[index].degradation
-        names = [word.split(":")[0] for word in written.split()]
-        known = set(names) <= degrade.DEGRADATIONS.keys()
-        return names if known else [written]
+def look_at(path, decode=False):
+    """Look at a picture of a pair -> Header, SHA-256 of the file. Raises UserError.
 
-    def identity(self, index):
-        row = self.rows[index]
-        texts = [row.caption, row.degradation, row.group]
-        others = [self.digests.get(row.condition), *texts]
-        return row.name, self.digests[row.clean], short_hash(others)
-
-
-def look_at(rows, decode=False):
-    """Look at the pictures of all rows -> {path: Header}, {path: SHA-256}, {path: UserError}.
-
-    decode: decode each picture, which finds damage behind the header, and not only those with
-    alpha, which may hide colours."""
-    paths = list(dict.fromkeys(path for row in rows for path in row.paths()))
-
-    def look(path):
-        try:
-            header = read_header(path)
-            if decode or header.mode.endswith("A"):
-                open_opaque(path)
-            return header, file_digest(path), None
-        except UserError as error:
-            return None, None, error
-
-    headers, digests, errors = {}, {}, {}
-    with ThreadPoolExecutor() as pool:
-        looks = tqdm(pool.map(look, paths), total=len(paths), unit="img", desc="check", delay=1)
-        for path, (header, digest, error) in zip(paths, looks):
-            if error:
-                errors[path] = error
-            else:
-                headers[path] = header
-                digests[path] = digest
-    return headers, digests, errors
+    decode: decode it too, which finds damage behind the header. What has alpha is always decoded:
+    transparent pixels may hide colours."""
+    header = read_header(path)
+    if decode or header.mode.endswith("A"):
+        open_opaque(path)
+    return header, file_digest(path)
 
 
 def sizes_fit(clean, condition, factor):
@@ -385,29 +345,23 @@ class DeadLeaves:
     enlarge = 1
 
     def __init__(self, count, size, seed):
-        self.count = count
         self.size = size
         self.seed = seed
         self.pictures = {}
+        self.rows = []
+        for i in range(count):
+            name = f"procedural picture {i} of seed {seed}"
+            self.rows.append(Row(i, name, None, None, "", "", "", short_hash([name, size])))
 
     def __len__(self):
-        return self.count
-
-    def peek(self, index):
-        return False, ""
+        return len(self.rows)
 
     def load(self, index):
         if index not in self.pictures:
             rng = np.random.default_rng(seed_for(self.seed, index, "dead leaves"))
             self.pictures[index] = dead_leaves(self.size, rng)
-        return self.pictures[index], None, f"procedural picture {index}"
+        return self.pictures[index], None, self.rows[index].name
 
-    def degradations_of(self, index):
-        return []
-
-    def identity(self, index):
-        name = f"procedural picture {index} of seed {self.seed}"
-        return name, short_hash([name, self.size]), ""
 
 def dead_leaves(size, rng):
     """Draw a size x size picture of opaque shapes that hide each other.
@@ -490,20 +444,18 @@ class Plan(NamedTuple):
 
 
 class PairedDataset:
-    """Crops of pairs: {"clean", "condition": [3, H, W] in [-1, 1], "caption": str, ...}.
+    """Crops of pairs: {"clean", "condition": [3, H, W] in [-1, 1], "caption", "grey", "draw"}.
 
-    And "grey": whether the condition has one channel, repeated three times; "draw": the item's
-    number.
+    grey: whether the condition has one channel, repeated three times. draw: the item's number.
 
     source: CsvPairs or DeadLeaves. rows: which of its indices to use (default all).
-    crop: side in pixels; None: whole pictures; [(n, side), ...]: that side for draws below n. In
-    validation, a side of the picture that is shorter than the crop is kept whole.
+    crop: side in pixels; None: whole pictures; [(n, side), ...]: that side for draws below n.
     degradations: as parse_degradations returns them; 1 to max_degradations of them are applied to
     the clean picture of a row without a condition. caption_dropout: share of captions emptied.
     training True: item n is the n-th draw of an endless stream, which visits every row once an
     epoch in a new order, with random crop, flip and caption dropout. All of it depends on seed and
-    n alone, so a run can stop and go on at any n. False: item n is the n-th of rows, cropped at its
-    centre, always with the same degradation."""
+    n alone, so a run can stop and go on at any n. False: item n is the n-th of rows, always with
+    the same degradation, cropped at its centre; a side shorter than the crop is kept whole."""
 
     def __init__(
         self,
@@ -539,19 +491,20 @@ class PairedDataset:
         Its random numbers are separate from those of prepare."""
         purpose = "train plan" if self.training else "validation plan"
         rng = np.random.default_rng(seed_for(self.seed, n, purpose))
-        row = self.order[n] if self.training else self.rows[n]
-        has_condition, caption = self.source.peek(row)
+        index = self.order[n] if self.training else self.rows[n]
+        row = self.source.rows[index]
+        caption = row.caption
         recipe = None
-        if not has_condition:
+        if not row.condition:
             count = rng.integers(1, self.max_degradations + 1)
             recipe = degrade.draw_recipe(self.degradations, count, rng)
             caption = caption or degrade.make_prompt([name for name, _ in recipe], rng)
         if self.training and rng.random() < self.caption_dropout:
             caption = ""
-        return Plan(row, recipe, caption)
+        return Plan(index, recipe, caption)
 
     def prepare(self, n, plan):
-        """Open and degrade the pictures of draw n. They are arrays [H, W, 3] of levels 0..255.
+        """Open and degrade the pictures of draw n. They are PIL images, RGB.
 
         Threads may call it at the same time. Raises UserError if a picture cannot be read."""
         clean, condition, where = self.source.load(plan.row)
@@ -565,8 +518,8 @@ class PairedDataset:
         else:
             condition = cut(condition)
         return {
-            "clean": to_levels(clean),
-            "condition": to_levels(condition),
+            "clean": clean.convert("RGB"),
+            "condition": condition.convert("RGB"),
             "caption": plan.caption,
             "grey": condition.mode == "L",
             "draw": n,
@@ -576,12 +529,10 @@ class PairedDataset:
         """Choose a crop and a flip -> a function that applies both to a picture of image's size.
 
         Raises UserError if the picture is smaller than the crop of training."""
-        crop = self.crop_at(n)
-        width, height = crop or image.width, crop or image.height
-        if not self.training:  # pictures smaller than the crop are allowed
-            width, height = min(width, image.width), min(height, image.height)
-        if width > image.width or height > image.height:
+        crop = self.crop_at(n) or max(image.size)
+        if self.training and self.crop and min(image.size) < crop:
             raise UserError(f"{where}: {too_small(image.size, crop)}")
+        width, height = min(crop, image.width), min(crop, image.height)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         flip = False
         if self.training:
@@ -604,13 +555,9 @@ class PairedDataset:
 
     def degradation_names(self):
         """Return the names of all degradations that its rows may have, by draw or by the CSV."""
-        names = set()
+        names = {name for name, _ in self.degradations}
         for i in self.rows:
-            has_condition, _ = self.source.peek(i)
-            if has_condition:
-                names.update(self.source.degradations_of(i))
-            else:
-                names.update(name for name, _ in self.degradations)
+            names.update(self.source.rows[i].degradations())
         return names
 
     def name_degradations(self, n):
@@ -618,10 +565,10 @@ class PairedDataset:
 
         Read from its recipe; without one from the CSV's column degradation; if that is empty from
         the caption."""
-        row, recipe, caption = self.plan(n)
+        index, recipe, caption = self.plan(n)
         if recipe:
             return [name for name, _ in recipe]
-        return self.source.degradations_of(row) or degrade.read_prompt(caption)
+        return self.source.rows[index].degradations() or degrade.read_prompt(caption)
 
 
 class EndlessOrder:
@@ -645,8 +592,8 @@ def with_tensors(item):
     """Return an item of prepare with its pictures as tensors [3, H, W] in [-1, 1]."""
     item = dict(item)
     for key in ("clean", "condition"):
-        if isinstance(item[key], np.ndarray):  # a cache has latents, which are tensors already
-            item[key] = levels_to_tensor(item[key])
+        if isinstance(item[key], Image.Image):  # a cache has latents, which are tensors already
+            item[key] = to_tensor(item[key])
     return item
 
 
@@ -727,16 +674,12 @@ def add_data_flags(parser):
     add("--model", help=text)
     add("--seed", type=between(int, 0), help="of everything random (default 0)")
     add("--workers", type=between(int, 1, 100), help="threads that prepare pictures (default 1)")
-    add_device_flag(add)
+    add("--device", type=check_device, help=f"default {DEFAULTS['device']}")
 
 
 def add_degradations_flag(add):
     example = "such as jpeg gaussian_noise:sigma=25 (default: all but color_jitter)"
     add("--degradations", nargs="+", metavar="NAME", help=example)
-
-
-def add_device_flag(add):
-    add("--device", type=check_device, help=f"default {DEFAULTS['device']}")
 
 
 def check_device(name):
@@ -757,12 +700,18 @@ HELD_OUT = 8  # pictures that validation measures, or a tenth of the rows if tha
 VALIDATION_CROP = 192
 
 
+def drawing_of(flags):
+    """Return {flag: value} of how a pair is drawn. flags: {flag: value}, as given."""
+    drawing = {name: flags[name] for name in ("max_degradations", "caption_dropout", "seed")}
+    return drawing | {"degradations": degrade.parse_degradations(flags["degradations"])}
+
+
 def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), kept=()):
     """Return the PairedDataset of training, that of validation, and the rows held out.
 
     table, val_table: paths of CSVs. table None: the demo. val_table None: rows of table are held
-    out, see hold_out. crop: PairedDataset's, of training. drawing: its degradations,
-    max_degradations, caption_dropout and seed. before, kept: see hold_out. Raises UserError."""
+    out, see hold_out. crop: PairedDataset's, of training. drawing: see drawing_of. before, kept:
+    see hold_out. Raises UserError."""
     largest = max(side for _, side in crop) if isinstance(crop, list) else crop
     fixed = drawing | {"training": False}
     if table is None:  # the demo
@@ -771,8 +720,7 @@ def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), ke
         others = DeadLeaves(HELD_OUT, VALIDATION_CROP, seed_for(seed, 0, "held out"))
         val_set = PairedDataset(others, None, **fixed)
         return PairedDataset(photos, crop, **drawing), val_set, list_rows(val_set)
-    source = CsvPairs(table, skip_bad)
-    source.check_sides(largest)
+    val_source = source = CsvPairs(table, skip_bad, largest)
     if val_table:
         val_source = CsvPairs(val_table, skip_bad)
         if val_source.enlarge != source.enlarge:
@@ -780,9 +728,10 @@ def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), ke
             raise UserError(f"--val_data and --data have {factors}; give the same in both")
         measured = held_out = list(range(len(val_source)))
     else:
-        val_source = source
         measured, held_out = hold_out(source, before, kept)
-    training = rows_apart(source, held_out, val_source)
+    units = find_units(source, val_source)
+    taken = {units[val_source.rows[i].digest] for i in held_out}
+    training = [i for i, row in enumerate(source.rows) if units[row.digest] not in taken]
     if not training:
         raise UserError(f"{table}: all rows share a picture or group with --val_data")
     print(source.summary())
@@ -797,76 +746,58 @@ def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), ke
     val_crop = max(VALIDATION_CROP, largest)
     val_set = PairedDataset(val_source, val_crop, rows=measured, **fixed)
     train_set = PairedDataset(source, crop, rows=training, **drawing)
-    return train_set, val_set, [list(val_source.identity(i)) for i in held_out]
+    return train_set, val_set, [val_source.rows[i].identity() for i in held_out]
+
+
+def find_units(*sources):
+    """Return {digest of a clean picture: name of its unit} of the pictures of CsvPairs.
+
+    Rows of one group or of equal clean pictures are a unit. Its name is the hash of its group's
+    name, without a group that of its clean picture."""
+    parent = {}  # a forest: the marks of a unit lead to one root, the least of them
+
+    def find(mark):
+        while parent.setdefault(mark, mark) != mark:
+            mark = parent[mark]
+        return mark
+
+    for source in sources:
+        for row in source.rows:
+            root = find(("picture", row.digest))
+            if row.group:
+                name = hashlib.sha256(row.group.encode()).hexdigest()
+                other = find(("group", name))
+                parent[max(root, other)] = min(root, other)
+    return {name: find((kind, name))[1] for kind, name in parent if kind == "picture"}
 
 
 def hold_out(source, before=(), kept=()):
     """Choose rows of a CsvPairs to validate with -> (rows to measure, all rows held out).
 
-    Rows of one group or of equal clean pictures are a unit, which is held out whole. Units follow
-    each other in the order of hashes, so the choice depends on neither seed nor order of the CSV.
-    Takes units until a tenth of the rows, at most HELD_OUT, are out. Passes over a unit of more
-    than half of the rows, and one with a picture that was trained on. Without any, nothing is held
-    out and rows of the first units are measured.
+    Units (see find_units) are held out whole, in the order of their names: the choice depends on
+    neither seed nor order of the CSV. Takes units until a tenth of the rows, at most HELD_OUT, are
+    out. Passes over a unit of more than half of the rows, and one with a picture that was trained
+    on. Without any, nothing is held out and rows of the first units are measured.
     before: digests of the clean pictures that the weights were trained on already. kept: what
     list_rows said of the rows held out earlier in this run; the pictures still there stay held out,
     whatever became of their captions and conditions."""
     count = min(HELD_OUT, len(source) // 10)
-    order = {}  # {digest of a clean picture: where it stands in kept}
-    for _, digest, _ in kept:
-        order.setdefault(digest, len(order))
-    held_out = [i for i in range(len(source)) if source.identity(i)[1] in order]
-    if held_out:
-        held_out.sort(key=lambda i: (order[source.identity(i)[1]], source.identity(i)[2]))
-        return held_out[: max(1, count)], held_out
     units = find_units(source)
-    for unit in units:
-        seen = any(source.identity(i)[1] in before for i in unit)
-        if len(held_out) < count and len(unit) <= len(source) / 2 and not seen:
-            held_out += unit
+    rows = {}  # of each unit
+    for i in sorted(range(len(source)), key=lambda i: source.rows[i].identity()[1:]):
+        rows.setdefault(units[source.rows[i].digest], []).append(i)
+    order = [i for unit in sorted(rows) for i in rows[unit]]
+    earlier = {digest for _, digest, _ in kept}
+    held_out = [i for i in order if source.rows[i].digest in earlier]
+    if held_out:
+        return held_out[: max(1, count)], held_out
+    for unit in sorted(rows):
+        seen = any(source.rows[i].digest in before for i in rows[unit])
+        if len(held_out) < count and len(rows[unit]) <= len(source) / 2 and not seen:
+            held_out += rows[unit]
     if held_out:
         return held_out[:count], held_out
-    everything = [i for unit in units for i in unit]
-    return everything[:HELD_OUT], []
-
-
-def find_units(source):
-    """Return [[row, ...]]: the rows that belong together, see hold_out. In the order of hashes.
-
-    The hash of a unit is that of its group's name, without a group that of its clean picture."""
-    parent = {}  # a forest: the keys of a unit lead to one root, the least of them
-
-    def find(key):
-        while parent.setdefault(key, key) != key:
-            key = parent[key]
-        return key
-
-    for row in source.rows:
-        root = find(("picture", source.digests[row.clean]))
-        if row.group:
-            name = hashlib.sha256(row.group.encode()).hexdigest()
-            other = find(("group", name))
-            parent[max(root, other)] = min(root, other)
-    units = {}
-    for i, row in enumerate(source.rows):
-        root = find(("picture", source.digests[row.clean]))
-        units.setdefault(root[1], []).append(i)
-    return [sorted(units[key], key=lambda i: source.identity(i)[1:]) for key in sorted(units)]
-
-
-def rows_apart(source, held_out, val_source):
-    """Return the indices of the rows of source that share no clean picture and no group with
-    those held out, which are rows of val_source.
-
-    Pictures are compared by content: copies and other spellings of a path are the same picture."""
-    held_out_rows = [val_source.rows[i] for i in held_out]
-    contents = {val_source.digests[row.clean] for row in held_out_rows}
-    groups = {row.group for row in held_out_rows} - {""}
-    apart = []
-    for i, row in enumerate(source.rows):
-        if source.digests[row.clean] not in contents and row.group not in groups:
-            apart.append(i)
-    return apart
+    return order[:HELD_OUT], []
 
 
 def refuse_useless_flags(given, *sources):
@@ -874,14 +805,14 @@ def refuse_useless_flags(given, *sources):
 
     given: {flag: value} of what was typed."""
     useless = {"degradations", "max_degradations"} & given.keys()
-    if useless and all(source.peek(i)[0] for source in sources for i in range(len(source))):
+    if useless and all(row.condition for source in sources for row in source.rows):
         all_paired = f"every row of {sources[0].path} has a condition, nothing is degraded here"
         raise UserError(f"--{min(useless)}: {all_paired}; leave it out")
 
 
 def list_rows(dataset):
     """Return [[name, digest of the clean picture, digest of all else]] of a data set's rows."""
-    return [list(dataset.source.identity(i)) for i in dataset.rows]
+    return [dataset.source.rows[i].identity() for i in dataset.rows]
 
 
 def check_same(before, now, what):
@@ -964,14 +895,14 @@ class CachedDataset:
 
 
 def draw_path(folder, n):
-    """Return the file of draw n, a thousand in a folder."""
+    """Return the file of draw n; a folder holds a thousand."""
     return Path(folder) / f"{n // 1000:04d}" / f"{n:07d}.safetensors"
 
 
 def fingerprint(config, drawing, resolution):
     """Return {flag: value} of all that a cache depends on, except its pictures.
 
-    config: "model" of config.json. drawing: see make_datasets."""
+    config: "model" of config.json. drawing: see drawing_of."""
     about = {
         "degradations": degrade.describe(drawing["degradations"]),
         "resolution": resolution,
@@ -1049,8 +980,8 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
         raise UserError(f"{photos}: no picture that can be read")
     write_csv(out / "pairs.csv", rows)
     say_notices(notices)
-    left_out = len(paths) - len(rows) + 1
-    print(f"{len(rows) - 1} pairs in {out / 'pairs.csv'}; {left_out} pictures left out")
+    pairs = len(rows) - 1
+    print(f"{pairs} pairs in {out / 'pairs.csv'}; {len(paths) - pairs} pictures left out")
 
 
 def match_folders(clean_folder, degraded_folder, out, pattern="", skip_bad=False):
@@ -1067,38 +998,43 @@ def match_folders(clean_folder, degraded_folder, out, pattern="", skip_bad=False
     same_folder = Path(clean_folder).resolve() == Path(degraded_folder).resolve()
     if same_folder and not pattern:
         raise UserError(f"{clean_folder}: two times the same folder; say with --pattern which")
-    degraded = {}  # path below the folder, without extension: picture
-    for path in list_images(degraded_folder):
-        key = path.relative_to(degraded_folder).with_suffix("").as_posix()
-        if key in degraded:
-            raise UserError(f"{path} and {degraded[key]} have one name; leave one out")
-        degraded[key] = path
+    degraded = pictures_by_name(degraded_folder)
+    clean = pictures_by_name(clean_folder, here, there, skip_others=same_folder)
     rows = [("image_path", "condition_image_path", "caption")]
-    taken = {}
-    left_out = 0
-    for path in list_images(clean_folder):
-        wanted = path.relative_to(clean_folder).as_posix()
-        if same_folder and here not in wanted:
-            continue  # a degraded one
-        if here:
-            wanted = there.join(wanted.rsplit(here, 1))  # the last one
-        key = Path(wanted).with_suffix("").as_posix()
-        if key not in degraded:
-            if not skip_bad:
-                partner = f"no {wanted} in {degraded_folder}"
-                raise UserError(f"{path}: {partner}; --skip_bad leaves it out")
+    for name, path in clean.items():
+        if name in degraded:
+            rows.append((relative(path, out), relative(degraded[name], out), ""))
+        elif skip_bad:
             print(f"left out: {path} has no partner", file=sys.stderr)
-            left_out += 1
-            continue
-        if key in taken:
-            raise UserError(f"{path} and {taken[key]} have one partner, {degraded[key]}")
-        taken[key] = path
-        rows.append((relative(path, out), relative(degraded[key], out), ""))
-    if len(rows) == 1:
+        else:
+            raise UserError(f"{path}: no {name} in {degraded_folder}; --skip_bad leaves it out")
+    pairs = len(rows) - 1
+    if not pairs:
         raise UserError(f"no picture of {clean_folder} has a partner in {degraded_folder}")
     write_csv(out, rows)
-    unused = "" if same_folder else f", {len(degraded) - len(taken)} degraded"
-    print(f"{len(rows) - 1} pairs in {out}; left out: {left_out} clean{unused} without a partner")
+    left_out = f"{len(clean) - pairs} clean"
+    if not same_folder:
+        left_out += f", {len(degraded) - pairs} degraded"
+    print(f"{pairs} pairs in {out}; left out: {left_out} without a partner")
+
+
+def pictures_by_name(folder, here="", there="", skip_others=False):
+    """Return {path below the folder, without extension: picture}. Raises UserError if two are one.
+
+    here, there: replace the last here in a path by there. skip_others: leave out paths without
+    here."""
+    found = {}
+    for path in list_images(folder):
+        name = path.relative_to(folder).as_posix()
+        if skip_others and here not in name:
+            continue
+        if here:
+            name = there.join(name.rsplit(here, 1))
+        name = Path(name).with_suffix("").as_posix()
+        if name in found:
+            raise UserError(f"{path} and {found[name]} have one name, {name}; leave one out")
+        found[name] = path
+    return found
 
 
 def relative(path, table):
@@ -1118,7 +1054,7 @@ def write_csv(path, rows):
 
 
 def make_parsers():
-    """Return the parser of all commands, and that of cache, whose flags have defaults here."""
+    """Return the parser of all commands."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     pairs = commands.add_parser("pairs", description="Degrade every photo of a folder once.")
@@ -1155,22 +1091,17 @@ def run_cache(args):
     name = args.model or default_model(args.data, args.device)
     config = model.describe_model(name, "restorer")
     resolution = args.resolution or RESOLUTIONS.get(config["name"], RESOLUTION)
-    drawing = {
-        "degradations": degrade.parse_degradations(args.degradations),
-        "max_degradations": args.max_degradations,
-        "caption_dropout": args.caption_dropout,
-        "seed": args.seed,
-    }
+    drawing = drawing_of(vars(args))
     autoencoder = model.load_autoencoder(config, name).to(args.device)
     model.check_resolution([resolution], autoencoder)
     before = model.rows_trained_on(name)
-    tables = args.data, args.val_data
-    train_set, val_set, _ = make_datasets(*tables, resolution, drawing, args.skip_bad, before)
+    options = resolution, drawing, args.skip_bad, before
+    train_set, val_set, _ = make_datasets(args.data, args.val_data, *options)
     index = fingerprint(config, drawing, resolution)
     index |= {"epochs": args.epochs, "rows": list_rows(train_set)}
     prompts = model.Prompts(config, args.device)
-    parts = train_set, val_set, autoencoder, prompts
-    make_cache(Path(args.out), index, *parts, args.device, args.workers)
+    sets = train_set, val_set
+    make_cache(Path(args.out), index, *sets, autoencoder, prompts, args.device, args.workers)
 
 
 def main():

@@ -887,7 +887,7 @@ def say_trained_rows(checkpoint, source):
 
     They are known by the content of their clean pictures."""
     trained = rows_trained_on(checkpoint)
-    count = sum(source.digests[row.clean] in trained for row in source.rows)
+    count = sum(row.digest in trained for row in source.rows)
     if count:
         print(f"{source.path}: the checkpoint was trained on {count} of these {len(source)} rows")
 

@@ -743,11 +743,16 @@ def describe_pretrained(name):
     if (folder / "scheduler/scheduler_config.json").is_file():
         shift = read_json(folder / "scheduler/scheduler_config.json").get("flow_shift", SHIFT)
     return MODEL_DEFAULTS | {
-        "name": str(folder.resolve()) if Path(name).is_dir() else name,
+        "name": full_name(name),
         "digests": {part: weights_digest(folder / part) for part in PARTS},
         "shift": shift,
         "sana": load_config(Sana, folder / "transformer").config,
     }
+
+
+def full_name(name):
+    """Return the full path of a folder; another name of a pretrained model as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def weights_digest(folder):

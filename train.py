@@ -60,7 +60,6 @@ COMMON = data.DEFAULTS | {
     "optimizer": "adamw",
     "weight_decay": 0.0,
     "ema_decay": 0.9999,
-    "proj_lr": 0.0,
     "accumulate": 1,
     "checkpointing": False,
     "cache": None,
@@ -71,29 +70,24 @@ COMMON = data.DEFAULTS | {
 TINY = {"resolution": data.RESOLUTIONS["tiny"], "batch_size": 8, "share_at_one": 0.3}
 MINI = {"resolution": data.RESOLUTIONS["mini"], "batch_size": 8, "share_at_one": 0.3}
 SANA = {"resolution": data.RESOLUTION, "batch_size": 4, "steps": 10000}
-# proj_lr: of the projection, whose new weights grow from 0 to about 1, or of the skips (to 0.1)
 DEFAULTS = {
-    ("tiny", "restorer"): TINY | {"lr": 5e-3, "proj_lr": 0.05, "steps": 12000, "clip": 0.2},
+    ("tiny", "restorer"): TINY | {"lr": 5e-3, "steps": 12000, "clip": 0.2},
     ("mini", "autoencoder"): MINI | {"lr": 2e-3, "steps": 4500, "clip": 1.0},
-    ("mini", "restorer"): MINI | {"lr": 2e-3, "proj_lr": 0.05, "steps": 4500, "clip": 0.2},
-    ("mini", "decoder"): MINI | {"lr": 2e-3, "proj_lr": 5e-3, "steps": 3200, "clip": 1.0},
-    ("pretrained", "restorer"): SANA | {"lr": 1e-5, "proj_lr": 1e-3, "clip": 0.1},
+    ("mini", "restorer"): MINI | {"lr": 2e-3, "steps": 4500, "clip": 0.2},
+    ("mini", "decoder"): MINI | {"lr": 2e-3, "steps": 3200, "clip": 1.0},
+    ("pretrained", "restorer"): SANA | {"lr": 1e-5, "clip": 0.1},
     # few weights, and their product starts at 0
-    ("pretrained", "LoRA"): SANA | {"lr": 1e-4, "proj_lr": 1e-3, "clip": 0.1},
-    ("pretrained", "decoder"): SANA | {"lr": 1e-4, "proj_lr": 1e-3, "clip": 1.0},
+    ("pretrained", "LoRA"): SANA | {"lr": 1e-4, "clip": 0.1},
+    ("pretrained", "decoder"): SANA | {"lr": 1e-4, "clip": 1.0},
 }
 DEMO_STEPS = 4000
 KEPT = ["stage", "conditioning", "lora", "optimizer", "shift"]  # a resumed run cannot change them
-DERIVED = ["device", "ema_device", "workers", "accumulate"]  # anew, unless typed
+DERIVED = ["device", "ema_device", "workers", "accumulate", "proj_lr"]  # anew, unless typed
 
 # Several processes, as torchrun starts them: one a GPU, on one machine or several.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine: the number of its GPU
-
-OF_RESTORER = "--stage restorer"
-OF_OTHERS = "--stage autoencoder, --stage decoder"
-OF_DECODER = "--stage decoder"
 
 
 def make_parser():
@@ -107,15 +101,15 @@ def make_parser():
     add("--steps", type=count, help="default: the demo 4000, tiny 12000, SANA 10000; see DEFAULTS")
     add("--batch_size", type=count, help="of all processes together (default 8; SANA 4)")
     add("--lr", type=share, help="peak rate (default 1e-5 for SANA, with LoRA 1e-4; see DEFAULTS)")
-    add("--proj_lr", type=share, help="of the projection or the skips (see DEFAULTS)")
+    add("--proj_lr", type=share, help="of the projection or the skips (see projection_lr)")
     add("--weight_decay", type=positive, help="AdamW's (default 0)")
     add("--clip", type=positive, help="largest gradient norm (SANA 0.1; see DEFAULTS); 0: no limit")
     add("--ema_decay", type=share, help="of the average (default 0.9999)")
     add("--ema_device", type=check_device, help="cpu spares a GPU 4 bytes a weight")
     text = "compute a batch in so many parts (default 1; one by one in SANA's --stage decoder)"
     add("--accumulate", type=count, help=text)
-    add("--curriculum", type=parse_curriculum, metavar="SIDE:STEPS,...", help="512:8000,1024:2000")
-    add = parser.group(OF_RESTORER)
+    add("--curriculum", type=curriculum, metavar="SIDE:STEPS,...", help="512:8000,1024:2000")
+    add = parser.group("--stage restorer")
     ways = ["projection", "widen", "none"]
     add("--conditioning", choices=ways, help="see model.Restorer (SANA: projection; tiny: widen)")
     add("--lora", type=count, metavar="RANK", help="train low-rank changes alone, see model.LoRA")
@@ -126,9 +120,9 @@ def make_parser():
     add("--condition_dropout", type=share, help="for --condition_guidance (default 0)")
     add("--checkpointing", action="store_true", help="compute activations twice to save memory")
     add("--cache", metavar="FOLDER", help="of python data.py cache, with the same data flags")
-    add = parser.group(OF_OTHERS)
+    add = parser.group("--stage autoencoder, --stage decoder")
     add("--lpips_weights", nargs=2, metavar=("TRUNK", "HEADS"), help="local files: adds 0.1 LPIPS")
-    add = parser.group(OF_DECODER)
+    add = parser.group("--stage decoder")
     text = "sampling steps for the latents to learn from (default 1); 0: the condition's own"
     add("--latent_steps", type=between(int, 0, 1000), metavar="N", help=text)
     add = parser.group("run")
@@ -147,17 +141,16 @@ def parse_args(argv=None):
     parser = make_parser()
     flags = vars(parser.parse_args(argv))
     run = find_run(flags)
-    resuming = "resume" in flags and (run / "latest").is_file()
     typed = {name: value for name, value in flags.items() if name not in ("out", "resume")}
-    if resuming:
+    checkpoint = None
+    if not (run / "latest").is_file():
+        given, values = typed, new_settings(typed)
+    elif "resume" in flags:
         checkpoint = model.find_checkpoint(run)
         given, values = resumed_settings(checkpoint, typed)
     else:
-        if (run / "latest").is_file():
-            advice = "--resume goes on with it, --out names another folder"
-            raise UserError(f"{run} holds a run already: {advice}")
-        checkpoint = None
-        given, values = typed, new_settings(typed)
+        advice = "--resume goes on with it, --out names another folder"
+        raise UserError(f"{run} holds a run already: {advice}")
     about = {"out": str(run), "resume": "resume" in flags, "checkpoint": checkpoint}
     args = Namespace(**values, **about, given=given, typed=typed)
     check_flags(parser, args)
@@ -200,7 +193,7 @@ def resumed_settings(checkpoint, typed):
     """Return (all that was typed, {flag: value}) for a run that goes on. Raises UserError."""
     saved = model.read_run(checkpoint)
     config = saved["model"]
-    begun = saved["args"] | {"conditioning": config["conditioning"], "shift": config["shift"]}
+    begun = saved["args"] | config
     run = checkpoint.parent
     for name in KEPT:
         if name in typed and typed[name] != begun[name]:
@@ -211,11 +204,10 @@ def resumed_settings(checkpoint, typed):
         if "model" in typed:
             raise UserError("--model: with --resume it says where a pretrained model is now")
     given = saved["given"] | typed
-    known = {}
-    for name, value in saved["args"].items():
-        if name not in DERIVED or name in given:
-            known[name] = value
-    return given, choose_settings(known | typed, family, config["stage"])
+    known = saved["args"] | typed
+    for name in set(DERIVED) - given.keys():
+        del known[name]
+    return given, choose_settings(known, family, config["stage"])
 
 
 def choose_settings(known, family, stage, further=False):
@@ -230,66 +222,65 @@ def choose_settings(known, family, stage, further=False):
         values["steps"] = DEMO_STEPS
     if further:
         values["lr"] /= 10  # at the peak it would forget what it has learnt
-        values["proj_lr"] /= 10
         if "lr" not in known and RANK == 0:
             print(f"--model {known['model']} is trained already: --lr {values['lr']:g}, a tenth")
     values |= known
     if values["curriculum"]:
         values["steps"] = sum(steps for _, steps in values["curriculum"])
         values["resolution"] = values["curriculum"][0][0]
-    on_gpu = values["device"].startswith("cuda")
-    derived = {"ema_device": values["device"]}
-    if (family, row) == ("pretrained", "restorer") and on_gpu:
+    derived = {
+        "ema_device": values["device"],
+        "proj_lr": projection_lr(values["lr"], stage, values["lora"]),
+    }
+    if (family, row) == ("pretrained", "restorer") and values["device"].startswith("cuda"):
         derived["optimizer"] = "adamw_bf16"
     if (family, row) == ("pretrained", "decoder"):  # 4.6 GB an image of 512 pixels
         derived["accumulate"] = max(1, values["batch_size"] // WORLD)
     return values | derived | known
 
 
+def projection_lr(lr, stage, lora):
+    """Return the learning rate of the projection or the skips: new weights that start at 0.
+
+    Those of the projection have to grow to about 1, those of the skips to about 0.1."""
+    if stage == "decoder":
+        return min(10 * lr, 5e-3)
+    if lora:  # whose own rate is ten times the whole network's
+        return min(10 * lr, 0.05)
+    return min(100 * lr, 0.05)
+
+
 def check_flags(parser, args):
     """Raise UserError for flags that do not go together, or have no effect."""
-    given, stage = args.given, args.stage
-    no_effect = f"it has no effect with --stage {stage}"
-    if stage != "restorer":
-        parser.refuse(given, OF_RESTORER, no_effect)
-    if stage == "restorer":
-        parser.refuse(given, OF_OTHERS, no_effect)
-    if stage != "decoder":
-        parser.refuse(given, OF_DECODER, no_effect)
-    if stage == "autoencoder":
-        for name in ("proj_lr", "caption_dropout", "degradations", "max_degradations"):
-            if name in given:
-                raise UserError(f"--{name}: {no_effect}")
+    idle = {}  # {flag: beside what it has no effect}
+    if args.curriculum:
+        idle |= dict.fromkeys(["resolution", "steps", "cache"], "--curriculum")
+    if not args.data:
+        demo = "the demo, which draws its own pictures; give --data"
+        idle |= dict.fromkeys(["val_data", "skip_bad", "cache"], demo)
+    if args.stage == "autoencoder":
+        names = ["proj_lr", "caption_dropout", "degradations", "max_degradations"]
+        idle |= dict.fromkeys(names, "--stage autoencoder")
+    for name, title in parser.titles.items():
+        if title.startswith("--stage") and args.stage not in title:
+            idle[name] = f"--stage {args.stage}"
+    for name in args.given:
+        if name in idle:
+            raise UserError(f"--{name}: it has no effect with {idle[name]}")
     if args.lora and args.optimizer != "adamw":
         raise UserError(f"--optimizer {args.optimizer}: --lora trains fp32 weights")
     if args.batch_size % (args.accumulate * WORLD):
         times = f"--accumulate {args.accumulate} times {WORLD} processes"
         raise UserError(f"{times}: has to be a divisor of --batch_size {args.batch_size}")
-    if args.cache and (args.curriculum or not args.data):
-        raise UserError("--cache needs --data, and has one resolution: no --curriculum")
-    if args.curriculum and "resolution" in given:
-        raise UserError("--resolution: --curriculum sets the sides; leave it out")
-    if args.curriculum and "steps" in given:
-        raise UserError("--steps: --curriculum sets the number of steps; make that longer")
-    for name in ("val_data", "skip_bad"):
-        if name in given and not args.data:
-            raise UserError(f"--{name}: the demo draws its own pictures; give --data")
-    try:
-        check_device(args.device)  # that of a run may not be here
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"--device {error}; give --device") from None
+    parser.parse_args(["--device", args.device])  # that of a run may not be here
 
 
-def parse_curriculum(text):
+def curriculum(text):
     """argparse type: "512:8000,1024:2000" -> [[512, 8000], [1024, 2000]]."""
     pieces = []
     for piece in text.split(","):
         side, _, steps = piece.partition(":")
-        try:
-            pieces.append([between(int, 1, 2**14)(side), between(int, 1)(steps)])
-        except ValueError:
-            advice = "write SIDE:STEPS, as in 512:8000,1024:2000"
-            raise argparse.ArgumentTypeError(f"{text}: {advice}") from None
+        pieces.append([between(int, 1, 2**14)(side), between(int, 1)(steps)])
     return pieces
 
 
@@ -326,10 +317,9 @@ def first_does(function):
         except UserError as error:
             told[1] = str(error)
     dist.broadcast_object_list(told)
-    result, error = told
-    if error:
-        raise UserError(error)
-    return result
+    if told[1]:
+        raise UserError(told[1])
+    return told[0]
 
 
 def shard_module(module, device):
@@ -448,6 +438,8 @@ def adamw_bf16(weight, low, grad, exp_avg, exp_avg_sq, average, seed, start, num
 # --------------------------------------------------------------------------------------------------
 # State: what the next step depends on. Randomness needs none (see seed_for).
 
+PROGRESS = "step", "draws", "skipped", "validation", "best"  # of State, in config.json
+
 
 class State:
     """The weights, their moving average, AdamW's moments, and the number of steps done.
@@ -486,34 +478,33 @@ class State:
         groups = [{"params": [], "peak": args.lr}, {"params": [], "peak": args.proj_lr}]
         options = {"lr": args.lr, "betas": (BETA1, BETA2), "eps": EPS, "fused": True}
         for name, p in self.own.items():
-            self.moments[name] = {key: torch.zeros_like(p.detach()) for key in MOMENTS}
-            if p.dtype == torch.bfloat16:  # keep what the cast took away
-                high, low = split_fp32(fp32[name].to(p.device))
-                p.detach().copy_(high)  # it rounds ties away from 0, the cast to even
-                self.moments[name]["low"] = low
-            else:
+            if p.dtype != torch.bfloat16:
                 groups[is_new(name)]["params"].append(p)
         self.adamw = torch.optim.AdamW(groups, weight_decay=args.weight_decay, **options)
-        for name, p in self.own.items():  # as its first step would: so load() finds where to copy
-            if p.dtype != torch.bfloat16:
-                self.adamw.state[p] = self.moments[name]
-                self.moments[name]["step"] = torch.zeros((), device=p.device)
+        for name, p in self.own.items():
+            moments = {key: torch.zeros_like(p.detach()) for key in MOMENTS}
+            if p.dtype == torch.bfloat16:  # keep what the cast took away
+                high, moments["low"] = split_fp32(fp32[name].to(p.device))
+                p.detach().copy_(high)  # it rounds ties away from 0, the cast to even
+            else:  # as torch's first step would: so load() finds where to copy
+                self.adamw.state[p] = moments | {"step": torch.zeros((), device=p.device)}
+            self.moments[name] = moments
 
     def averaged_module(self, build):
         """Make a module with the averaged weights, in the first process; None in the others.
 
         build: makes one with unset weights."""
         tensors = dict(self.module.named_buffers())
+        on_gpu = self.args.device.startswith("cuda")
         for name, p in self.module.named_parameters():
-            tensors[name] = gather(self.average[name], p) if name in self.weights else p
+            whole = gather(self.average[name], p) if name in self.weights else p
+            if RANK == 0:
+                dtype = torch.bfloat16 if on_gpu and p.dtype == torch.bfloat16 else torch.float32
+                tensors[name] = whole.to(self.args.device, dtype)
         if RANK > 0:
             return None
         with torch.device("meta"):
             module = build()
-        for name, p in self.module.named_parameters():
-            on_gpu = self.args.device.startswith("cuda")
-            dtype = torch.bfloat16 if on_gpu and p.dtype == torch.bfloat16 else torch.float32
-            tensors[name] = tensors[name].to(self.args.device, dtype)
         module.load_state_dict(tensors, assign=True)  # on one device: the averages, not a copy
         return module.eval().requires_grad_(False)
 
@@ -526,21 +517,24 @@ class State:
         args = self.args
         for group in self.adamw.param_groups:
             group["lr"] = get_lr(self.step, args.steps, group["peak"])
-        rates = [group["lr"] for group in self.adamw.param_groups]
-        self.count_step()
-        decay = min(args.ema_decay, (1 + self.step) / (10 + self.step)) ** self.average_every
-        for group in self.adamw.param_groups:
             for p in group["params"]:
                 p.grad.mul_(scale)
+        self.count_step()
         self.adamw.step()
+        decay = min(args.ema_decay, (1 + self.step) / (10 + self.step)) ** self.average_every
         for name, p in self.own.items():
             if p.dtype == torch.bfloat16:
-                self.update_bf16(name, p.detach(), p.grad, rates[is_new(name)], scale, 1 - decay)
-        if self.step % self.average_every == 0:
-            for name, p in self.own.items():
-                self.move_average(name, p.detach(), 1 - decay)
+                lr = self.adamw.param_groups[is_new(name)]["lr"]
+                self.update_bf16(name, p, lr, scale, 1 - decay)
+                if self.average_every == 1:
+                    continue  # that moved its average, too
+                weight = join_fp32(p, self.moments[name]["low"])
+            else:
+                weight = p
+            if self.step % self.average_every == 0:
+                self.average[name].lerp_(weight.to(args.ema_device), 1 - decay)
 
-    def update_bf16(self, name, weight, grad, lr, scale, share):
+    def update_bf16(self, name, p, lr, scale, share):
         """Do the update of one bf16 weight; with its average, if that lies on the same device."""
         t = self.step
         numbers = [
@@ -554,9 +548,9 @@ class State:
         whole = self.weights[name]
         start = RANK * rows_of_each(whole) * math.prod(whole.shape[1:])
         adamw_bf16(
-            weight.view(-1),
+            p.view(-1),
             self.moments[name]["low"].view(-1),
-            grad.contiguous().view(-1),
+            p.grad.contiguous().view(-1),
             self.moments[name]["exp_avg"].view(-1),
             self.moments[name]["exp_avg_sq"].view(-1),
             self.average[name].view(-1) if self.average_every == 1 else None,
@@ -564,14 +558,6 @@ class State:
             torch.tensor(start).int(),
             [torch.tensor(number) for number in numbers],
         )
-
-    def move_average(self, name, weight, share):
-        """Move the average of a weight, unless adamw_bf16 has done it."""
-        if weight.dtype == torch.bfloat16:
-            if self.average_every == 1:
-                return
-            weight = join_fp32(weight, self.moments[name]["low"])
-        self.average[name].lerp_(weight.to(self.args.ema_device), share)
 
     def collect_gradients(self):
         """Give each shard its gradient -> the square of this process's norm."""
@@ -591,20 +577,23 @@ class State:
         """Count a step without an update."""
         self.count_step()
         self.skipped += 1
-        for moments in self.moments.values():
-            if "step" in moments:
-                moments["step"] += 1
+        for state in self.adamw.state.values():
+            state["step"] += 1
 
     def count_step(self):
         self.step += 1
         self.draws += self.args.batch_size
 
-    def condition_norm(self, stage):
+    def condition_norm(self):
         """Return the norm of the weights through which the condition enters.
 
         It is 0 in a new layer, except where Sana.initialize fills it (a preset with "widen")."""
         square = 0.0
-        for p in stage.condition_weights(self.own):
+        for name, p in self.own.items():
+            if name in ("projection.weight", "sana.patch_embed.proj.weight"):
+                p = p[:, self.module.sana.config["out_channels"] :]  # none without a condition
+            elif not name.startswith("skips"):
+                continue
             square += p.detach().float().square().sum().item()
         return math.sqrt(sum_over_processes([square], self.args.device)[0])
 
@@ -620,8 +609,7 @@ class State:
             tensors["model"][name] = gather(self.own[name].detach(), p)
             tensors["ema"][name] = gather(self.average[name], p)
             for key, value in self.moments[name].items():
-                if key != "step":
-                    tensors["optimizer"][f"{key}.{name}"] = gather(value, p)
+                tensors["optimizer"][f"{key}.{name}"] = gather(value, p)
         folder, latest = run / f"step_{self.step:06d}", run / "latest"
         if RANK > 0 or self.saved == folder.name:  # the last step was one of --save_every as well
             return
@@ -631,17 +619,9 @@ class State:
         psnr = self.validation[score]
         if self.validation["step"] == self.step and psnr >= self.best[0]:  # of these very weights
             self.best = [psnr, folder.name]
-        content = {
-            "step": self.step,
-            "draws": self.draws,
-            "skipped": self.skipped,
-            "model": config,
-            "args": saved_args(self.args),
-            "given": self.args.given,
-            "held_out": [name for name, _, _ in rows["held_out"]],
-            "validation": self.validation,
-            "best": self.best,
-        }
+        content = describe(self.args, config, rows)
+        for key in PROGRESS:
+            content[key] = getattr(self, key)
         partial = run / f".{folder.name}.partial"
         try:
             for old in [folder, *run.glob(".step_*.partial")]:  # of a run that was killed
@@ -663,24 +643,31 @@ class State:
                     half = old.rename(run / f".{old.name}.partial")  # never half a step_N
                     shutil.rmtree(half, ignore_errors=True)
 
-    def load(self, folder):
+    def load(self, folder, held_out):
         """Load step, scores, averages and moments from a checkpoint, but not the weights.
 
-        Raises UserError for a damaged checkpoint."""
+        held_out: the rows of validation now. Of others the scores are not kept. Raises UserError
+        for a damaged checkpoint."""
         config = model.read_run(folder)
-        for key in ("step", "draws", "skipped", "best", "validation"):
+        for key in PROGRESS:
             setattr(self, key, config[key])
         self.saved = folder.name
+        same = held_out == vae.read_json(folder / "rows.json")["held_out"]
+        for name in ("degradations", "max_degradations", "seed"):
+            same = same and config["args"][name] == getattr(self.args, name)
+        if not same:
+            print("validation is on other pictures than before: best begins anew")
+            self.best = [0.0, None]
+            self.validation = None
         with explain_errors(folder / "optimizer.safetensors", "this checkpoint"):
             averages = load_file(folder / "ema.safetensors")
             moments = load_file(folder / "optimizer.safetensors")
             for name in self.own:
                 self.average[name].copy_(shard(averages[name]))
                 for key, value in self.moments[name].items():
-                    if key == "step":
-                        value.fill_(self.step)
-                    else:
-                        value.copy_(shard(moments[f"{key}.{name}"]))
+                    value.copy_(shard(moments[f"{key}.{name}"]))
+        for state in self.adamw.state.values():
+            state["step"].fill_(self.step)
 
 
 def is_new(name):
@@ -688,10 +675,15 @@ def is_new(name):
     return name.startswith(("projection", "skips"))
 
 
-def saved_args(args):
-    """Return {flag: value} as config.json keeps it."""
+def describe(args, config, rows):
+    """Return what config.json says of a run, whatever the step."""
     left_out = "given", "typed", "checkpoint", "resume", "out"
-    return {name: value for name, value in vars(args).items() if name not in left_out}
+    return {
+        "model": config,
+        "args": {name: value for name, value in vars(args).items() if name not in left_out},
+        "given": args.given,
+        "held_out": [name for name, _, _ in rows["held_out"]],
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -700,8 +692,7 @@ def saved_args(args):
 #   build()                         a module with unset weights
 #   load(checkpoint)                the module to train: a checkpoint's, or (None) the initial one
 #   objective(module, batch, step)  a function: slice of the batch -> the loss of each picture
-#   condition_weights(weights)      those through which the condition enters
-#   validate(module, ...)           -> rows and pictures of evaluate_pairs, more figures
+#   validation(module, dataset)     the method for evaluate_pairs, and more figures for the log
 #   config                          "model" of config.json, final after load
 
 
@@ -743,15 +734,6 @@ class RestorerStage:
                     p.data = p.data.bfloat16()
         return restorer
 
-    def condition_weights(self, weights):
-        """Return those of {name: weight} through which the condition enters."""
-        channels = self.config["sana"].get("out_channels", 32)
-        if self.config["conditioning"] == "projection":
-            return [weights["projection.weight"][:, channels:]]
-        if self.config["conditioning"] == "widen":
-            return [weights["sana.patch_embed.proj.weight"][:, channels:]]
-        return []
-
     def objective(self, module, batch, step):
         args = self.args
         x0, condition = batch["clean"].to(args.device), batch["condition"].to(args.device)
@@ -775,13 +757,13 @@ class RestorerStage:
 
         return losses
 
-    def validate(self, module, dataset, metrics):
+    def validation(self, module, dataset):
         autoencoder = self.autoencoder
         if self.args.cache:  # training needs none
             autoencoder = model.load_autoencoder(self.config, self.parts).to(self.args.device)
         pipeline = evaluate.Pipeline(module, autoencoder, self.prompts)
-        rows, pictures = score(pipeline, dataset, metrics, self.args)
-        return rows, pictures, {"val_loss": validation_loss(pipeline, dataset, self.args)}
+        loss = validation_loss(pipeline, dataset, self.args)
+        return restoring(pipeline, dataset, self.args), {"val_loss": loss}
 
 
 @torch.no_grad()
@@ -824,17 +806,12 @@ class AutoencoderStage:
             return vae.load_weights(autoencoder, begun_from)
         return autoencoder.initialize(weights_generator(self.args))
 
-    def condition_weights(self, weights):
-        return []
-
     def objective(self, module, batch, step):
         clean = batch["clean"].to(self.args.device)
         return lambda some: vae.reconstruction_loss(module, clean[some], self.perceptual)
 
-    def validate(self, module, dataset, metrics):
-        methods = {"roundtrip": evaluate.ceiling_method(module, self.args.device)}
-        rows, pictures = evaluate.evaluate_pairs(dataset, methods, metrics, quiet=True)
-        return rows, pictures, {}
+    def validation(self, module, dataset):
+        return evaluate.ceiling_method(module, self.args.device), {}
 
 
 SKIPS_DROPPED = 0.1  # of the images: so --decoder_weight of evaluate.py can be chosen freely
@@ -908,9 +885,6 @@ class DecoderStage:
         velocity = model.guided(self.restorer, condition, prompt, None)
         return model.sample_euler(velocity, noise, args.latent_steps, self.restorer.shift)
 
-    def condition_weights(self, weights):
-        return [p for name, p in weights.items() if name.startswith("skips")]
-
     def objective(self, module, batch, step):
         device = self.args.device
         clean, degraded = batch["clean"].to(device), batch["condition"].to(device)
@@ -928,10 +902,10 @@ class DecoderStage:
 
         return losses
 
-    def validate(self, module, dataset, metrics):
+    def validation(self, module, dataset):
         steps = self.args.latent_steps
         pipeline = evaluate.Pipeline(self.restorer, module, self.prompts, steps=steps)
-        return *score(pipeline, dataset, metrics, self.args), {}
+        return restoring(pipeline, dataset, self.args), {}
 
 
 STAGES = {"autoencoder": AutoencoderStage, "restorer": RestorerStage, "decoder": DecoderStage}
@@ -977,11 +951,9 @@ def weights_generator(args):
     return torch.Generator().manual_seed(seed_for(args.seed, 0, "weights"))
 
 
-def score(pipeline, dataset, metrics, args):
-    """Score the restored pictures of a data set -> rows, pictures; see evaluate.evaluate_pairs."""
+def restoring(pipeline, dataset, args):
     captions = [dataset.plan(i).caption for i in range(len(dataset))]
-    method = evaluate.restoring_method(pipeline, captions, args.device, seed=args.seed)
-    return evaluate.evaluate_pairs(dataset, {"restored": method}, metrics, quiet=True)
+    return evaluate.restoring_method(pipeline, captions, args.device, seed=args.seed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1087,9 +1059,8 @@ def train_step(state, stage, batch, lanes, stop=()):
     return loss, norm, bool(stopped)
 
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):  # the terminal was closed; Windows has none
-    SIGNALS.append(signal.SIGHUP)
+# SIGHUP: the terminal was closed; Windows has none
+SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 
 def catch_signals():
@@ -1115,7 +1086,9 @@ def validate(state, stage, dataset, run):
 
     def measure():
         metrics = evaluate.Metrics(["psnr", "ssim"])
-        rows, pictures, more = stage.validate(module, dataset, metrics)
+        method, more = stage.validation(module, dataset)
+        methods = {stage.method: method}
+        rows, pictures = evaluate.evaluate_pairs(dataset, methods, metrics, quiet=True)
         path = run / f"samples/step_{state.step:06d}.png"
         degrade.save_image(evaluate.draw_grid(pictures), path)
         return {"step": state.step} | evaluate.means(rows) | more
@@ -1132,10 +1105,11 @@ def train(state, stage, batches, val_set, run, rows):
     lanes = Lanes(stage.config, args)
     stop = catch_signals()
     failures = 0
-    losses, waited, since = [], 0.0, time.monotonic()
+    losses, waited, seconds = [], 0.0, 0.0
+    last = False
     options = {"unit": "step", "smoothing": 0.05, "disable": RANK > 0}
     with tqdm(total=args.steps, initial=state.step, **options) as bar:
-        while state.step < args.steps:
+        while not last:
             before = time.monotonic()
             try:
                 batch = next(batches)
@@ -1147,6 +1121,7 @@ def train(state, stage, batches, val_set, run, rows):
             waited += time.monotonic() - before
             loss, norm, stopped = train_step(state, stage, batch, lanes, stop)
             losses.append(loss)
+            seconds += time.monotonic() - before
             failures = 0 if math.isfinite(loss + norm) else failures + 1
             if failures:
                 bar.write(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped")
@@ -1156,20 +1131,16 @@ def train(state, stage, batches, val_set, run, rows):
             done = state.step == args.steps
             last = done or stopped or failures == MOST_FAILURES
             if last or state.step % LOG_EVERY == 0:
-                line = describe_steps(state, stage, losses, norm, waited, time.monotonic() - since)
+                line = describe_steps(state, losses, norm, waited, seconds)
                 add_line(run, line)
-                losses, waited, since = [], 0.0, time.monotonic()
+                losses, waited, seconds = [], 0.0, 0.0
                 bar.set_postfix({"loss": line["loss"], "val_dB": state.validation[scored]})
-            pause = time.monotonic()
             if done or state.step % args.val_every == 0:
                 state.validation = validate(state, stage, val_set, run)
                 add_line(run, state.validation)
             if last or state.step % args.save_every == 0:
                 state.save(run, stage.config, rows, scored)
                 draw_log(run)
-            since += time.monotonic() - pause
-            if last:
-                break
     if failures == MOST_FAILURES:
         advice = f"the weights are saved, lower --lr ({args.lr:g})"
         raise UserError(f"{MOST_FAILURES} steps in a row without a finite loss; {advice}")
@@ -1178,8 +1149,10 @@ def train(state, stage, batches, val_set, run, rows):
     return stop[0] if stop else signal.SIGTERM  # of another process
 
 
-def describe_steps(state, stage, losses, norm, waited, seconds):
-    """Return a line of the log: the steps since the line before it."""
+def describe_steps(state, losses, norm, waited, seconds):
+    """Return a line of the log: the steps since the line before it.
+
+    seconds: what they took. waited: how much of it for pictures."""
     args = state.args
     finite = [loss for loss in losses if math.isfinite(loss)]
     line = {
@@ -1191,7 +1164,7 @@ def describe_steps(state, stage, losses, norm, waited, seconds):
         "skipped": state.skipped,
     }
     if args.stage != "autoencoder":
-        line["condition_norm"] = state.condition_norm(stage)
+        line["condition_norm"] = state.condition_norm()
     if args.device.startswith("cuda"):
         line["memory_gb"] = torch.cuda.max_memory_allocated(args.device) / 2**30
     return line
@@ -1241,22 +1214,18 @@ def draw_log(run):
 
 
 def describe_run(args):
-    """Return "model" of config.json, steps done, draws done, and rows.json. Raises UserError."""
+    """Return "model" of config.json, steps done, and draws done. Raises UserError."""
     if not args.checkpoint:
-        config = model.describe_model(
-            args.model, args.stage, args.conditioning, args.lora, args.shift
-        )
-        rows = {"trained": [], "held_out": [], "before": sorted(model.rows_trained_on(args.model))}
-        return config, 0, 0, rows
+        about = args.stage, args.conditioning, args.lora, args.shift
+        return model.describe_model(args.model, *about), 0, 0
     saved = model.read_run(args.checkpoint)
     if saved["step"] >= args.steps:
         at = f"{args.out} is at step {saved['step']} of {args.steps} already"
         raise UserError(f"{at}: --steps sets the end")
     config = saved["model"]
     if "model" in args.typed:  # where a pretrained model is now
-        moved = Path(args.model)
-        config["name"] = str(moved.resolve()) if moved.is_dir() else args.model
-    return config, saved["step"], saved["draws"], vae.read_json(args.checkpoint / "rows.json")
+        config["name"] = model.full_name(args.model)
+    return config, saved["step"], saved["draws"]
 
 
 def sides_of(args):
@@ -1278,78 +1247,55 @@ def crop_sides(args, step, draws):
     return sides
 
 
-def drawing_of(args):
-    """Return the flags of data.make_datasets on how a pair is drawn."""
-    return {
-        "degradations": degrade.parse_degradations(args.degradations),
-        "max_degradations": args.max_degradations,
-        "caption_dropout": args.caption_dropout,
-        "seed": args.seed,
-    }
-
-
-def load_data(args, step, draws, rows):
+def load_data(args, step, draws):
     """Open the pairs -> training set, validation set, rows.json. Raises UserError.
 
-    step, draws, rows: see describe_run."""
+    step, draws: steps done and pictures drawn so far."""
+    begun = {"trained": [], "held_out": []}
+    if args.checkpoint:
+        begun = vae.read_json(args.checkpoint / "rows.json")
+    before = model.rows_trained_on(args.checkpoint or args.model)
     crop = crop_sides(args, step, draws)
-    tables = args.data, args.val_data
-    before, kept = set(rows["before"]), rows["held_out"]
-    before |= {digest for _, digest, _ in rows["trained"]}
-    train_set, val_set, held_out = data.make_datasets(
-        *tables, crop, drawing_of(args), args.skip_bad, before, kept
-    )
+    how = crop, data.drawing_of(vars(args)), args.skip_bad, before, begun["held_out"]
+    train_set, val_set, held_out = data.make_datasets(args.data, args.val_data, *how)
     if args.data:
         data.refuse_useless_flags(args.given, train_set.source, val_set.source)
-    now = {"trained": data.list_rows(train_set), "held_out": held_out}
+    rows = {"trained": data.list_rows(train_set), "held_out": held_out}
     # of other weights, and of a table that has changed since
-    now["before"] = sorted(before - {digest for _, digest, _ in now["trained"]})
+    rows["before"] = sorted(before - {digest for _, digest, _ in rows["trained"]})
     if args.checkpoint and "data" not in args.typed:
         what = f"{args.out} began with other pictures; --data, given again, goes on with these"
         for key in ("trained", "held_out"):
-            data.check_same(rows[key], now[key], what)
-    return train_set, val_set, now
+            data.check_same(begun[key], rows[key], what)
+    return train_set, val_set, rows
 
 
 RUN_FILES = "autoencoder", "base", "config.json", "log.jsonl", "loss.png", "samples"
 
 
-def claim_run(args, config):
-    """Make the folder of a new run, and put what it stands on there. Raises UserError."""
+def claim_run(args):
+    """Make the folder of a new run, unless a start that was killed has left it. Raises UserError.
+
+    -> whether it is new."""
     run = Path(args.out)
-    if args.resume and run.is_dir():  # a start that was killed
+    if args.resume and run.is_dir():
         for path in run.iterdir():
             if path.name not in RUN_FILES and not path.name.startswith((".", "step_")):
                 raise UserError(f"--resume {run}: no run is here, but {path.name}; see --out")
-    else:
-        degrade.make_folder(run)
-    model.link_parts(args.model, config, run)
+        return False
+    degrade.make_folder(run)
+    return True
 
 
-def begin_state(args, stage, rows):
-    """Make the State of a run, new or from its checkpoint."""
-    state = State(stage.load(args.checkpoint), args)
-    if args.checkpoint:
-        saved = model.read_run(args.checkpoint)
-        state.load(args.checkpoint)
-        before = vae.read_json(args.checkpoint / "rows.json")["held_out"]
-        flags = "degradations", "max_degradations", "seed"
-        same = all(saved["args"][name] == getattr(args, name) for name in flags)
-        if not same or before != rows["held_out"]:
-            print("validation is on other pictures than before: best begins anew")
-            state.best = [0.0, None]
-            state.validation = None
-    return state
-
-
-def run_training(args, config, data_sets, rows, draws):
+def run_training(args, config, train_set, val_set, rows, draws):
     """Train -> the State and the signal that ended it, or None. Raises UserError.
 
     draws: the numbers of the pictures that this process draws."""
-    train_set, val_set = data_sets
     run = Path(args.out)
     stage = STAGES[args.stage](config, args, train_set, val_set, draws)
-    state = begin_state(args, stage, rows)
+    state = State(stage.load(args.checkpoint), args)
+    if args.checkpoint:
+        state.load(args.checkpoint, rows["held_out"])
     if RANK == 0:
         begin_files(run, state, stage, rows)
     introduce(args, state, len(train_set))
@@ -1366,9 +1312,7 @@ def run_training(args, config, data_sets, rows, draws):
 
 def begin_files(run, state, stage, rows):
     """Write config.json, and what log.jsonl holds up to the step from which the run goes on."""
-    content = {"model": stage.config, "args": saved_args(state.args), "given": state.args.given}
-    content["held_out"] = [name for name, _, _ in rows["held_out"]]
-    vae.write_json(run / "config.json", content)
+    vae.write_json(run / "config.json", describe(state.args, stage.config, rows))
     lines = []
     if state.args.checkpoint:
         lines = [line for line in read_log(run) if line["step"] <= state.step]
@@ -1389,17 +1333,12 @@ def introduce(args, state, images):
 def report(state, method, run, count):
     """Print the last lines: what was reached, and where it lies."""
     v = state.validation
-    scores = []
-    for key, unit, digits in (("psnr", " dB", 2), ("ssim", "", 3)):
-        before, after = v[f"input_{key}"], v[f"{method}_{key}"]
-        text = f"{after:.{digits}f}{unit}"
-        if method == "restored":
-            text = f"{before:.{digits}f} -> {text}"
-        scores.append(f"{key.upper()} {text}")
-    if method == "roundtrip":
-        scores[0] = f"round trip {scores[0]}"
+    psnr, ssim = f"{v[f'{method}_psnr']:.2f} dB", f"{v[f'{method}_ssim']:.3f}"
+    if method == "restored":
+        psnr = f"{v['input_psnr']:.2f} -> {psnr}"
+        ssim = f"{v['input_ssim']:.3f} -> {ssim}"
     word = "validated" if v["step"] == state.step else "last validated"  # after a stop
-    print(f"{word} at step {v['step']} on {count} images: {', '.join(scores)}")
+    print(f"{word} at step {v['step']} on {count} images: PSNR {psnr}, SSIM {ssim}")
     print(f"degraded | {method} | clean: {run}/samples/step_{v['step']:06d}.png")
     print(f"{run}/loss.png, log.jsonl, checkpoint step_{state.step:06d}")
 
@@ -1411,20 +1350,20 @@ def main():
     args = parse_args()
     start_processes(args)
     run = Path(args.out)
-    config, step, first, rows = first_does(lambda: describe_run(args))
-    train_set, val_set, rows = first_does(lambda: load_data(args, step, first, rows))
+    config, step, first = first_does(lambda: describe_run(args))
+    train_set, val_set, rows = first_does(lambda: load_data(args, step, first))
     config["enlarge"] = train_set.source.enlarge
     if args.cache:
-        about = data.fingerprint(config, drawing_of(args), args.resolution)
+        about = data.fingerprint(config, data.drawing_of(vars(args)), args.resolution)
         train_set = data.CachedDataset(args.cache, about, train_set)
     # every draw of the run has a number; this process takes every WORLD-th
     last = first + (args.steps - step) * args.batch_size
     draws = range(first + RANK, last, WORLD)
-    made = not run.exists()
-    if not args.checkpoint:
-        first_does(lambda: claim_run(args, config))
+    made = not args.checkpoint and first_does(lambda: claim_run(args))
     try:
-        state, caught = run_training(args, config, (train_set, val_set), rows, draws)
+        if not args.checkpoint:
+            first_does(lambda: model.link_parts(args.model, config, run))
+        state, caught = run_training(args, config, train_set, val_set, rows, draws)
     except BaseException:
         if made and RANK == 0 and not (run / "latest").exists():
             shutil.rmtree(run, ignore_errors=True)  # nothing was learnt: leave no trace

@@ -44,7 +44,7 @@ KNOWN = {
     ),
     "python train.py --data photos.csv --model mini": (
         f"{SMALL} --overwrite",
-        r"round trip PSNR [\d.]+ dB",
+        r"images: PSNR [\d.]+ dB",
     ),
     "python evaluate.py": ("", r"degraded input +\d"),
     "python evaluate.py --checkpoint out/demo --input": (
