@@ -13,7 +13,6 @@ noise, and the velocity is dx/dsigma = noise - x0. (Some texts call the clean fr
 the two trains against the pretrained weights.)
 """
 import hashlib
-import json
 import math
 import os
 import re
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from degrade import Parser, UserError, explain_errors, run_script
 from vae import DCAE, PARTS, PixelAE, file_digest, load_config, load_pretrained, load_weights
-from vae import read_config, read_json, resolve_model, save_weights, weight_files, write_text
+from vae import read_config, read_json, resolve_model, save_weights, weight_files, write_json
 
 # --------------------------------------------------------------------------------------------------
 # The transformer. Module and parameter names are those of diffusers' checkpoints.
@@ -958,7 +957,7 @@ def export(path, out, weights="ema"):
     channels = tensors["patch_embed.proj.weight"].shape[1]
     config = restorer.sana.config | {"_class_name": Sana.CLASS, "in_channels": channels}
     save_weights(tensors, out / "diffusion_pytorch_model.safetensors")
-    write_text(out / "config.json", json.dumps(config, indent=1))
+    write_json(out / "config.json", config)
     count = sum(t.numel() for t in tensors.values())
     print(f"{out}: {count / 1e6:.2f} M parameters, in_channels {channels}")
     meaning = {"velocity": "noise - x0", "residual": "x0 - condition, which is no velocity"}
