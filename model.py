@@ -925,7 +925,7 @@ def load_restorer(path, weights="ema", name=None):
     if config["stage"] == "autoencoder":
         raise UserError(f"{path} is an autoencoder; train a restorer on it: --model {path}")
     if config["stage"] == "decoder":
-        restorer, _ = load_restorer(find_part(folder, "base"), name=name)
+        restorer, _ = load_restorer(find_part(folder, "base"), name=config["name"])
         return restorer, config
     file = folder / f"{weights}.safetensors"
     if not config["lora"]:
@@ -933,7 +933,7 @@ def load_restorer(path, weights="ema", name=None):
             restorer = build_restorer(config)
         return load_weights(restorer, file).eval(), config
     if config["base"]:
-        restorer, _ = load_restorer(find_part(folder, "base"), name=name)
+        restorer, _ = load_restorer(find_part(folder, "base"), name=config["name"])
         restorer = with_options(restorer, config)
     else:
         restorer = pretrained_restorer(config)
