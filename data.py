@@ -101,11 +101,8 @@ def list_images(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# Sources of pairs. A source has a length and these methods:
-#   peek(i) -> (whether row i has a condition, caption), without opening a file
+# Sources of pairs. A source has .rows, a length, .enlarge and
 #   load(i) -> (clean, condition or None, the row's name in error messages)
-#   degradations_of(i) -> the names in the CSV's column degradation
-#   identity(i) -> (the row's name, digest of the clean picture, digest of all else)
 
 # of decoded pictures that each process keeps in memory; others are read again at each draw
 CACHE_BYTES = 512 * 2**20
@@ -119,23 +116,38 @@ class Row:
 
     line: int
     name: str  # as the CSV names its files
-    clean: Path
+    clean: Path | None  # None: procedural
     condition: Path | None
     caption: str
     degradation: str  # what was done to the condition, as degrade.describe() writes it; may be ""
     group: str  # no row of a held-out row's group is trained on; may be ""
+    digest: str = ""  # SHA-256 of the clean picture's file: copies of a picture are the same
+    condition_digest: str | None = None
 
     def paths(self):
         return [path for path in (self.clean, self.condition) if path]
+
+    def degradations(self):
+        """Return the names in the column degradation: ["jpeg", "downscale"].
+
+        A text that is no recipe counts as one name."""
+        names = [word.split(":")[0] for word in self.degradation.split()]
+        if set(names) <= degrade.DEGRADATIONS.keys():
+            return names
+        return [self.degradation]
+
+    def identity(self):
+        """Return [name, digest of the clean picture, digest of all else]."""
+        others = [self.condition_digest, self.caption, self.degradation, self.group]
+        return [self.name, self.digest, short_hash(others)]
 
 
 class CsvPairs:
     """The rows of a pairs.csv, whose pictures have been looked at.
 
-    headers, digests: {path: Header}, {path: SHA-256 of the file}. enlarge: how many times smaller
-    the conditions are than their clean pictures. smallest: side that clean pictures have at least.
-    Raises UserError, with the line, if a file of a row is missing or unreadable, has transparent
-    pixels, or does not fit its partner.
+    headers: {path: Header}. enlarge: how many times smaller the conditions are than their clean
+    pictures. smallest: side that clean pictures must have at least. Raises UserError, with the
+    line, if a file of a row is missing or unreadable, has transparent pixels, or does not fit.
     skip_bad: decode each picture now, and print and leave out the rows that fail."""
 
     def __init__(self, path, skip_bad=False, smallest=1):
@@ -146,7 +158,6 @@ class CsvPairs:
         self.bytes = 0
         self.rows = []
         self.headers = {}
-        self.digests = {}
         for line, fields in self.read_lines():
             with self.bad_row(line):
                 self.rows.append(self.read_row(line, fields))
@@ -203,16 +214,14 @@ class CsvPairs:
         """Make a Row. Raises UserError."""
         if None in fields:
             raise UserError("more fields than columns")
-        values = {key: (value or "").strip() for key, value in fields.items()}
-        name = values["image_path"]
+        name, degraded, *texts = [(fields.get(column) or "").strip() for column in COLUMNS]
         if not name:
             raise UserError("image_path is empty")
         clean = self.path.parent / name
         condition = None
-        if values.get("condition_image_path"):
-            name += "," + values["condition_image_path"]
-            condition = self.path.parent / values["condition_image_path"]
-        texts = [values.get(column, "") for column in ("caption", "degradation", "group")]
+        if degraded:
+            name += "," + degraded
+            condition = self.path.parent / degraded
         row = Row(line, name, clean, condition, *texts)
         for path in row.paths():
             if not os.path.isfile(path):  # False, no error, if too long or with a NUL
@@ -222,12 +231,15 @@ class CsvPairs:
     def look_at_pictures(self):
         """Read the headers and digests of all pictures. Leave out, or refuse, rows that fail."""
         paths = dict.fromkeys(path for row in self.rows for path in row.paths())
+        digests = {}
         with ThreadPoolExecutor() as pool:
             looks = {path: pool.submit(look_at, path, self.skip_bad) for path in paths}
 
             def check(row):
                 for path in row.paths():
-                    self.headers[path], self.digests[path] = looks[path].result()
+                    self.headers[path], digests[path] = looks[path].result()
+                row.digest = digests[row.clean]
+                row.condition_digest = digests.get(row.condition)
 
             self.keep_rows(check)
         notices = {}
@@ -271,10 +283,6 @@ class CsvPairs:
     def __len__(self):
         return len(self.rows)
 
-    def peek(self, index):
-        row = self.rows[index]
-        return row.condition is not None, row.caption
-
     def load(self, index):
         row = self.rows[index]
         where = f"{self.path}, line {row.line}"
@@ -298,25 +306,6 @@ class CsvPairs:
             self.pictures[path] = image
             self.bytes += len(image.mode) * image.width * image.height
         return image
-
-    def degradations_of(self, index):
-        """Return the names in the column degradation: ["jpeg", "downscale"].
-
-        A text that is no recipe counts as one name."""
-        written = self.rows[index].degradation
-        names = [word.split(":")[0] for word in written.split()]
-        if set(names) <= degrade.DEGRADATIONS.keys():
-            return names
-        return [written]
-
-    def identity(self, index):
-        row = self.rows[index]
-        others = [self.digests.get(row.condition), row.caption, row.degradation, row.group]
-        return row.name, self.digest(index), short_hash(others)
-
-    def digest(self, index):
-        """Return the SHA-256 of row index's clean picture: copies of a picture are the same."""
-        return self.digests[self.rows[index].clean]
 
 
 def look_at(path, decode=False):
@@ -356,29 +345,23 @@ class DeadLeaves:
     enlarge = 1
 
     def __init__(self, count, size, seed):
-        self.count = count
         self.size = size
         self.seed = seed
         self.pictures = {}
+        self.rows = []
+        for i in range(count):
+            name = f"procedural picture {i} of seed {seed}"
+            self.rows.append(Row(i, name, None, None, "", "", "", short_hash([name, size])))
 
     def __len__(self):
-        return self.count
-
-    def peek(self, index):
-        return False, ""
+        return len(self.rows)
 
     def load(self, index):
         if index not in self.pictures:
             rng = np.random.default_rng(seed_for(self.seed, index, "dead leaves"))
             self.pictures[index] = dead_leaves(self.size, rng)
-        return self.pictures[index], None, f"procedural picture {index}"
+        return self.pictures[index], None, self.rows[index].name
 
-    def degradations_of(self, index):
-        return []
-
-    def identity(self, index):
-        name = f"procedural picture {index} of seed {self.seed}"
-        return name, short_hash([name, self.size]), ""
 
 def dead_leaves(size, rng):
     """Draw a size x size picture of opaque shapes that hide each other.
@@ -461,20 +444,18 @@ class Plan(NamedTuple):
 
 
 class PairedDataset:
-    """Crops of pairs: {"clean", "condition": [3, H, W] in [-1, 1], "caption": str, ...}.
+    """Crops of pairs: {"clean", "condition": [3, H, W] in [-1, 1], "caption", "grey", "draw"}.
 
-    And "grey": whether the condition has one channel, repeated three times; "draw": the item's
-    number.
+    grey: whether the condition has one channel, repeated three times. draw: the item's number.
 
     source: CsvPairs or DeadLeaves. rows: which of its indices to use (default all).
-    crop: side in pixels; None: whole pictures; [(n, side), ...]: that side for draws below n. In
-    validation, a side of the picture that is shorter than the crop is kept whole.
+    crop: side in pixels; None: whole pictures; [(n, side), ...]: that side for draws below n.
     degradations: as parse_degradations returns them; 1 to max_degradations of them are applied to
     the clean picture of a row without a condition. caption_dropout: share of captions emptied.
     training True: item n is the n-th draw of an endless stream, which visits every row once an
     epoch in a new order, with random crop, flip and caption dropout. All of it depends on seed and
-    n alone, so a run can stop and go on at any n. False: item n is the n-th of rows, cropped at its
-    centre, always with the same degradation."""
+    n alone, so a run can stop and go on at any n. False: item n is the n-th of rows, always with
+    the same degradation, cropped at its centre; a side shorter than the crop is kept whole."""
 
     def __init__(
         self,
@@ -510,16 +491,17 @@ class PairedDataset:
         Its random numbers are separate from those of prepare."""
         purpose = "train plan" if self.training else "validation plan"
         rng = np.random.default_rng(seed_for(self.seed, n, purpose))
-        row = self.order[n] if self.training else self.rows[n]
-        has_condition, caption = self.source.peek(row)
+        index = self.order[n] if self.training else self.rows[n]
+        row = self.source.rows[index]
+        caption = row.caption
         recipe = None
-        if not has_condition:
+        if not row.condition:
             count = rng.integers(1, self.max_degradations + 1)
             recipe = degrade.draw_recipe(self.degradations, count, rng)
             caption = caption or degrade.make_prompt([name for name, _ in recipe], rng)
         if self.training and rng.random() < self.caption_dropout:
             caption = ""
-        return Plan(row, recipe, caption)
+        return Plan(index, recipe, caption)
 
     def prepare(self, n, plan):
         """Open and degrade the pictures of draw n. They are PIL images, RGB.
@@ -547,12 +529,10 @@ class PairedDataset:
         """Choose a crop and a flip -> a function that applies both to a picture of image's size.
 
         Raises UserError if the picture is smaller than the crop of training."""
-        crop = self.crop_at(n)
-        width, height = crop or image.width, crop or image.height
-        if not self.training:  # pictures smaller than the crop are allowed
-            width, height = min(width, image.width), min(height, image.height)
-        if width > image.width or height > image.height:
+        crop = self.crop_at(n) or max(image.size)
+        if self.training and self.crop and min(image.size) < crop:
             raise UserError(f"{where}: {too_small(image.size, crop)}")
+        width, height = min(crop, image.width), min(crop, image.height)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         flip = False
         if self.training:
@@ -575,13 +555,9 @@ class PairedDataset:
 
     def degradation_names(self):
         """Return the names of all degradations that its rows may have, by draw or by the CSV."""
-        names = set()
+        names = {name for name, _ in self.degradations}
         for i in self.rows:
-            has_condition, _ = self.source.peek(i)
-            if has_condition:
-                names.update(self.source.degradations_of(i))
-            else:
-                names.update(name for name, _ in self.degradations)
+            names.update(self.source.rows[i].degradations())
         return names
 
     def name_degradations(self, n):
@@ -589,10 +565,10 @@ class PairedDataset:
 
         Read from its recipe; without one from the CSV's column degradation; if that is empty from
         the caption."""
-        row, recipe, caption = self.plan(n)
+        index, recipe, caption = self.plan(n)
         if recipe:
             return [name for name, _ in recipe]
-        return self.source.degradations_of(row) or degrade.read_prompt(caption)
+        return self.source.rows[index].degradations() or degrade.read_prompt(caption)
 
 
 class EndlessOrder:
@@ -698,16 +674,12 @@ def add_data_flags(parser):
     add("--model", help=text)
     add("--seed", type=between(int, 0), help="of everything random (default 0)")
     add("--workers", type=between(int, 1, 100), help="threads that prepare pictures (default 1)")
-    add_device_flag(add)
+    add("--device", type=check_device, help=f"default {DEFAULTS['device']}")
 
 
 def add_degradations_flag(add):
     example = "such as jpeg gaussian_noise:sigma=25 (default: all but color_jitter)"
     add("--degradations", nargs="+", metavar="NAME", help=example)
-
-
-def add_device_flag(add):
-    add("--device", type=check_device, help=f"default {DEFAULTS['device']}")
 
 
 def check_device(name):
@@ -728,12 +700,18 @@ HELD_OUT = 8  # pictures that validation measures, or a tenth of the rows if tha
 VALIDATION_CROP = 192
 
 
+def drawing_of(flags):
+    """Return {flag: value} of how a pair is drawn. flags: {flag: value}, as given."""
+    drawing = {name: flags[name] for name in ("max_degradations", "caption_dropout", "seed")}
+    return drawing | {"degradations": degrade.parse_degradations(flags["degradations"])}
+
+
 def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), kept=()):
     """Return the PairedDataset of training, that of validation, and the rows held out.
 
     table, val_table: paths of CSVs. table None: the demo. val_table None: rows of table are held
-    out, see hold_out. crop: PairedDataset's, of training. drawing: its degradations,
-    max_degradations, caption_dropout and seed. before, kept: see hold_out. Raises UserError."""
+    out, see hold_out. crop: PairedDataset's, of training. drawing: see drawing_of. before, kept:
+    see hold_out. Raises UserError."""
     largest = max(side for _, side in crop) if isinstance(crop, list) else crop
     fixed = drawing | {"training": False}
     if table is None:  # the demo
@@ -752,8 +730,8 @@ def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), ke
     else:
         measured, held_out = hold_out(source, before, kept)
     units = find_units(source, val_source)
-    taken = {units[val_source.digest(i)] for i in held_out}
-    training = [i for i in range(len(source)) if units[source.digest(i)] not in taken]
+    taken = {units[val_source.rows[i].digest] for i in held_out}
+    training = [i for i, row in enumerate(source.rows) if units[row.digest] not in taken]
     if not training:
         raise UserError(f"{table}: all rows share a picture or group with --val_data")
     print(source.summary())
@@ -768,7 +746,7 @@ def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), ke
     val_crop = max(VALIDATION_CROP, largest)
     val_set = PairedDataset(val_source, val_crop, rows=measured, **fixed)
     train_set = PairedDataset(source, crop, rows=training, **drawing)
-    return train_set, val_set, [list(val_source.identity(i)) for i in held_out]
+    return train_set, val_set, [val_source.rows[i].identity() for i in held_out]
 
 
 def find_units(*sources):
@@ -785,7 +763,7 @@ def find_units(*sources):
 
     for source in sources:
         for row in source.rows:
-            root = find(("picture", source.digests[row.clean]))
+            root = find(("picture", row.digest))
             if row.group:
                 name = hashlib.sha256(row.group.encode()).hexdigest()
                 other = find(("group", name))
@@ -806,15 +784,15 @@ def hold_out(source, before=(), kept=()):
     count = min(HELD_OUT, len(source) // 10)
     units = find_units(source)
     rows = {}  # of each unit
-    for i in sorted(range(len(source)), key=lambda i: source.identity(i)[1:]):
-        rows.setdefault(units[source.digest(i)], []).append(i)
+    for i in sorted(range(len(source)), key=lambda i: source.rows[i].identity()[1:]):
+        rows.setdefault(units[source.rows[i].digest], []).append(i)
     order = [i for unit in sorted(rows) for i in rows[unit]]
     earlier = {digest for _, digest, _ in kept}
-    held_out = [i for i in order if source.digest(i) in earlier]
+    held_out = [i for i in order if source.rows[i].digest in earlier]
     if held_out:
         return held_out[: max(1, count)], held_out
     for unit in sorted(rows):
-        seen = any(source.digest(i) in before for i in rows[unit])
+        seen = any(source.rows[i].digest in before for i in rows[unit])
         if len(held_out) < count and len(rows[unit]) <= len(source) / 2 and not seen:
             held_out += rows[unit]
     if held_out:
@@ -827,14 +805,14 @@ def refuse_useless_flags(given, *sources):
 
     given: {flag: value} of what was typed."""
     useless = {"degradations", "max_degradations"} & given.keys()
-    if useless and all(source.peek(i)[0] for source in sources for i in range(len(source))):
+    if useless and all(row.condition for source in sources for row in source.rows):
         all_paired = f"every row of {sources[0].path} has a condition, nothing is degraded here"
         raise UserError(f"--{min(useless)}: {all_paired}; leave it out")
 
 
 def list_rows(dataset):
     """Return [[name, digest of the clean picture, digest of all else]] of a data set's rows."""
-    return [list(dataset.source.identity(i)) for i in dataset.rows]
+    return [dataset.source.rows[i].identity() for i in dataset.rows]
 
 
 def check_same(before, now, what):
@@ -917,14 +895,14 @@ class CachedDataset:
 
 
 def draw_path(folder, n):
-    """Return the file of draw n, a thousand in a folder."""
+    """Return the file of draw n; a folder holds a thousand."""
     return Path(folder) / f"{n // 1000:04d}" / f"{n:07d}.safetensors"
 
 
 def fingerprint(config, drawing, resolution):
     """Return {flag: value} of all that a cache depends on, except its pictures.
 
-    config: "model" of config.json. drawing: see make_datasets."""
+    config: "model" of config.json. drawing: see drawing_of."""
     about = {
         "degradations": degrade.describe(drawing["degradations"]),
         "resolution": resolution,
@@ -1002,8 +980,8 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
         raise UserError(f"{photos}: no picture that can be read")
     write_csv(out / "pairs.csv", rows)
     say_notices(notices)
-    left_out = len(paths) - len(rows) + 1
-    print(f"{len(rows) - 1} pairs in {out / 'pairs.csv'}; {left_out} pictures left out")
+    pairs = len(rows) - 1
+    print(f"{pairs} pairs in {out / 'pairs.csv'}; {len(paths) - pairs} pictures left out")
 
 
 def match_folders(clean_folder, degraded_folder, out, pattern="", skip_bad=False):
@@ -1076,7 +1054,7 @@ def write_csv(path, rows):
 
 
 def make_parsers():
-    """Return the parser of all commands, and that of cache, whose flags have defaults here."""
+    """Return the parser of all commands."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     pairs = commands.add_parser("pairs", description="Degrade every photo of a folder once.")
@@ -1113,23 +1091,17 @@ def run_cache(args):
     name = args.model or default_model(args.data, args.device)
     config = model.describe_model(name, "restorer")
     resolution = args.resolution or RESOLUTIONS.get(config["name"], RESOLUTION)
-    drawing = {
-        "degradations": degrade.parse_degradations(args.degradations),
-        "max_degradations": args.max_degradations,
-        "caption_dropout": args.caption_dropout,
-        "seed": args.seed,
-    }
-    own = model.find_autoencoder(model.find_checkpoint(name)) if model.is_run(name) else None
-    autoencoder = model.load_autoencoder(config, own).to(args.device)
+    drawing = drawing_of(vars(args))
+    autoencoder = model.load_autoencoder(config, name).to(args.device)
     model.check_resolution([resolution], autoencoder)
     before = model.rows_trained_on(name)
-    tables = args.data, args.val_data
-    train_set, val_set, _ = make_datasets(*tables, resolution, drawing, args.skip_bad, before)
+    options = resolution, drawing, args.skip_bad, before
+    train_set, val_set, _ = make_datasets(args.data, args.val_data, *options)
     index = fingerprint(config, drawing, resolution)
     index |= {"epochs": args.epochs, "rows": list_rows(train_set)}
     prompts = model.Prompts(config, args.device)
-    parts = train_set, val_set, autoencoder, prompts
-    make_cache(Path(args.out), index, *parts, args.device, args.workers)
+    sets = train_set, val_set
+    make_cache(Path(args.out), index, *sets, autoencoder, prompts, args.device, args.workers)
 
 
 def main():

@@ -37,8 +37,8 @@ from data import relative, seed_for, to_image, to_tensor
 from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, describe_picture
 from degrade import explain_errors, open_image, parse_degradations, picture_extensions, plain_image
 from degrade import run_script, save_image, say_notices
-from model import SAMPLERS, find_autoencoder, find_checkpoint, guided, load_autoencoder
-from model import Prompts, load_decoder, load_restorer, read_run, rows_trained_on
+from model import SAMPLERS, Prompts, find_checkpoint, guided, load_autoencoder, load_decoder
+from model import load_restorer, read_run, rows_trained_on
 from vae import PixelAE, blend_tiles, pad_to_multiple, write_json
 
 # --------------------------------------------------------------------------------------------------
@@ -484,13 +484,12 @@ class Pipeline:
         pretrained = config["autoencoder"]["kind"] == "pretrained"
         if str(device).startswith("cuda") and pretrained:
             restorer.sana.to(torch.bfloat16)  # half the memory; the projection stays fp32
-        own = find_autoencoder(folder)
         steps = None
         if config["decoder"]:
-            autoencoder = load_decoder(config, own, folder, weights)
+            autoencoder = load_decoder(config, folder, weights)
             steps = config["decoder"]["steps"]
         else:
-            autoencoder = load_autoencoder(config, own)
+            autoencoder = load_autoencoder(config, folder)
         around = autoencoder.to(device), Prompts(config, device)
         pipeline = cls(restorer.to(device), *around, config["enlarge"], steps)
         pipeline.checkpoint = folder
@@ -852,7 +851,7 @@ def make_methods(args, pipeline, dataset):
         return restoring_method(pipeline, captions, args.device, **options)
 
     if pipeline.seeing:
-        original = load_autoencoder(pipeline.config, find_autoencoder(pipeline.checkpoint))
+        original = load_autoencoder(pipeline.config, pipeline.checkpoint)
         plain = Pipeline(pipeline.restorer, original.to(args.device), pipeline.prompts)
         methods = {
             "ceiling": ceiling_method(original, args.device),
@@ -888,7 +887,7 @@ def say_trained_rows(checkpoint, source):
 
     They are known by the content of their clean pictures."""
     trained = rows_trained_on(checkpoint)
-    count = sum(source.digests[row.clean] in trained for row in source.rows)
+    count = sum(row.digest in trained for row in source.rows)
     if count:
         print(f"{source.path}: the checkpoint was trained on {count} of these {len(source)} rows")
 

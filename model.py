@@ -772,13 +772,11 @@ def pretrained_part(config, part):
 
 def is_run(name):
     """Say whether name is a run of train.py, one of its checkpoints, or a file that names one."""
-    if name in PRESETS:  # ./mini is a folder of that name
-        return False
     try:
         find_checkpoint(name)
     except UserError:
         return False
-    return True
+    return name not in PRESETS  # ./mini is a folder of that name
 
 
 def stage_of(name):
@@ -800,13 +798,12 @@ def find_checkpoint(path):
 
 
 def read_run(path):
-    """Read config.json of the checkpoint that path names. Raises UserError.
-
-    Its "model" has the keys of MODEL_DEFAULTS; one of another version is refused."""
+    """Read config.json of the checkpoint that path names. Raises UserError."""
     file = find_checkpoint(path) / "config.json"
     config = read_json(file)
-    with explain_errors(file, "this configuration"):
-        config["model"] = read_config("model", config["model"], MODEL_DEFAULTS, supported={})
+    with explain_errors(file, "this run"):
+        if config["model"].keys() != MODEL_DEFAULTS.keys():
+            raise ValueError("it was made by another version of this program")
     return config
 
 
@@ -818,25 +815,27 @@ def rows_trained_on(name):
     return {digest for _, digest, _ in rows["trained"]} | set(rows["before"])
 
 
+def run_of(checkpoint):
+    """Return the folder that holds base/ and autoencoder/ of a checkpoint."""
+    return checkpoint.parent if checkpoint.name.startswith("step_") else checkpoint
+
+
 def find_part(checkpoint, part):
     """Return the checkpoint that another stands on. Raises UserError if it is missing.
 
-    part: "base" or "autoencoder". It lies in the run of a step_N, else within the checkpoint."""
-    run = checkpoint.parent if checkpoint.name.startswith("step_") else checkpoint
-    if not (run / part / "ema.safetensors").is_file():
-        whole = f"{part}/ of its run, which is not there; take the whole run folder"
-        raise UserError(f"{checkpoint} stands on {whole}")
-    return run / part
+    part: "base" or "autoencoder"."""
+    folder = run_of(checkpoint) / part
+    if not (folder / "ema.safetensors").is_file():
+        raise UserError(f"{checkpoint} stands on {folder}, which is gone; take the whole run")
+    return folder
 
 
-def find_autoencoder(checkpoint):
-    """Return the checkpoint of the own autoencoder that a checkpoint has or is; None: it has none.
-
-    Raises UserError."""
-    config = read_run(checkpoint)["model"]
-    if config["autoencoder"]["kind"] != "own":
-        return None
-    return checkpoint if config["stage"] == "autoencoder" else find_part(checkpoint, "autoencoder")
+def find_autoencoder(path):
+    """Return the checkpoint of the own autoencoder that path is or has. Raises UserError."""
+    checkpoint = find_checkpoint(path)
+    if read_run(checkpoint)["model"]["stage"] == "autoencoder":
+        return checkpoint
+    return find_part(checkpoint, "autoencoder")
 
 
 def link_parts(name, config, run):
@@ -847,9 +846,8 @@ def link_parts(name, config, run):
         return
     checkpoint = find_checkpoint(name)
     before = read_run(checkpoint)["model"]
-    autoencoder = find_autoencoder(checkpoint)
-    if autoencoder and config["stage"] != "autoencoder":
-        link_checkpoint(autoencoder, run / "autoencoder")
+    if config["autoencoder"]["kind"] == "own" and config["stage"] != "autoencoder":
+        link_checkpoint(find_autoencoder(checkpoint), run / "autoencoder")
     if config["base"]:
         # a LoRA or a decoder that is trained further keeps its base
         further = before["base"] and before["stage"] == config["stage"]
@@ -872,10 +870,9 @@ def link_checkpoint(source, target):
     target.mkdir(parents=True)
     for file in ("config.json", "rows.json", "ema.safetensors"):
         link(source / file, target / file)
-    run = source.parent if source.name.startswith("step_") else source
     for part in ("base", "autoencoder"):
-        if (run / part).is_dir():
-            shutil.copytree(run / part, target / part, copy_function=link)
+        if (run_of(source) / part).is_dir():
+            shutil.copytree(run_of(source) / part, target / part, copy_function=link)
 
 
 def initial_restorer(name, config, generator):
@@ -924,21 +921,19 @@ def load_restorer(path, weights="ema", name=None):
     config["name"] = name or config["name"]
     if config["stage"] == "autoencoder":
         raise UserError(f"{path} is an autoencoder; train a restorer on it: --model {path}")
-    if config["stage"] == "decoder":
-        restorer, _ = load_restorer(find_part(folder, "base"), name=config["name"])
-        return restorer, config
     file = folder / f"{weights}.safetensors"
-    if not config["lora"]:
-        with explain_errors(folder / "config.json", "this restorer"), torch.device("meta"):
-            restorer = build_restorer(config)
-        return load_weights(restorer, file).eval(), config
     if config["base"]:
         restorer, _ = load_restorer(find_part(folder, "base"), name=config["name"])
-        restorer = with_options(restorer, config)
-    else:
+    elif config["lora"]:
         restorer = pretrained_restorer(config)
-    add_lora(restorer, config["lora"])
-    return load_weights(restorer, file, trained=True), config
+    else:
+        with explain_errors(folder / "config.json", "this restorer"), torch.device("meta"):
+            restorer = build_restorer(config)
+        load_weights(restorer, file)
+    if config["lora"] and config["stage"] == "restorer":
+        restorer = add_lora(with_options(restorer, config), config["lora"])
+        load_weights(restorer, file, trained=True)
+    return restorer.eval(), config
 
 
 def export(path, out, weights="ema"):
@@ -950,8 +945,9 @@ def export(path, out, weights="ema"):
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a model already; choose another folder")
     restorer, about = load_restorer(path, weights)
-    if about["stage"] == "decoder" and weights == "model":
-        raise UserError(f"--weights model: {path} is a decoder; give the run of its restorer")
+    if about["stage"] == "decoder":
+        base = find_part(find_checkpoint(path), "base")
+        raise UserError(f"{path} is a decoder, and diffusers has no such; export {base}")
     merge_lora(restorer)
     tensors = restorer.sana.state_dict()
     if restorer.conditioning == "projection":
@@ -967,8 +963,6 @@ def export(path, out, weights="ema"):
     print(f"{out}: {count / 1e6:.2f} M parameters, in_channels {channels}")
     meaning = {"velocity": "noise - x0", "residual": "x0 - condition, which is no velocity"}
     print(f"it predicts {meaning[restorer.prediction]}; sample with shift {restorer.shift:g}")
-    if about["stage"] == "decoder":
-        print("this is its restorer: the decoder is no part of diffusers' AutoencoderDC")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1324,17 +1318,17 @@ class Prompts:
         return pad_text([self.known[caption] for caption in captions])
 
 
-def load_autoencoder(config, folder):
+def load_autoencoder(config, path):
     """Load the autoencoder for the "model" of a config.json, frozen. Raises UserError.
 
-    folder: the checkpoint of a preset's own autoencoder; not used for others."""
+    path: the run or checkpoint that is or has a preset's own autoencoder; not used for others."""
     kind = config["autoencoder"]["kind"]
     if kind == "pixels":
         return PixelAE(config["autoencoder"]["factor"])
     if kind == "own":
         with torch.device("meta"):
             autoencoder = DCAE(config["autoencoder"]["dcae"])
-        load_weights(autoencoder, folder / "ema.safetensors")
+        load_weights(autoencoder, find_autoencoder(path) / "ema.safetensors")
     else:
         vae = pretrained_part(config, "vae")
         autoencoder = load_pretrained(DCAE, vae, torch.float32)
@@ -1347,11 +1341,9 @@ def check_width(folder, what, given, taken):
         raise UserError(f"{folder} gives {given} {what}, the transformer takes {taken}")
 
 
-def load_decoder(config, folder, checkpoint, weights="ema"):
-    """Load the autoencoder whose decoder sees the degraded image, frozen. Raises UserError.
-
-    folder: see load_autoencoder. checkpoint: of the decoder's run."""
-    autoencoder = load_autoencoder(config, folder)
+def load_decoder(config, checkpoint, weights="ema"):
+    """Load the autoencoder whose decoder sees the degraded image, frozen. Raises UserError."""
+    autoencoder = load_autoencoder(config, checkpoint)
     autoencoder.add_skips(config["decoder"]["gains"]).freeze_around_decoder()
     load_weights(autoencoder, checkpoint / f"{weights}.safetensors", trained=True)
     return autoencoder.requires_grad_(False)

@@ -108,7 +108,7 @@ def make_parser():
     add("--ema_device", type=check_device, help="cpu spares a GPU 4 bytes a weight")
     text = "compute a batch in so many parts (default 1; one by one in SANA's --stage decoder)"
     add("--accumulate", type=count, help=text)
-    add("--curriculum", type=parse_curriculum, metavar="SIDE:STEPS,...", help="512:8000,1024:2000")
+    add("--curriculum", type=curriculum, metavar="SIDE:STEPS,...", help="512:8000,1024:2000")
     add = parser.group("--stage restorer")
     ways = ["projection", "widen", "none"]
     add("--conditioning", choices=ways, help="see model.Restorer (SANA: projection; tiny: widen)")
@@ -272,22 +272,15 @@ def check_flags(parser, args):
     if args.batch_size % (args.accumulate * WORLD):
         times = f"--accumulate {args.accumulate} times {WORLD} processes"
         raise UserError(f"{times}: has to be a divisor of --batch_size {args.batch_size}")
-    try:
-        check_device(args.device)  # that of a run may not be here
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"--device {error}; give --device") from None
+    parser.parse_args(["--device", args.device])  # that of a run may not be here
 
 
-def parse_curriculum(text):
+def curriculum(text):
     """argparse type: "512:8000,1024:2000" -> [[512, 8000], [1024, 2000]]."""
     pieces = []
     for piece in text.split(","):
         side, _, steps = piece.partition(":")
-        try:
-            pieces.append([between(int, 1, 2**14)(side), between(int, 1)(steps)])
-        except ValueError:
-            advice = "write SIDE:STEPS, as in 512:8000,1024:2000"
-            raise argparse.ArgumentTypeError(f"{text}: {advice}") from None
+        pieces.append([between(int, 1, 2**14)(side), between(int, 1)(steps)])
     return pieces
 
 
@@ -324,10 +317,9 @@ def first_does(function):
         except UserError as error:
             told[1] = str(error)
     dist.broadcast_object_list(told)
-    result, error = told
-    if error:
-        raise UserError(error)
-    return result
+    if told[1]:
+        raise UserError(told[1])
+    return told[0]
 
 
 def shard_module(module, device):
@@ -446,7 +438,6 @@ def adamw_bf16(weight, low, grad, exp_avg, exp_avg_sq, average, seed, start, num
 # --------------------------------------------------------------------------------------------------
 # State: what the next step depends on. Randomness needs none (see seed_for).
 
-
 PROGRESS = "step", "draws", "skipped", "validation", "best"  # of State, in config.json
 
 
@@ -487,34 +478,33 @@ class State:
         groups = [{"params": [], "peak": args.lr}, {"params": [], "peak": args.proj_lr}]
         options = {"lr": args.lr, "betas": (BETA1, BETA2), "eps": EPS, "fused": True}
         for name, p in self.own.items():
-            self.moments[name] = {key: torch.zeros_like(p.detach()) for key in MOMENTS}
-            if p.dtype == torch.bfloat16:  # keep what the cast took away
-                high, low = split_fp32(fp32[name].to(p.device))
-                p.detach().copy_(high)  # it rounds ties away from 0, the cast to even
-                self.moments[name]["low"] = low
-            else:
+            if p.dtype != torch.bfloat16:
                 groups[is_new(name)]["params"].append(p)
         self.adamw = torch.optim.AdamW(groups, weight_decay=args.weight_decay, **options)
-        for name, p in self.own.items():  # as its first step would: so load() finds where to copy
-            if p.dtype != torch.bfloat16:
-                self.adamw.state[p] = self.moments[name]
-                self.moments[name]["step"] = torch.zeros((), device=p.device)
+        for name, p in self.own.items():
+            moments = {key: torch.zeros_like(p.detach()) for key in MOMENTS}
+            if p.dtype == torch.bfloat16:  # keep what the cast took away
+                high, moments["low"] = split_fp32(fp32[name].to(p.device))
+                p.detach().copy_(high)  # it rounds ties away from 0, the cast to even
+            else:  # as torch's first step would: so load() finds where to copy
+                self.adamw.state[p] = moments | {"step": torch.zeros((), device=p.device)}
+            self.moments[name] = moments
 
     def averaged_module(self, build):
         """Make a module with the averaged weights, in the first process; None in the others.
 
         build: makes one with unset weights."""
         tensors = dict(self.module.named_buffers())
+        on_gpu = self.args.device.startswith("cuda")
         for name, p in self.module.named_parameters():
-            tensors[name] = gather(self.average[name], p) if name in self.weights else p
+            whole = gather(self.average[name], p) if name in self.weights else p
+            if RANK == 0:
+                dtype = torch.bfloat16 if on_gpu and p.dtype == torch.bfloat16 else torch.float32
+                tensors[name] = whole.to(self.args.device, dtype)
         if RANK > 0:
             return None
         with torch.device("meta"):
             module = build()
-        for name, p in self.module.named_parameters():
-            on_gpu = self.args.device.startswith("cuda")
-            dtype = torch.bfloat16 if on_gpu and p.dtype == torch.bfloat16 else torch.float32
-            tensors[name] = tensors[name].to(self.args.device, dtype)
         module.load_state_dict(tensors, assign=True)  # on one device: the averages, not a copy
         return module.eval().requires_grad_(False)
 
@@ -587,9 +577,8 @@ class State:
         """Count a step without an update."""
         self.count_step()
         self.skipped += 1
-        for moments in self.moments.values():
-            if "step" in moments:
-                moments["step"] += 1
+        for state in self.adamw.state.values():
+            state["step"] += 1
 
     def count_step(self):
         self.step += 1
@@ -620,8 +609,7 @@ class State:
             tensors["model"][name] = gather(self.own[name].detach(), p)
             tensors["ema"][name] = gather(self.average[name], p)
             for key, value in self.moments[name].items():
-                if key != "step":
-                    tensors["optimizer"][f"{key}.{name}"] = gather(value, p)
+                tensors["optimizer"][f"{key}.{name}"] = gather(value, p)
         folder, latest = run / f"step_{self.step:06d}", run / "latest"
         if RANK > 0 or self.saved == folder.name:  # the last step was one of --save_every as well
             return
@@ -677,10 +665,9 @@ class State:
             for name in self.own:
                 self.average[name].copy_(shard(averages[name]))
                 for key, value in self.moments[name].items():
-                    if key == "step":
-                        value.fill_(self.step)
-                    else:
-                        value.copy_(shard(moments[f"{key}.{name}"]))
+                    value.copy_(shard(moments[f"{key}.{name}"]))
+        for state in self.adamw.state.values():
+            state["step"].fill_(self.step)
 
 
 def is_new(name):
@@ -1118,10 +1105,11 @@ def train(state, stage, batches, val_set, run, rows):
     lanes = Lanes(stage.config, args)
     stop = catch_signals()
     failures = 0
-    losses, waited, since = [], 0.0, time.monotonic()
+    losses, waited, seconds = [], 0.0, 0.0
+    last = False
     options = {"unit": "step", "smoothing": 0.05, "disable": RANK > 0}
     with tqdm(total=args.steps, initial=state.step, **options) as bar:
-        while state.step < args.steps:
+        while not last:
             before = time.monotonic()
             try:
                 batch = next(batches)
@@ -1133,6 +1121,7 @@ def train(state, stage, batches, val_set, run, rows):
             waited += time.monotonic() - before
             loss, norm, stopped = train_step(state, stage, batch, lanes, stop)
             losses.append(loss)
+            seconds += time.monotonic() - before
             failures = 0 if math.isfinite(loss + norm) else failures + 1
             if failures:
                 bar.write(f"step {state.step}: loss {loss}, gradient norm {norm}: skipped")
@@ -1142,20 +1131,16 @@ def train(state, stage, batches, val_set, run, rows):
             done = state.step == args.steps
             last = done or stopped or failures == MOST_FAILURES
             if last or state.step % LOG_EVERY == 0:
-                line = describe_steps(state, losses, norm, waited, time.monotonic() - since)
+                line = describe_steps(state, losses, norm, waited, seconds)
                 add_line(run, line)
-                losses, waited, since = [], 0.0, time.monotonic()
+                losses, waited, seconds = [], 0.0, 0.0
                 bar.set_postfix({"loss": line["loss"], "val_dB": state.validation[scored]})
-            pause = time.monotonic()
             if done or state.step % args.val_every == 0:
                 state.validation = validate(state, stage, val_set, run)
                 add_line(run, state.validation)
             if last or state.step % args.save_every == 0:
                 state.save(run, stage.config, rows, scored)
                 draw_log(run)
-            since += time.monotonic() - pause
-            if last:
-                break
     if failures == MOST_FAILURES:
         advice = f"the weights are saved, lower --lr ({args.lr:g})"
         raise UserError(f"{MOST_FAILURES} steps in a row without a finite loss; {advice}")
@@ -1165,7 +1150,9 @@ def train(state, stage, batches, val_set, run, rows):
 
 
 def describe_steps(state, losses, norm, waited, seconds):
-    """Return a line of the log: the steps since the line before it."""
+    """Return a line of the log: the steps since the line before it.
+
+    seconds: what they took. waited: how much of it for pictures."""
     args = state.args
     finite = [loss for loss in losses if math.isfinite(loss)]
     line = {
@@ -1260,16 +1247,6 @@ def crop_sides(args, step, draws):
     return sides
 
 
-def drawing_of(args):
-    """Return the flags of data.make_datasets on how a pair is drawn."""
-    return {
-        "degradations": degrade.parse_degradations(args.degradations),
-        "max_degradations": args.max_degradations,
-        "caption_dropout": args.caption_dropout,
-        "seed": args.seed,
-    }
-
-
 def load_data(args, step, draws):
     """Open the pairs -> training set, validation set, rows.json. Raises UserError.
 
@@ -1279,7 +1256,7 @@ def load_data(args, step, draws):
         begun = vae.read_json(args.checkpoint / "rows.json")
     before = model.rows_trained_on(args.checkpoint or args.model)
     crop = crop_sides(args, step, draws)
-    how = crop, drawing_of(args), args.skip_bad, before, begun["held_out"]
+    how = crop, data.drawing_of(vars(args)), args.skip_bad, before, begun["held_out"]
     train_set, val_set, held_out = data.make_datasets(args.data, args.val_data, *how)
     if args.data:
         data.refuse_useless_flags(args.given, train_set.source, val_set.source)
@@ -1310,11 +1287,10 @@ def claim_run(args):
     return True
 
 
-def run_training(args, config, data_sets, rows, draws):
+def run_training(args, config, train_set, val_set, rows, draws):
     """Train -> the State and the signal that ended it, or None. Raises UserError.
 
     draws: the numbers of the pictures that this process draws."""
-    train_set, val_set = data_sets
     run = Path(args.out)
     stage = STAGES[args.stage](config, args, train_set, val_set, draws)
     state = State(stage.load(args.checkpoint), args)
@@ -1378,7 +1354,7 @@ def main():
     train_set, val_set, rows = first_does(lambda: load_data(args, step, first))
     config["enlarge"] = train_set.source.enlarge
     if args.cache:
-        about = data.fingerprint(config, drawing_of(args), args.resolution)
+        about = data.fingerprint(config, data.drawing_of(vars(args)), args.resolution)
         train_set = data.CachedDataset(args.cache, about, train_set)
     # every draw of the run has a number; this process takes every WORLD-th
     last = first + (args.steps - step) * args.batch_size
@@ -1387,7 +1363,7 @@ def main():
     try:
         if not args.checkpoint:
             first_does(lambda: model.link_parts(args.model, config, run))
-        state, caught = run_training(args, config, (train_set, val_set), rows, draws)
+        state, caught = run_training(args, config, train_set, val_set, rows, draws)
     except BaseException:
         if made and RANK == 0 and not (run / "latest").exists():
             shutil.rmtree(run, ignore_errors=True)  # nothing was learnt: leave no trace

@@ -12,6 +12,8 @@ from diffusers import SanaTransformer2DModel
 from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
+from model import INSTRUCTION
+
 SANA = {
     "in_channels": 8,
     "out_channels": 8,
@@ -56,7 +58,7 @@ CORPUS = 4 * [
     "naïve café déjà vu — größer, señor",
     "日本語のテキスト and 中文",
     "for (int i = 0; i < n; ++i) { sum += a[i]; }",
-    "Given a user prompt, generate an enhanced prompt that provides detailed visual descriptions",
+    INSTRUCTION,  # 135 tokens then; 675 if none of its words were known, and most of the time
 ]
 
 

@@ -239,8 +239,7 @@ def test_paths_headers_and_encodings(tmp_path):
     header = " image_path", "condition_image_path ", "caption"
     source = CsvPairs(write_csv(tmp_path / "deep/p.csv", rows, header, "utf-8-sig"))
     assert len(source) == 2
-    assert source.peek(0) == (True, caption)
-    assert source.peek(1) == (False, "")
+    assert [row.caption for row in source.rows] == [caption, ""]
     clean, condition, _ = source.load(1)
     assert np.array_equal(levels(clean), levels(coordinates(40, 40)))
     assert condition is None
@@ -332,8 +331,8 @@ def test_make_pairs_writes_what_training_reads(photos, tmp_path):
     errors = []
     for i, original in enumerate(sorted(photos.iterdir())):
         clean, condition, _ = source.load(i)
-        _, caption = source.peek(i)
         assert np.array_equal(levels(clean), levels(Image.open(original)))
+        caption = source.rows[i].caption
         assert any(phrase in caption for phrase in DEGRADATIONS["gaussian_noise"].phrases)
         errors.append((levels(condition) - levels(clean))[32:64].std())
     assert 18 < np.mean(errors) < 25.5  # clipping takes some of the 25

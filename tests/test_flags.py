@@ -504,7 +504,8 @@ def test_restoring_enlarges_as_training_did(place, tmp_path, monkeypatch):
     Path("p.csv").write_text("image_path,condition_image_path\n" + "a.png,b.png\n" * 3)
     flags = ["--steps", 1, "--batch_size", 1, "--resolution", 16, "--device", "cpu"]
     in_process(train, ["--data", "p.csv", *flags, "--out", "run"], monkeypatch)
-    in_process(evaluate, ["--checkpoint", "run", "--input", "b.png", "--output", "o.png"], monkeypatch)
+    words = ["--checkpoint", "run", "--input", "b.png", "--output", "o.png"]
+    in_process(evaluate, words, monkeypatch)
     assert Image.open("o.png").size == (48, 40)
 
 

@@ -179,7 +179,7 @@ def test_a_resumed_run_keeps_its_values_but_derives_some_anew(run_folder):
         ("--resume RUN --out x", "--resume names the folder already"),
         ("--resume RUN/step_000010x", "no such folder"),
         ("--out RUN", "holds a run already"),
-        ("--curriculum 32:7,x", "write SIDE:STEPS"),
+        ("--curriculum 32:7,x", "invalid curriculum value: '32:7,x'"),
         ("--curriculum 32:7 --steps 9", "--steps: it has no effect with --curriculum"),
         ("--curriculum 32:7 --resolution 9", "--resolution: it has no effect with --curriculum"),
         ("--curriculum 32:7 --data CSV --cache x", "--cache: it has no effect with --curriculum"),
