@@ -922,7 +922,7 @@ def load_restorer(path, weights="ema", name=None):
         raise UserError(f"{path} is an autoencoder; train a restorer on it: --model {path}")
     file = folder / f"{weights}.safetensors"
     if config["base"]:
-        restorer, _ = load_restorer(find_part(folder, "base"), name=name)
+        restorer, _ = load_restorer(find_part(folder, "base"), name=config["name"])
     elif config["lora"]:
         restorer = pretrained_restorer(config)
     else:

@@ -157,12 +157,13 @@ def test_a_resumed_run_keeps_its_values_but_derives_some_anew(run_folder):
     del content["given"]["device"]
     content["given"] |= {"workers": 3}
     content["args"] |= {"lr": 7e-3, "device": "cuda:9", "ema_device": "cuda:9", "accumulate": 2}
-    content["args"] |= {"workers": 3}
+    content["args"] |= {"workers": 3, "proj_lr": 0.5}
     config.write_text(json.dumps(content))
     args = parse("--resume", run_folder, "--steps", 20, "--val_every", 5)
     assert (args.lr, args.steps, args.val_every, args.save_every) == (7e-3, 20, 5, 4)
     assert (args.device, args.ema_device) == (data.DEFAULTS["device"],) * 2
     assert (args.accumulate, args.workers) == (1, 3)
+    assert args.proj_lr == train.projection_lr(7e-3, "restorer", None)
     assert parse("--resume", run_folder, "--accumulate", 2).accumulate == 2
 
 
