@@ -1081,7 +1081,8 @@ def train(state, stage, batches, val_set, run, rows):
                 if WORLD == 1:  # else the last checkpoint stands
                     state.save(run, stage.config, rows, scored)
                 advice = f"python train.py --resume {run} --data CSV goes on with a mended table"
-                raise UserError(f"{error}; {state.saved} is saved: {advice}") from None
+                saved = f"{state.saved} is saved: " if state.saved else ""
+                raise UserError(f"{error}; {saved}{advice}") from None
             waited += time.monotonic() - before
             loss, norm, stopped = train_step(state, stage, batch, lanes, stop)
             losses.append(loss)

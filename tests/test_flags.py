@@ -409,7 +409,7 @@ def test_sigmas_are_drawn_with_that_share_and_shift(flags, share, shift, monkeyp
 
 def plans(*flags, count=400):
     """Return what the first draws of a training with these flags will do."""
-    train_set, _, _ = train.load_data(parse(*flags), 0, 0, NEW)
+    train_set, _, _ = train.load_data(parse(*flags), 0, 0)
     return [train_set.plan(i) for i in range(count)]
 
 
