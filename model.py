@@ -1309,11 +1309,13 @@ class Prompts:
         self.known.update(zip(new, encode_prompts(tokenizer, gemma, new, batch_size)))
 
     def __call__(self, captions):
-        """[B] captions -> text [B, L, D], text_mask [B, L] bool."""
+        """[B] captions -> text [B, L, D], text_mask [B, L] bool, on the device."""
         if self.hashed:
-            return hash_prompts(captions)
-        self.prepare(captions)
-        return pad_text([self.known[caption] for caption in captions])
+            text, mask = hash_prompts(captions)
+        else:
+            self.prepare(captions)
+            text, mask = pad_text([self.known[caption] for caption in captions])
+        return text.to(self.device), mask.to(self.device)
 
 
 def load_autoencoder(config, path):

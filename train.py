@@ -734,7 +734,6 @@ class RestorerStage:
         noise, sigma = noise.to(args.device), sigma.to(args.device)
         condition = condition * kept.to(args.device)[:, None, None, None]
         text, text_mask = self.prompts(batch["caption"])
-        text, text_mask = text.to(args.device), text_mask.to(args.device)
 
         def losses(some):
             captions = text[some], text_mask[some]
@@ -845,8 +844,7 @@ class DecoderStage:
             generator = torch.Generator().manual_seed(seed_for(args.seed, n, "latents"))
             noise.append(torch.randn(condition.shape[1:], generator=generator))
         noise = torch.stack(noise).to(condition)
-        text, text_mask = self.prompts(batch["caption"][some])
-        prompt = text.to(args.device), text_mask.to(args.device)
+        prompt = self.prompts(batch["caption"][some])
         velocity = model.guided(self.restorer, condition, prompt, None)
         return model.sample_euler(velocity, noise, args.latent_steps, self.restorer.shift)
 
