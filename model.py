@@ -826,7 +826,7 @@ def find_part(checkpoint, part):
     part: "base" or "autoencoder"."""
     folder = run_of(checkpoint) / part
     if not (folder / "ema.safetensors").is_file():
-        raise UserError(f"{checkpoint} stands on {folder}, which is gone; take the whole run")
+        raise UserError(f"{checkpoint} stands on {part}/ of its run; take the whole run folder")
     return folder
 
 
