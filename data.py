@@ -230,10 +230,13 @@ class CsvPairs:
 
     def look_at_pictures(self):
         """Read the headers and digests of all pictures. Leave out, or refuse, rows that fail."""
-        paths = dict.fromkeys(path for row in self.rows for path in row.paths())
+        looks = {}  # a path may stand in several rows
         digests = {}
         with ThreadPoolExecutor() as pool:
-            looks = {path: pool.submit(look_at, path, self.skip_bad) for path in paths}
+            for row in self.rows:
+                for path in row.paths():
+                    if path not in looks:
+                        looks[path] = pool.submit(look_at, path, self.skip_bad)
 
             def check(row):
                 for path in row.paths():
@@ -702,8 +705,12 @@ VALIDATION_CROP = 192
 
 def drawing_of(flags):
     """Return {flag: value} of how a pair is drawn. flags: {flag: value}, as given."""
-    drawing = {name: flags[name] for name in ("max_degradations", "caption_dropout", "seed")}
-    return drawing | {"degradations": degrade.parse_degradations(flags["degradations"])}
+    return {
+        "degradations": degrade.parse_degradations(flags["degradations"]),
+        "max_degradations": flags["max_degradations"],
+        "caption_dropout": flags["caption_dropout"],
+        "seed": flags["seed"],
+    }
 
 
 def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), kept=()):
@@ -791,9 +798,9 @@ def hold_out(source, before=(), kept=()):
     held_out = [i for i in order if source.rows[i].digest in earlier]
     if held_out:
         return held_out[: max(1, count)], held_out
+    seen = {units[digest] for digest in before if digest in units}
     for unit in sorted(rows):
-        seen = any(source.rows[i].digest in before for i in rows[unit])
-        if len(held_out) < count and len(rows[unit]) <= len(source) / 2 and not seen:
+        if len(held_out) < count and len(rows[unit]) <= len(source) / 2 and unit not in seen:
             held_out += rows[unit]
     if held_out:
         return held_out[:count], held_out

@@ -546,8 +546,8 @@ class Pipeline:
         shape = autoencoder.channels, size[0] // f, size[1] // f
         noise = torch.randn(shape, generator=generator).to(pixels)
         self.prompts.prepare([*captions, ""])
-        prompt = self.embed(captions, pixels.device)
-        empty = self.embed([""] * len(captions), pixels.device)
+        prompt = self.prompts(captions)
+        empty = self.prompts([""] * len(captions))
         steps = self.steps if steps is None else steps
 
         def restore_tile(index):
@@ -569,11 +569,6 @@ class Pipeline:
             tile = PIXEL_TILE // f * f
         restored = blend_tiles(restore_tile, size, tile, OVERLAP // f * f)
         return restored[..., :height, :width].clamp(-1, 1)
-
-    def embed(self, captions, device):
-        """Return the captions' embeddings and their mask on a device."""
-        text, mask = self.prompts(captions)
-        return text.to(device), mask.to(device)
 
 
 def restore_files(pipeline, work, overwrite=False, quality=95, **options):

@@ -13,7 +13,6 @@ noise, and the velocity is dx/dsigma = noise - x0. (Some texts call the clean fr
 the two trains against the pretrained weights.)
 """
 import hashlib
-import json
 import math
 import os
 import re
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from degrade import Parser, UserError, explain_errors, run_script
 from vae import DCAE, PARTS, PixelAE, file_digest, load_config, load_pretrained, load_weights
-from vae import read_config, read_json, resolve_model, save_weights, weight_files, write_text
+from vae import read_config, read_json, resolve_model, save_weights, weight_files, write_json
 
 # --------------------------------------------------------------------------------------------------
 # The transformer. Module and parameter names are those of diffusers' checkpoints.
@@ -691,12 +690,12 @@ def describe_model(name, stage, conditioning=None, lora=None, shift=None):
 
     name: of --model: a preset, a run of train.py, or a pretrained model. conditioning, lora (rank),
     shift: None keeps what that model has."""
-    if is_run(name):
+    stage_before = stage_of(name)
+    if stage_before:
         before = read_run(name)["model"]
-        possible = NEXT_STAGES[before["stage"]]
     else:
-        before = PRESETS[name] if name in PRESETS else describe_pretrained(name)
-        possible = NEXT_STAGES[before["autoencoder"]["kind"]]
+        before = PRESETS.get(name) or describe_pretrained(name)
+    possible = NEXT_STAGES[stage_before or before["autoencoder"]["kind"]]
     if stage == "decoder" and before["autoencoder"]["kind"] == "pixels":
         raise UserError(f"--stage decoder: {name} works on pixels, which lose nothing")
     if stage not in possible:
@@ -717,9 +716,10 @@ def describe_restorer(config, name, conditioning, lora):
     learnt = config["conditioning"] if trained else "none"
     if conditioning and learnt not in ("none", conditioning):
         raise UserError(f"--conditioning {conditioning}: {name} has learnt {learnt} already")
-    if config["conditioning"] == "none":  # not inherited: a restorer is what is wanted
+    if conditioning:
+        config["conditioning"] = conditioning
+    elif config["conditioning"] == "none":  # not inherited: a restorer is what is wanted
         config["conditioning"] = "projection"
-    config["conditioning"] = conditioning or config["conditioning"]
     if conditioning == "none":  # there is nothing that a residual could be added to
         config["prediction"] = "velocity"
     if lora and config["lora"] not in (None, lora):
@@ -878,9 +878,8 @@ def link_checkpoint(source, target):
 def initial_restorer(name, config, generator):
     """Make the Restorer that training begins with. config: describe_model(name, ...).
 
-    Weights: a restorer's run gives its averaged ones. A preset, or an autoencoder's run, gives
-    random ones. A pretrained model gives SANA's, and so does a run without a condition: the layer
-    for the condition is added. generator: for all random weights. Raises UserError."""
+    A restorer's run gives its averaged weights, a pretrained model SANA's; a layer for the
+    condition is added where there is none. All other weights are random. Raises UserError."""
     if stage_of(name) == "restorer":
         restorer, before = load_restorer(name)
         restorer = with_options(restorer, config)
@@ -958,7 +957,7 @@ def export(path, out, weights="ema"):
     channels = tensors["patch_embed.proj.weight"].shape[1]
     config = restorer.sana.config | {"_class_name": Sana.CLASS, "in_channels": channels}
     save_weights(tensors, out / "diffusion_pytorch_model.safetensors")
-    write_text(out / "config.json", json.dumps(config, indent=1))
+    write_json(out / "config.json", config)
     count = sum(t.numel() for t in tensors.values())
     print(f"{out}: {count / 1e6:.2f} M parameters, in_channels {channels}")
     meaning = {"velocity": "noise - x0", "residual": "x0 - condition, which is no velocity"}
@@ -1257,10 +1256,9 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
         padded, mask = pad_text(ids)
         states = gemma(padded, mask).cpu()                          # [B, L, D]
         for prompt, count, row in zip(batch, mask.sum(1), states):
+            row = row[:count]
             if prompt:
-                row = torch.cat([row[:1], row[intro - 1 : count]])
-            else:
-                row = row[:count]
+                row = torch.cat([row[:1], row[intro - 1 :]])
             rows.append(row)
     return rows
 
@@ -1311,11 +1309,13 @@ class Prompts:
         self.known.update(zip(new, encode_prompts(tokenizer, gemma, new, batch_size)))
 
     def __call__(self, captions):
-        """[B] captions -> text [B, L, D], text_mask [B, L] bool."""
+        """[B] captions -> text [B, L, D], text_mask [B, L] bool, on the device."""
         if self.hashed:
-            return hash_prompts(captions)
-        self.prepare(captions)
-        return pad_text([self.known[caption] for caption in captions])
+            text, mask = hash_prompts(captions)
+        else:
+            self.prepare(captions)
+            text, mask = pad_text([self.known[caption] for caption in captions])
+        return text.to(self.device), mask.to(self.device)
 
 
 def load_autoencoder(config, path):

@@ -584,19 +584,6 @@ class State:
         self.step += 1
         self.draws += self.args.batch_size
 
-    def condition_norm(self):
-        """Return the norm of the weights through which the condition enters.
-
-        It is 0 in a new layer, except where Sana.initialize fills it (a preset with "widen")."""
-        square = 0.0
-        for name, p in self.own.items():
-            if name in ("projection.weight", "sana.patch_embed.proj.weight"):
-                p = p[:, self.module.sana.config["out_channels"] :]  # none without a condition
-            elif not name.startswith("skips"):
-                continue
-            square += p.detach().float().square().sum().item()
-        return math.sqrt(sum_over_processes([square], self.args.device)[0])
-
     def save(self, run, config, rows, score):
         """Write run/step_N, then update run/best and run/latest. Every process must call it.
 
@@ -692,7 +679,7 @@ def describe(args, config, rows):
 #   build()                         a module with unset weights
 #   load(checkpoint)                the module to train: a checkpoint's, or (None) the initial one
 #   objective(module, batch, step)  a function: slice of the batch -> the loss of each picture
-#   validation(module, dataset)     the method for evaluate_pairs, and more figures for the log
+#   validation(module, dataset)     what is scored, as evaluate_pairs takes it
 #   config                          "model" of config.json, final after load
 
 
@@ -747,7 +734,6 @@ class RestorerStage:
         noise, sigma = noise.to(args.device), sigma.to(args.device)
         condition = condition * kept.to(args.device)[:, None, None, None]
         text, text_mask = self.prompts(batch["caption"])
-        text, text_mask = text.to(args.device), text_mask.to(args.device)
 
         def losses(some):
             captions = text[some], text_mask[some]
@@ -761,29 +747,7 @@ class RestorerStage:
         autoencoder = self.autoencoder
         if self.args.cache:  # training needs none
             autoencoder = model.load_autoencoder(self.config, self.parts).to(self.args.device)
-        pipeline = evaluate.Pipeline(module, autoencoder, self.prompts)
-        loss = validation_loss(pipeline, dataset, self.args)
-        return restoring(pipeline, dataset, self.args), {"val_loss": loss}
-
-
-@torch.no_grad()
-def validation_loss(pipeline, dataset, args):
-    """Return flow_loss over the pictures of a data set, with fixed noise and sigmas.
-
-    No sigma is drawn at one, and the whole error counts, whatever the flags of training say."""
-    restorer, autoencoder = pipeline.restorer, pipeline.autoencoder
-    generator = torch.Generator().manual_seed(seed_for(args.seed, 0, "validation loss"))
-    total = 0.0
-    for i in range(len(dataset)):
-        item = dataset[i]
-        pair = torch.stack([item["clean"], item["condition"]]).to(args.device)
-        x0, condition = autoencoder.encode(pair).split(1)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
-        sigma = model.draw_sigma(1, generator, shift=restorer.shift).to(x0)
-        text, text_mask = pipeline.prompts([item["caption"]])
-        text, text_mask = text.to(args.device), text_mask.to(args.device)
-        total += model.flow_loss(restorer, x0, condition, text, text_mask, sigma, noise).item()
-    return total / len(dataset)
+        return restoring(evaluate.Pipeline(module, autoencoder, self.prompts), dataset, self.args)
 
 
 class AutoencoderStage:
@@ -811,7 +775,7 @@ class AutoencoderStage:
         return lambda some: vae.reconstruction_loss(module, clean[some], self.perceptual)
 
     def validation(self, module, dataset):
-        return evaluate.ceiling_method(module, self.args.device), {}
+        return evaluate.ceiling_method(module, self.args.device)
 
 
 SKIPS_DROPPED = 0.1  # of the images: so --decoder_weight of evaluate.py can be chosen freely
@@ -880,8 +844,7 @@ class DecoderStage:
             generator = torch.Generator().manual_seed(seed_for(args.seed, n, "latents"))
             noise.append(torch.randn(condition.shape[1:], generator=generator))
         noise = torch.stack(noise).to(condition)
-        text, text_mask = self.prompts(batch["caption"][some])
-        prompt = text.to(args.device), text_mask.to(args.device)
+        prompt = self.prompts(batch["caption"][some])
         velocity = model.guided(self.restorer, condition, prompt, None)
         return model.sample_euler(velocity, noise, args.latent_steps, self.restorer.shift)
 
@@ -905,7 +868,7 @@ class DecoderStage:
     def validation(self, module, dataset):
         steps = self.args.latent_steps
         pipeline = evaluate.Pipeline(self.restorer, module, self.prompts, steps=steps)
-        return restoring(pipeline, dataset, self.args), {}
+        return restoring(pipeline, dataset, self.args)
 
 
 STAGES = {"autoencoder": AutoencoderStage, "restorer": RestorerStage, "decoder": DecoderStage}
@@ -1080,18 +1043,17 @@ def catch_signals():
 def validate(state, stage, dataset, run):
     """Restore the held-out pictures with the averaged weights, and draw them.
 
-    -> a line of the log: the mean PSNR and SSIM of input and restored, and for a restorer
-    "val_loss". Fixed pairs, fixed noise. The first process does it and tells the others."""
+    -> a line of the log: the mean PSNR and SSIM of input and restored. Fixed pairs, fixed noise.
+    The first process does it and tells the others."""
     module = state.averaged_module(stage.build)
 
     def measure():
         metrics = evaluate.Metrics(["psnr", "ssim"])
-        method, more = stage.validation(module, dataset)
-        methods = {stage.method: method}
+        methods = {stage.method: stage.validation(module, dataset)}
         rows, pictures = evaluate.evaluate_pairs(dataset, methods, metrics, quiet=True)
         path = run / f"samples/step_{state.step:06d}.png"
         degrade.save_image(evaluate.draw_grid(pictures), path)
-        return {"step": state.step} | evaluate.means(rows) | more
+        return {"step": state.step} | evaluate.means(rows)
 
     return first_does(measure)
 
@@ -1117,7 +1079,8 @@ def train(state, stage, batches, val_set, run, rows):
                 if WORLD == 1:  # else the last checkpoint stands
                     state.save(run, stage.config, rows, scored)
                 advice = f"python train.py --resume {run} --data CSV goes on with a mended table"
-                raise UserError(f"{error}; {state.saved} is saved: {advice}") from None
+                saved = f"{state.saved} is saved: " if state.saved else ""
+                raise UserError(f"{error}; {saved}{advice}") from None
             waited += time.monotonic() - before
             loss, norm, stopped = train_step(state, stage, batch, lanes, stop)
             losses.append(loss)
@@ -1163,8 +1126,6 @@ def describe_steps(state, losses, norm, waited, seconds):
         "data_wait": waited / seconds,
         "skipped": state.skipped,
     }
-    if args.stage != "autoencoder":
-        line["condition_norm"] = state.condition_norm()
     if args.device.startswith("cuda"):
         line["memory_gb"] = torch.cuda.max_memory_allocated(args.device) / 2**30
     return line
@@ -1191,7 +1152,6 @@ CURVES = {
     "loss": "training loss",
     "restored_psnr": "validation PSNR, dB",
     "roundtrip_psnr": "validation PSNR of the round trip, dB",
-    "condition_norm": "norm of the condition's weights",
 }
 
 

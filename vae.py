@@ -845,21 +845,20 @@ def resolve_model(name, parts=PARTS):
         raise UserError(f"--model {name}: no such folder; give {names}, a hub id, or a run")
     from huggingface_hub import HfApi, snapshot_download  # half a second, which only this needs
 
-    advice = "download it elsewhere and give its folder, or take --model tiny, which needs none"
+    reason = None
     try:
         listed = HfApi().model_info(repository, timeout=10).siblings
-        files = needed_files([file.rfilename for file in listed], parts)
+        options = {"allow_patterns": needed_files([file.rfilename for file in listed], parts)}
     except Exception as error:  # the client raises many types: no network, no such id, ...
-        try:  # use what the cache holds; reading a file that is missing there raises and names it
-            options = {"allow_patterns": "*/config.json", "local_files_only": True}
-            return Path(snapshot_download(repository, **options))
-        except Exception:
-            reason = str(error)[:240]
-            raise UserError(f"--model {name}: {reason}; and not in the cache; {advice}") from None
+        # use what the cache holds; reading a file that is missing there raises and names it
+        reason = f"{str(error)[:240]}; and not in the cache"
+        options = {"allow_patterns": "*/config.json", "local_files_only": True}
     try:
-        return Path(snapshot_download(repository, allow_patterns=files))
+        return Path(snapshot_download(repository, **options))
     except Exception as error:
-        raise UserError(f"--model {name}: {str(error)[:240]}; {advice}") from None
+        reason = reason or str(error)[:240]
+        advice = "download it elsewhere and give its folder, or take --model tiny, which needs none"
+        raise UserError(f"--model {name}: {reason}; {advice}") from None
 
 
 def needed_files(names, parts=PARTS):

@@ -108,7 +108,6 @@ def test_the_log_counts_what_it_says(alone):
     assert line["step"] == 10
     assert 0 <= line["data_wait"] <= 1
     assert line["skipped"] == 0
-    assert line["condition_norm"] > 0
     assert line["images_per_second"] > 0
 
 
@@ -307,8 +306,9 @@ def with_a_bad_row(photos, tmp_path):
 
 
 def training_rows(source):
+    """Return the rows that are trained on. Here each is a unit of its own."""
     _, held_out = data.hold_out(source)
-    return data.rows_apart(source, held_out, source)
+    return sorted(set(range(len(source))) - set(held_out))
 
 
 def test_a_damaged_picture_ends_the_run_saved_and_a_mended_table_goes_on(with_a_bad_row, tmp_path):
@@ -409,8 +409,7 @@ def test_a_restorer_starts_from_a_text_to_image_run_unchanged(conditioning, phot
 
     log = read_log(tmp_path / "tuned")
     assert log[0]["step"] == 0
-    assert log[-2]["condition_norm"] > 0
-    assert log[-1]["val_loss"] > 0
+    assert log[-1]["restored_psnr"] > 0
     other = "widen" if conditioning == "projection" else "projection"
     wrong = ["--model", "tuned", "--conditioning", other, "--out", "x"]
     assert "already" in refused("train.py", *wrong, cwd=tmp_path)

@@ -409,7 +409,7 @@ def test_sigmas_are_drawn_with_that_share_and_shift(flags, share, shift, monkeyp
 
 def plans(*flags, count=400):
     """Return what the first draws of a training with these flags will do."""
-    train_set, _, _ = train.load_data(parse(*flags), 0, 0, NEW)
+    train_set, _, _ = train.load_data(parse(*flags), 0, 0)
     return [train_set.plan(i) for i in range(count)]
 
 
@@ -451,7 +451,7 @@ def test_val_every_save_every_and_weights(photos_csv, tmp_path, monkeypatch):
     rhythm = ["--steps", 7, "--val_every", 3, "--save_every", 2]
     in_process(train, [*flags, *rhythm], monkeypatch)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log if "val_loss" in line] == [0, 3, 6, 7]
+    assert [line["step"] for line in log if "restored_psnr" in line] == [0, 3, 6, 7]
     assert (run / "latest").read_text() == "step_000007"
     kept = {path.name for path in run.glob("step_*")}
     assert kept == {"step_000007", (run / "best").read_text()}

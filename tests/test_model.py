@@ -1,12 +1,14 @@
 """The transformer against diffusers', and from text-to-image to restoration: loss and samplers."""
 
 import hashlib
+import json
 
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
 import model
+from degrade import UserError
 from model import PRESETS, SAMPLERS, GLUMBConv, Restorer, Sana, add_noise, build_restorer
 from model import draw_sigma, flow_loss, guided, hash_prompts, sample_euler
 
@@ -383,3 +385,27 @@ def test_hash_prompts():
         lowest_first = f"{byte:08b}"[::-1]
         bits += [int(bit) for bit in lowest_first]
     assert torch.equal(text[2, 2], torch.tensor(bits) * 2.0 - 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs.
+
+
+def test_a_run_is_named_by_its_files_too_and_of_this_version(tmp_path):
+    step = tmp_path / "step_000002"
+    step.mkdir()
+    (step / "ema.safetensors").touch()
+    (tmp_path / "best").write_text("step_000002")
+    config = {"model": model.MODEL_DEFAULTS | {"name": "x"}}
+    (step / "config.json").write_text(json.dumps(config))
+    for name in (tmp_path / "best", step):
+        assert model.is_run(name)
+        assert model.read_run(name) == config
+    assert not model.is_run(tmp_path)  # without the file latest
+    for other in (config["model"] | {"vae": None}, {"name": "x"}, [], None):
+        (step / "config.json").write_text(json.dumps({"model": other}))
+        with pytest.raises(UserError, match="config.json: cannot read this run"):
+            model.read_run(step)
+    (step / "config.json").write_text(json.dumps({"model": {"name": "x"}}))
+    with pytest.raises(UserError, match="made by another version of this program"):
+        model.stage_of(step)
