@@ -83,6 +83,16 @@ def assert_close_checkpoint(run_folder, other):
             assert apart <= tolerance * a[key].abs().max() + 1e-9, (name, key)
 
 
+def distance(run_folder, other):
+    """How far apart the newest weights of two runs are, all together, as a share of their size.
+
+    (AdamW makes whole steps of gradients at the level of rounding, so single ones may differ.)
+    """
+    a, b = load_newest(run_folder), load_newest(other)
+    difference = sum((a[key] - b[key]).square().sum() for key in a)
+    return (difference / sum(tensor.square().sum() for tensor in a.values())).sqrt()
+
+
 @pytest.fixture(scope="module")
 def alone(photos_csv, tmp_path_factory):
     """Ten steps of eight images in one process."""

@@ -12,7 +12,7 @@ from data import to_tensor
 from degrade import UserError
 from model import LoRA, Restorer, Sana, add_lora, merge_lora
 from test_commands import read_log
-from test_engine import assert_close_checkpoint, losses, share
+from test_engine import distance, losses, share
 from test_model import QK_NORM, SMALL, inputs, randomized, seeded, twins
 from test_train import assert_same_checkpoint, call, load_newest, parse, refused
 from vae import trained_weights
@@ -144,7 +144,7 @@ def test_resuming_is_exact(runs, photos_csv, pipeline_folder, tmp_path):
     assert losses(tmp_path / "parts") == pytest.approx(losses(runs / "sana"), rel=1e-4)
     share(2, "train.py", *flags, "--out", "two", cwd=tmp_path)
     assert losses(tmp_path / "two") == pytest.approx(losses(runs / "sana"), rel=1e-4)
-    assert_close_checkpoint(tmp_path / "two", runs / "sana")
+    assert distance(tmp_path / "two", runs / "sana") < 1e-3
 
 
 def test_from_a_cache_it_is_the_same(runs, photos_csv, pipeline_folder, tmp_path):
