@@ -332,9 +332,7 @@ def as_text(size):
 
 def too_small(size, crop):
     """Say that a picture is smaller than a crop of it."""
-    advice = "use larger pictures"
-    if min(size) >= 8:
-        advice += f" or --resolution {min(size) // 4 * 4}"
+    advice = "use larger pictures or a smaller --resolution"
     return f"the picture is {as_text(size)}, smaller than the {crop}-pixel crop; {advice}"
 
 
@@ -858,6 +856,8 @@ class CachedDataset:
         for name, value in expected.items():
             if index.get(name) != value:
                 other = f"was made with --{name} {index.get(name)}, this run has {value}"
+                if name == "model":  # known by its digest
+                    other = "was made with another --model"
                 raise UserError(f"--cache {folder}: {other}; python data.py cache makes a new one")
         check_same(index["rows"], list_rows(pairs), f"--cache {folder} was made of other pictures")
         for n in range(self.epochs * self.count):

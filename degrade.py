@@ -216,7 +216,7 @@ def parse_degradations(words):
         parsed[name] = {}
         for setting in settings:
             key, _, value = setting.partition("=")
-            if key not in known:
+            if key not in known or key in parsed[name]:
                 raise UserError(f"{word!r}: write it like {name}:{next(iter(known))}=NUMBER")
             try:
                 parsed[name][key] = known[key].parse(value)

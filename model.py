@@ -12,6 +12,7 @@ sigma in [0, 1] is the NOISE fraction: x_sigma = (1 - sigma) * x0 + sigma * nois
 noise, and the velocity is dx/dsigma = noise - x0. (Some texts call the clean fraction sigma. Mixing
 the two trains against the pretrained weights.)
 """
+import functools
 import hashlib
 import math
 import os
@@ -754,6 +755,7 @@ def full_name(name):
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
+@functools.cache  # gigabytes, asked for again and again
 def weights_digest(folder):
     """Return one SHA-256 of all weight files of a folder in the hub's layout."""
     digests = [file_digest(path) for path in weight_files(folder)]
@@ -826,7 +828,7 @@ def find_part(checkpoint, part):
     part: "base" or "autoencoder"."""
     folder = run_of(checkpoint) / part
     if not (folder / "ema.safetensors").is_file():
-        raise UserError(f"{checkpoint} stands on {folder}, which is gone; take the whole run")
+        raise UserError(f"{checkpoint} stands on {part}/ of its run; take the whole run folder")
     return folder
 
 

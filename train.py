@@ -225,9 +225,6 @@ def choose_settings(known, family, stage, further=False):
         if "lr" not in known and RANK == 0:
             print(f"--model {known['model']} is trained already: --lr {values['lr']:g}, a tenth")
     values |= known
-    if values["curriculum"]:
-        values["steps"] = sum(steps for _, steps in values["curriculum"])
-        values["resolution"] = values["curriculum"][0][0]
     derived = {
         "ema_device": values["device"],
         "proj_lr": projection_lr(values["lr"], stage, values["lora"]),
@@ -236,7 +233,11 @@ def choose_settings(known, family, stage, further=False):
         derived["optimizer"] = "adamw_bf16"
     if (family, row) == ("pretrained", "decoder"):  # 4.6 GB an image of 512 pixels
         derived["accumulate"] = max(1, values["batch_size"] // WORLD)
-    return values | derived | known
+    values |= derived | known
+    if values["curriculum"]:
+        values["steps"] = sum(steps for _, steps in values["curriculum"])
+        values["resolution"] = values["curriculum"][0][0]
+    return values
 
 
 def projection_lr(lr, stage, lora):
@@ -314,7 +315,7 @@ def first_does(function):
     if RANK == 0:
         try:
             told[0] = function()
-        except UserError as error:
+        except (UserError, OSError) as error:
             told[1] = str(error)
     dist.broadcast_object_list(told)
     if told[1]:
@@ -528,10 +529,10 @@ class State:
                 self.update_bf16(name, p, lr, scale, 1 - decay)
                 if self.average_every == 1:
                     continue  # that moved its average, too
-                weight = join_fp32(p, self.moments[name]["low"])
-            else:
-                weight = p
             if self.step % self.average_every == 0:
+                weight = p
+                if p.dtype == torch.bfloat16:
+                    weight = join_fp32(p, self.moments[name]["low"])
                 self.average[name].lerp_(weight.to(args.ema_device), 1 - decay)
 
     def update_bf16(self, name, p, lr, scale, share):

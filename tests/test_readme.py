@@ -36,6 +36,7 @@ KNOWN = {
     ),
     "python train.py --data photos.csv --model mini": (SMALL, r"images: PSNR [\d.]+ dB"),
     "python evaluate.py": ("", r"degraded input +\d"),
+    "python evaluate.py --data": ("", r"conditions +\d"),
     "python evaluate.py --checkpoint out/demo --input": (
         "--overwrite",
         r"restored [1-9]\d* image",
@@ -98,20 +99,17 @@ def make_inputs(folder, photos, pipeline_folder, published):
         "KODAK": pictures[:2],
         "photos": pictures[:2],
         "scans/old": pictures[2:3],
-        "OTHERS": [],
     }
     for place, some in places.items():
         (folder / place).mkdir(parents=True)
         for picture in some:
             shutil.copy(picture, folder / place)
-    layouts = ["CLEAN/1.png", "DEGRADED/1.png", "GOPRO/train/a/sharp/1.png"]
+    layouts = ["CLEAN/1.png", "DEGRADED/1.png", "THEIRS/1.png", "GOPRO/train/a/sharp/1.png"]
     layouts += ["GOPRO/train/a/blur/1.png", "SIDD/1_GT.png", "SIDD/1_NOISY.png"]
     layouts += ["HR/1.png", "LR/1x4.png"]
     for layout in layouts:
         (folder / layout).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(pictures[0], folder / layout)
-    for i, picture in enumerate(pictures[:3]):  # as `data.py pairs OTHER_PHOTOS` names them
-        shutil.copy(picture, folder / f"OTHERS/{i:05d}_{picture.name}")
     for name in ("noisy.jpg", "photo.jpg"):
         Image.open(pictures[0]).save(folder / name)
     for name, place in [("photos", "PHOTOS"), ("bsd432", "PHOTOS"), ("kodak", "KODAK")]:
