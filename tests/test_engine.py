@@ -311,20 +311,6 @@ def training_rows(source):
     return sorted(set(range(len(source))) - set(held_out))
 
 
-def test_a_damaged_picture_ends_the_run_saved_and_a_mended_table_goes_on(with_a_bad_row, tmp_path):
-    line = refused("train.py", *with_a_bad_row, "--workers", 3, cwd=tmp_path)
-    assert line.startswith("pairs.csv, line 14: cut.png")
-    assert "step_000001 is saved: python train.py --resume run --data CSV goes on" in line
-    rows = (tmp_path / "pairs.csv").read_text().splitlines()
-    (tmp_path / "mended.csv").write_text("\n".join(rows[:-1]) + "\n")
-    resume = ["train.py", "--resume", "run", "--steps", 3]
-    call(*resume, "--data", "mended.csv", cwd=tmp_path)
-    # the files or, with the table as it is, those that can be decoded
-    output = call("train.py", *with_a_bad_row[:-1], "other", "--skip_bad", cwd=tmp_path)
-    assert "left out: pairs.csv, line 14: cut.png" in output
-    assert (tmp_path / "other/latest").read_text() == "step_000010"
-
-
 def test_a_damaged_picture_of_one_process_ends_all(with_a_bad_row, tmp_path):
     """It is named, and the last checkpoint is whole."""
     words = [ROOT / "train.py", *with_a_bad_row, "--save_every", 1]
@@ -333,25 +319,6 @@ def test_a_damaged_picture_of_one_process_ends_all(with_a_bad_row, tmp_path):
     assert (tmp_path / "run/latest").read_text() == "step_000001"
     for name in CHECKPOINT:
         assert_finite(load_newest(tmp_path / "run", name))
-
-
-def test_a_picture_below_the_crop_is_refused_or_left_out_before_the_start(photos, tmp_path):
-    """And rows of one picture, with a condition and without, are held out together."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
-    rows = ["image_path,condition_image_path"]
-    rows += [f"{path},{path}" for path in sorted(photos.glob("*.png"))]
-    rows += ["small.png,small.png", f"{photos / '00.png'},"] * 4
-    (tmp_path / "p.csv").write_text("\n".join(rows))
-    flags = ["--data", "p.csv", *SMALL, "--steps", 2]
-    line = refused("train.py", *flags, cwd=tmp_path)
-    assert "p.csv, line 14: the picture is 8x8, smaller than the 32-pixel crop" in line
-    output = call("train.py", *flags, "--skip_bad", cwd=tmp_path)
-    assert output.count("left out: p.csv") == 4
-    rows = model.find_checkpoint(tmp_path / "out/p") / "rows.json"
-    seen = [{digest for _, digest, _ in train.vae.read_json(rows)[key]}
-            for key in ("trained", "held_out")]
-    assert not seen[0] & seen[1]
-    assert len(seen[0] | seen[1]) == 12
 
 
 SENSELESS = [

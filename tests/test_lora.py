@@ -68,8 +68,12 @@ def test_the_same_changes_give_what_peft_gives():
     for name, p in theirs.named_parameters():
         if p.requires_grad:
             short = name.removeprefix("base_model.model.")
-            pairs["sana." + short.replace(".lora_A.default.weight", ".A").replace(
-                ".lora_B.default.weight", ".B")] = p
+            pairs[
+                "sana."
+                + short.replace(".lora_A.default.weight", ".A").replace(
+                    ".lora_B.default.weight", ".B"
+                )
+            ] = p
     trained = trained_weights(ours)
     assert trained.keys() == pairs.keys()
     assert len(trained) == 2 * 2 * (4 + 4 + 2)
@@ -147,15 +151,6 @@ def test_resuming_is_exact(runs, photos_csv, pipeline_folder, tmp_path):
     assert distance(tmp_path / "two", runs / "sana") < 1e-3
 
 
-def test_from_a_cache_it_is_the_same(runs, photos_csv, pipeline_folder, tmp_path):
-    flags = ["--data", photos_csv, "--resolution", 32, "--model", pipeline_folder]
-    flags += ["--device", "cpu"]
-    call("data.py", "cache", *flags, "--epochs", 2, "--out", "cache", cwd=tmp_path)
-    lora = ["--lora", 2, "--cache", "cache", "--out", "cached"]
-    call("train.py", *flags, *FAST, *lora, cwd=tmp_path)
-    assert losses(tmp_path / "cached") == pytest.approx(losses(runs / "sana"), rel=1e-3)
-
-
 def test_it_restores_as_any_other_and_as_its_export(runs, photo, tmp_path):
     pipeline = evaluate.Pipeline.load(runs / "sana")
     small = photo.resize((96, 64))
@@ -228,7 +223,7 @@ def test_a_pretrained_model_that_has_moved_is_named(photos_csv, place, photo, tm
         elsewhere.rename(place)
 
 
-@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
 def test_other_weights_in_its_place_are_refused(part, photos_csv, place, photo, tmp_path):
     """By a digest of all files: here one bit of the last one has changed."""
     flags = ["--data", photos_csv, *FAST, "--model", place, "--lora", 2, "--steps", 1]
