@@ -202,9 +202,8 @@ def test_the_sheet_shows_every_degradation(photo, rng, monkeypatch):
     small = photo.resize((60, 40))
     sheet = degrade.contact_sheet(small, rng)
     assert sheet.size == (4 * 60, 3 * 40)
-    below_label = 0, 20, 60, 40
-    last = sheet.crop((0, 80, 60, 120)).crop(below_label)
-    assert np.array_equal(levels(last), 255 - levels(small.crop(below_label)))
+    last = sheet.crop((0, 100, 60, 120))  # below its label
+    assert np.array_equal(levels(last), 255 - levels(small.crop((0, 20, 60, 40))))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,7 +211,7 @@ def test_the_sheet_shows_every_degradation(photo, rng, monkeypatch):
 
 
 def coordinates(width=40, height=30):
-    """An image whose every pixel tells where it is: red = 6 * column, green = 6 * row."""
+    """Every pixel tells where it is: red = 6 * column, green = 6 * row."""
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([6 * x, 6 * y, 0 * x], 2).astype(np.uint8))
 
@@ -375,7 +374,7 @@ def test_which_profiles_are_converted(tmp_path):
     path = tmp_path / "a.png"
     grey = coordinates().convert("L")
     cases = [
-        (coordinates(), display_p3("sRGB"), None),
+        (coordinates(), display_p3("sRGB"), ""),
         (coordinates(), display_p3("g10x"), "is converted to sRGB"),
         (coordinates(), b"nothing", "damaged"),
         (grey, display_p3(), "not of its kind of picture"),
@@ -384,10 +383,8 @@ def test_which_profiles_are_converted(tmp_path):
         image.save(path, icc_profile=profile)
         notices = {}
         opened = open_image(path, notices)
-        assert len(notices) == bool(says)
-        for text in notices:
-            assert says in text
-        if says != "is converted to sRGB":
+        assert len(notices) == bool(says) and says in "".join(notices)
+        if "converted" not in says:
             assert np.array_equal(levels(opened), levels(image))
 
 
