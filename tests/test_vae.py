@@ -30,8 +30,7 @@ def with_another_stage(config, **changes):
 
 
 # The published families in small widths: sana-1.0/1.1 (strided convolutions, nearest-neighbour up),
-# in-1.0 and mix-1.0 of f32, f64 and f128 (pixel shuffles, no convolution at full resolution; their
-# batch norm is not built), and one of all defaults.
+# in-1.0 and mix-1.0 of f32, f64 and f128 (pixel shuffles; their batch norm is not built).
 IMAGENET = {
     "encoder_block_types": KINDS,
     "decoder_block_types": KINDS,
