@@ -175,17 +175,14 @@ def rng_of(n):
 def make_cases(use, path, good, bad, drawn):
     """Return cases of one file. good, bad: {what: content}; drawn: [content]."""
     cases = []
-    for what, content in good.items():
-        cases.append(Case(what, use, path, content, "worked", path.name))
-    for what, content in bad.items():
-        cases.append(Case(what, use, path, content, "refused", path.name))
-    for n, content in enumerate(drawn):
-        cases.append(Case(f"drawn {n}", use, path, content, "", path.name))
+    for outcome, contents in (("worked", good), ("refused", bad), ("", dict(enumerate(drawn)))):
+        for what, content in contents.items():
+            cases.append(Case(str(what), use, path, content, outcome, path.name))
     return cases
 
 
 def choose(rng, options):
-    """Return one of the options; numpy's choice would make an array of them."""
+    """Return one of the options, of which numpy's choice would make an array."""
     return options[rng.integers(len(options))]
 
 
@@ -363,15 +360,11 @@ def weights(folder, draws, pipeline=None):
     finish(["train.py", *SMALL, "--data", csv, "--steps", 1, "--out", run], folder)
     step = run / (run / "latest").read_text()
 
-    def use_transformer():
-        load_pretrained(Sana, pretrained / "transformer")
-
-    def use_tokenizer():
-        GemmaTokenizer(pretrained / "tokenizer").encode("Remove noise.")
-
     def use_run():
         evaluate.Pipeline.load(run).restore(torch.zeros(1, 3, 16, 16), ["words"], steps=1)
 
+    use_transformer = partial(load_pretrained, Sana, pretrained / "transformer")
+    use_tokenizer = partial(GemmaTokenizer, pretrained / "tokenizer")
     model_file = pretrained / "transformer/diffusion_pytorch_model.safetensors"
     victims = [  # the file, what reads it, how it is damaged
         (model_file, use_transformer, damage_weights),
@@ -472,7 +465,7 @@ def kill(command, folder, seconds):
     ended = not os.WIFSIGNALED(status)
     assert not ended or os.WEXITSTATUS(status) == 0, (folder / "output").read_text()[-2000:]
     made = folder / command[-1]
-    for path in made.rglob("[!.]*"):
+    for path in made.rglob("*"):
         if any(part.startswith(".") for part in path.parts):
             continue  # it was being written
         if path.suffix == ".safetensors":
@@ -496,18 +489,16 @@ def sizes(folder, draws):
         shutil.copy(folder / f"photos/{i}.png", few)
     training = ["train.py", *SMALL, "--data", csv, "--val_every", 10**6, "--steps"]
     restoring = ["evaluate.py", "--checkpoint", "out1", "--input"]
-    pairs = {
-        "steps": [[*training, draws, "--out", "out1"], [*training, 10 * draws, "--out", "out2"]],
-        "pictures": [[*restoring, few, "--output", "a"], [*restoring, "photos", "--output", "b"]],
-    }
 
-    def use(commands):
-        short, long = [finish(command, folder) for command in commands]
+    def use(first, second):
+        short, long = finish(first, folder), finish(second, folder)
         assert long < short + 0.05, f"{short:.3f} GB, then {long:.3f}"
 
+    steps = [*training, draws, "--out", "out1"], [*training, 10 * draws, "--out", "out2"]
+    pictures = [*restoring, few, "--output", "a"], [*restoring, "photos", "--output", "b"]
     cases = []
-    for name, commands in pairs.items():
-        cases.append(Case(name, partial(use, commands), outcome="worked", seconds=30 + draws))
+    for name, commands in (("steps", steps), ("pictures", pictures)):
+        cases.append(Case(name, partial(use, *commands), outcome="worked", seconds=30 + draws))
     return cases
 
 
