@@ -99,17 +99,17 @@ def test_restore_a_file_and_a_folder(demo, restore, photos, tmp_path):
     assert sorted(files) == [tmp_path / "out/deep/a.jpg", tmp_path / "out/grey.png"]
 
 
-def test_pairs_train_evaluate(photos, tmp_path):
+def test_pairs_train_evaluate(photos, published, tmp_path):
+    """LPIPS from local files; FID's weights cannot be fetched: that is said, and null."""
     run("data.py", "pairs", photos, "--out", "pairs", cwd=tmp_path)
     pairs = "--data", "pairs/pairs.csv"
-    assert "tiny" in run("train.py", *pairs, "--steps", 40, *SMALL, cwd=tmp_path)
-    checkpoint = "--checkpoint", "out/pairs"
-    output = run("evaluate.py", *checkpoint, *pairs, "--steps", 2, "--seed", 1, cwd=tmp_path)
+    run("train.py", *pairs, "--steps", 2, *SMALL, cwd=tmp_path)
+    weights = "--lpips_weights", published["alex"], published["alex heads"]
+    words = "--checkpoint", "out/pairs", *pairs, *weights, "--steps", 1
+    output = run("evaluate.py", *words, cwd=tmp_path)
     rows = read_csv(tmp_path / "out/evaluation/scores.csv")
     report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
     assert len(rows) == len(report["images"]) == report["count"] == 12
-    assert report["flags"]["steps"] == [2]
-    assert (tmp_path / "out/evaluation/grid.png").is_file()
 
     # the numbers are those of the pictures, and so are their means
     name = os.path.basename(rows[4]["image"])
@@ -118,49 +118,17 @@ def test_pairs_train_evaluate(photos, tmp_path):
     expected = 10 * np.log10(255**2 / np.mean((clean - degraded) ** 2))
     assert float(rows[4]["input_psnr"]) == pytest.approx(expected, abs=1e-4)
     mean = np.mean([float(row["input_psnr"]) for row in rows])
-    assert report["methods"]["input"]["psnr"]["mean"] == pytest.approx(mean)
-    assert f"{mean:.2f}" in output
-
-    # the column degradation of the CSV tells what was done to each
-    done = []
-    for row in read_csv(tmp_path / "pairs/pairs.csv"):
-        done.append([word.split(":")[0] for word in row["degradation"].split()])
-    assert [row["degradation"].split("; ") for row in rows] == done
+    methods = report["methods"]
+    assert methods["input"]["psnr"]["mean"] == pytest.approx(mean)
     some = [float(row["restored_psnr"]) for row in rows if "jpeg" in row["degradation"]]
     assert re.search(rf"with jpeg \({len(some)}\) .* -> {np.mean(some):.2f}", output)
 
-    # no network: that is said, and null
-    assert output.count("n/a (its weights could not be fetched") == 2
-    assert report["missing"].keys() == {"lpips", "fid"}
-    restored = report["methods"]["restored"]
-    assert restored["fid"] is None
-    assert restored["lpips"] == {"mean": None, "low": None, "high": None}
-
-
-def test_the_context_of_a_score(restore, photos, published, tmp_path):
-    """Several steps, ceiling, all metrics from local files, intervals."""
-    (tmp_path / "three").mkdir()
-    for i in range(3):
-        (tmp_path / f"three/{i}.png").symlink_to(photos / f"{i:02d}.png")
-    run("data.py", "pairs", "three", "--out", "pairs", cwd=tmp_path)
-    weights = ["--lpips_weights", published["alex"], published["alex heads"]]
-    weights += ["--fid_weights", published["inception"]]
-    others = ["--data", "pairs/pairs.csv"]
-    sampling = ["--guidance", 1.5, "--condition_guidance", 1.1]
-    output = run(*restore, *others, *weights, *sampling, "--steps", 1, 3, cwd=tmp_path)
-    assert "FID of 3 images is too high" in output
-    report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
-    assert not report["missing"]
-    methods = report["methods"]
-    assert list(methods) == ["input", "ceiling", "steps_1", "steps_3"]
-    perfect = methods["ceiling"]  # the tiny preset's autoencoder loses nothing
-    assert perfect["psnr"]["mean"] == 100
-    assert perfect["ssim"]["mean"] == 1
-    assert perfect["lpips"]["mean"] == 0
-    assert perfect["fid"] < 1e-4
-    degraded = methods["input"]
-    assert degraded["ssim"]["low"] < degraded["ssim"]["mean"] < degraded["ssim"]["high"]
-    assert degraded["fid"] > 1
+    # the tiny preset's autoencoder loses nothing
+    ceiling = [methods["ceiling"][metric]["mean"] for metric in ("psnr", "ssim", "lpips")]
+    assert ceiling == [100, 1, 0]
+    assert methods["input"]["lpips"]["mean"] > 0.01
+    assert output.count("n/a (its weights could not be fetched") == 1
+    assert report["missing"].keys() == {"fid"} and methods["restored"]["fid"] is None
 
 
 def test_a_folder_with_a_damaged_picture_and_a_second_time(restore, photos, tmp_path):
