@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import data
 from conftest import ROOT
 from runner import run_script
 
@@ -215,6 +216,32 @@ def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(photos_csv, tmp_p
         validations.append(lines)
     assert validations[0] == validations[1]
     assert [line["step"] for line in validations[0]] == [0, 20, 40, 60]
+
+
+def test_a_damaged_picture_ends_a_run_that_is_saved_and_goes_on(photos, tmp_path):
+    """Without --skip_bad, which decodes all pictures first."""
+    rows = [f"{i:02d}.png" for i in range(12)]
+    for name in rows:
+        shutil.copy(photos / name, tmp_path)
+    table = tmp_path / "p.csv"
+    table.write_text("\n".join(["image_path", *rows]))
+    _, held_out = data.hold_out(data.CsvPairs(table))
+    orders = data.EndlessOrder(sorted(set(range(12)) - set(held_out)), 0)
+    bad = rows[orders[7]]  # drawn in the fourth step
+    (tmp_path / bad).write_bytes((tmp_path / bad).read_bytes()[:-900])
+    command = ["train.py", "--data", "p.csv", "--steps", 8, *SMALL, "--out"]
+    line = run(*command, "run", cwd=tmp_path, status=2)
+    assert f"p.csv, line {rows.index(bad) + 2}: {bad}: cannot read this picture" in line
+    assert line.endswith("python train.py --resume run --data CSV goes on with a mended table")
+    assert (tmp_path / "run/latest").read_text() == "step_000003"
+    output = run(*command, "skipped", "--skip_bad", cwd=tmp_path)
+    assert f"left out: p.csv, line {rows.index(bad) + 2}: " in output and "11 rows" in output
+    table.write_text("\n".join(["image_path", *[name for name in rows if name != bad]]))
+    line = run("train.py", "--resume", "run", cwd=tmp_path, status=2)
+    assert "run began with other pictures; --data, given again, goes on with these" in line
+    run("train.py", "--resume", "run", "--data", "p.csv", cwd=tmp_path)
+    rows_then = json.loads((tmp_path / "run/step_000008/rows.json").read_text())
+    assert len(rows_then["before"]) == 1  # the damaged one may have been trained on
 
 
 # --------------------------------------------------------------------------------------------------

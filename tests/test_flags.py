@@ -292,6 +292,18 @@ def step(state, stage, count=8, side=8):
     return norm
 
 
+@pytest.mark.parametrize("clip", [1e-3, 0])
+def test_clip_bounds_the_norm_of_the_gradient_and_0_does_not(clip):
+    """AdamW's first step leaves a tenth of the gradient in its first moment."""
+    state, stage = begin("--clip", clip)
+    norm = step(state, stage)
+    assert norm > 1e-2
+    moments = [moments["exp_avg"].norm() for moments in state.moments.values()]
+    used = torch.stack(moments).norm().item() / 0.1
+    expected = min(norm, clip or norm)
+    assert used == pytest.approx(expected, rel=1e-2 if expected < norm else 1e-4)
+
+
 def test_ema_decay_is_reached_after_a_warm_up():
     state, stage = begin("--lr", 0.1, "--ema_decay", 0.3)
     expected = {name: p.detach().clone() for name, p in state.own.items()}
