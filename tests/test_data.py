@@ -289,13 +289,12 @@ def test_damage_behind_the_header_is_named_when_it_is_drawn(pictures):
 
 
 def test_with_skip_bad_whole_pictures_are_decoded_and_rows_left_out(pictures, capsys):
-    rows = [("cut.png", "", ""), ("a.png", "", "good"), ("gone.png", "", ""), ("a.png", "cut.png")]
-    rows += [("a.png", "b.png", ""), ("", "", ""), ("small.png", "", "")]
+    rows = [("cut.png", "", ""), ("a.png", "", "good"), ("a.png", "b.png", ""), ("small.png", "")]
     source = CsvPairs(write_csv(pictures / "p.csv", rows), skip_bad=True, smallest=32)
     assert [row.caption for row in source.rows] == ["good"]
     said = capsys.readouterr().err
-    assert said.count("left out: ") == 6
-    for line in (2, 4, 5, 6, 7, 8):
+    assert said.count("left out: ") == 3
+    for line in (2, 4, 5):
         assert f"p.csv, line {line}: " in said
     with pytest.raises(UserError, match="no row that can be used"):
         CsvPairs(write_csv(pictures / "p.csv", rows[:1]), skip_bad=True)

@@ -409,8 +409,8 @@ def test_flags_of_restoring_reach_the_sampler(place, tmp_path, monkeypatch):
     flags = {"prompt": "Remove JPEG artifacts.", "steps": 2, "seed": 5, "sampler": "dpm"}
     flags |= {"guidance": 2.5, "condition_guidance": 1.5}
     words = ["--checkpoint", "run", "--input", "a.png", "--output", tmp_path / "o.png"]
-    for name, value in flags.items():
-        words += [f"--{name}", value]
+    words += ["--prompt", flags["prompt"], "--steps", 2, "--seed", 5, "--sampler", "dpm"]
+    words += ["--guidance", 2.5, "--condition_guidance", 1.5]
     in_process(evaluate, words, monkeypatch)
     restored = Image.open(tmp_path / "o.png").tobytes()
     pipeline = evaluate.Pipeline.load("run")

@@ -313,19 +313,6 @@ def test_at_most_eight_of_ten_rows_each_are_measured(tmp_path, capsys):
         assert said == (expected == 0)
 
 
-def test_what_was_trained_on_before_is_not_held_out(tmp_path, capsys):
-    some = made_of(tmp_path, 20)
-    path = write_csv(tmp_path / "p.csv", [(name,) for name in some], ["image_path"])
-    _, val_set, _ = datasets(path)
-    first, second = (digest(tmp_path / name) for name in names(val_set))
-    _, others, _ = datasets(path, before={first})
-    assert first not in {digest(tmp_path / name) for name in names(others)}
-    assert second in {digest(tmp_path / name) for name in names(others)}
-    train_set, val_set, held_out = datasets(path, before={digest(tmp_path / name) for name in some})
-    assert (len(train_set), len(val_set), held_out) == (20, 8, [])
-    assert "no row is held out" in capsys.readouterr().out
-
-
 def test_a_run_keeps_the_pictures_that_it_held_out(tmp_path):
     """When its table grows, shrinks, gets captions, or has its files renamed."""
     some = made_of(tmp_path, 60)
