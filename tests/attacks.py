@@ -74,9 +74,8 @@ class Case:
 def attack(cases, folder):
     """Run all cases -> (Counter of outcomes, [what went wrong]).
 
-    It happens in a process of its own whose memory is limited. A case that takes too long kills it,
-    even where Python does not listen. A file folder/ran tells that something was run that should
-    only be read.
+    It happens in a process of its own whose memory is limited. A case that takes too long kills it.
+    A file folder/ran tells that something was run that should only be read.
     """
     torch.set_num_threads(1)  # before the fork: threads do not survive one
     with tempfile.TemporaryFile("w+") as answers, tempfile.TemporaryFile("w+") as errors:
@@ -146,11 +145,7 @@ def put(path, content):
 
 
 def attempt(use, named):
-    """Call use() -> "worked" or "refused".
-
-    Raises AssertionError if it was refused in another way than one line that has named in it, or if
-    it warned or printed more than one line.
-    """
+    """Call use() -> "worked" or "refused". A refusal is one line that has named in it."""
     said = io.StringIO()
     with warnings.catch_warnings(record=True) as warned, contextlib.redirect_stdout(said):
         warnings.simplefilter("always")
@@ -232,13 +227,11 @@ HEADER = b"image_path,condition_image_path,caption\n"
 GOOD_TABLES = {
     "byte order mark, old line ends": b"\xef\xbb\xbfimage_path\ra.png\r",
     "quotes, commas, lines": HEADER + b'"a.png",,"a ""b"", c\nd"\n',
-    "another order, and more": b"caption,who,image_path\nx,me,deep/../a.png\n",
     "many rows": HEADER + b"a.png,b.png,words\n" * 30_000,
 }
 BAD_TABLES = {
     "nothing": b"",
     "no header": b"a.png,b.png,x\n",
-    "a column twice": b"image_path,image_path\na.png,b.png\n",
     "one column too many": HEADER + b"a.png,,x,y\n",
     "not UTF-8": HEADER + b"a.png,,\xe9\n",
     "open quote": HEADER + b'a.png,,"x\n',
@@ -246,16 +239,12 @@ BAD_TABLES = {
     "huge caption": HEADER + b"a.png,," + b"x" * 1_000_000,
     "huge path": HEADER + b"x" * 100_000,
     "pipe for a picture": b"image_path\npipe\n",
-    "broken picture": b"image_path,condition_image_path\na.png,broken.png\n",
-    "other size": b"image_path,condition_image_path\na.png,small.png\n",
 }
 
 
 def tables(folder, draws):
-    for name, size in [("a", 20), ("b", 20), ("small", 12)]:
-        data.dead_leaves(size, rng_of(0)).save(folder / f"{name}.png")
-    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
-    (folder / "deep").mkdir()
+    for name in ("a", "b"):
+        data.dead_leaves(20, rng_of(0)).save(folder / f"{name}.png")
     table = folder / "attack.csv"
 
     def use():
@@ -288,17 +277,12 @@ def pictures(folder, draws):
         "turned by a text": encoded(photo, "JPEG", exif=text),
         "corrupt EXIF": encoded(photo, "JPEG", exif=b"Exif\0\0MM\0*garbage"),
         "corrupt profile": encoded(photo, "JPEG", icc_profile=b"\xff" * 100_000),
-        "transparent palette": encoded(photo.convert("P"), "PNG", transparency=3),
         "wide": encoded(Image.new("RGB", (30_000, 2)), "PNG"),
         "one pixel": encoded(Image.new("1", (1, 1)), "PNG"),
-        "photo with a preview": encoded(photo, "MPO", save_all=True, append_images=[photo]),
     }
     bad = special_files(folder) | {
         "bomb": b"P6 30000 30000 255\n",
         "zero wide": b"P6 0 9 255\n",
-        "floats": encoded(photo.convert("F"), "TIFF"),
-        "16 bits": encoded(Image.new("I;16", (9, 8)), "PNG"),
-        "pages": encoded(photo, "GIF", save_all=True, append_images=[photo.rotate(180)]),
         "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{ } loop\n",
         "nothing": b"",
         "headers alone": b"\xff\xd8\xff\xe0",
@@ -367,10 +351,7 @@ def damage_weights(content, rng):
 
 
 def weights(folder, draws, pipeline=None):
-    """Attack a model, its config and tokenizer, and a run.
-
-    pipeline: the folder of a small one; None: it is made here.
-    """
+    """pipeline: the folder of a small one; None: it is made here."""
     pretrained, run = folder / "pretrained", folder / "run"
     if pipeline:
         shutil.copytree(pipeline, pretrained)
@@ -404,7 +385,6 @@ def weights(folder, draws, pipeline=None):
         "zeros": bytes(1000),
         "not UTF-8": b'{"\xff\xfe": 1}',
         "deep": b"[" * 100_000 + b"]" * 100_000,
-        "a list": b"[]",
         "2**40 bytes of header": struct.pack("<Q", 2**40) + b"{}",
         "pickle": pickle.dumps(Trap(folder / "ran")),
         "git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
@@ -426,10 +406,7 @@ def weights(folder, draws, pipeline=None):
 
 
 def start(command, folder):
-    """Fork a process that runs one of the scripts in a folder, its output in folder/output.
-
-    All is imported already, so it begins within milliseconds. -> its pid
-    """
+    """Fork a process that runs one of the scripts in a folder, its output in folder/output."""
     torch.set_num_threads(1)  # before the fork: threads do not survive one
     pid = os.fork()
     if pid == 0:

@@ -34,14 +34,13 @@ import conftest  # noqa: F401, first: puts the project on the path, and torchvis
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model
 import train
 from data import dead_leaves, to_tensor
 from degrade import DEGRADATIONS, parse_degradations, random_degradation
-from evaluate import LPIPS, Inception, Metrics, Pipeline, evaluate_pairs, frechet_distance
+from evaluate import LPIPS, Metrics, Pipeline, evaluate_pairs, frechet_distance, means
 from evaluate import psnr, ssim
 from memory import decoder_memory, restorer_memory
 from model import PRESETS, Prompts, Sana, build_restorer, flow_loss, sample_euler
@@ -122,16 +121,11 @@ def resident():
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def compare(work, rounds, peer, ours, theirs, memory=True, flops=None):
-    """Measure two functions, and print a line of the table. flops: of one call."""
-    extra = ""
-    if memory:
-        extra += f"  {peak(ours):6.2f} {peak(theirs):6.2f} GB"
+def compare(work, rounds, peer, ours, theirs, memory=True):
+    """Measure two functions, and print a line of the table."""
+    extra = f"  {peak(ours):6.2f} {peak(theirs):6.2f} GB" if memory else ""
     seconds = interleaved(rounds, ours=ours, theirs=theirs)
-    a, b = seconds["ours"], seconds["theirs"]
-    if flops:
-        extra += f"  {flops / a / 1e12:.2f} {flops / b / 1e12:.2f} TFLOP/s"
-    print_row(work, a, b, peer, extra)
+    print_row(work, seconds["ours"], seconds["theirs"], peer, extra)
 
 
 def print_row(work, ours, theirs, peer, extra=""):
@@ -152,20 +146,15 @@ def here(tensor):
 # Networks.
 
 
-def transformers():
-    from diffusers import SanaTransformer2DModel
-
-    torch.manual_seed(0)
-    theirs = SanaTransformer2DModel(num_layers=WHERE.layers, **SANA_1_6B)
-    ours = Sana(SANA_1_6B | {"num_layers": WHERE.layers})
-    ours.load_state_dict(theirs.state_dict())
-    return here(ours), here(theirs)
-
-
 def bench_transformer(quick):
     """A prompt of 32 tokens: the peer takes 300, of which the mask hides the others."""
+    from diffusers import SanaTransformer2DModel
+
     batch, side, tokens = (1, 256, 32) if quick else (4, 512, 32)
-    ours, theirs = transformers()
+    torch.manual_seed(0)
+    theirs = here(SanaTransformer2DModel(num_layers=WHERE.layers, **SANA_1_6B))
+    ours = here(Sana(SANA_1_6B | {"num_layers": WHERE.layers}))
+    ours.load_state_dict(theirs.state_dict())
     latents = here(torch.randn(batch, 32, side // 32, side // 32))
     text = here(torch.randn(batch, 300, 2304))
     mask = torch.zeros(batch, 300, device=WHERE.device)
@@ -184,13 +173,11 @@ def bench_transformer(quick):
         theirs.zero_grad()
         peer(latents, timestep).square().mean().backward()
 
-    with FlopCounterMode(display=False) as counter:
-        train_ours()
+    train_ours()
     train_theirs()
     same(ours.patch_embed.proj.weight.grad, theirs.patch_embed.proj.weight.grad)
-    flops = counter.get_total_flops()
     what = f"SANA 1.6B, {WHERE.layers} layers, {side} px, batch {batch}: training"
-    compare(what, 3 if quick else 7, "diffusers", train_ours, train_theirs, flops=flops)
+    compare(what, 3 if quick else 7, "diffusers", train_ours, train_theirs)
     with torch.no_grad():
 
         def sample_ours():
@@ -201,10 +188,8 @@ def bench_transformer(quick):
             return sample_euler(peer, latents, WHERE.steps)
 
         same(sample_ours(), sample_theirs())
-        what = f"the same: {WHERE.steps} sampling step{'s' * (WHERE.steps > 1)}"
-        flops *= WHERE.steps / 3
-        rounds = 3 if quick else 9
-        compare(what, rounds, "diffusers", sample_ours, sample_theirs, False, flops)
+        what = f"the same, sampling steps: {WHERE.steps}"
+        compare(what, 3 if quick else 9, "diffusers", sample_ours, sample_theirs, memory=False)
 
 
 def bench_autoencoder(quick):
@@ -212,23 +197,22 @@ def bench_autoencoder(quick):
 
     side = 128 if quick else WHERE.side
     torch.manual_seed(0)
-    theirs = AutoencoderDC(**DC_AE_F32C32).eval()
-    ours = DCAE(DC_AE_F32C32).eval()
+    theirs = here(AutoencoderDC(**DC_AE_F32C32).eval())
+    ours = here(DCAE(DC_AE_F32C32).eval())
     ours.load_state_dict(theirs.state_dict())
-    ours, theirs = here(ours), here(theirs)
     pixels = here(torch.rand(1, 3, side, side) * 2 - 1)
     with torch.no_grad():
         latents = here(ours.encode(pixels) / ours.scaling)
 
-        def encode():
-            return ours.encode(pixels) / ours.scaling
-
-        def decode():
-            return ours.decode(latents * ours.scaling)
-
         works = {
-            "encode": (encode, lambda: theirs.encode(pixels).latent),
-            "decode": (decode, lambda: theirs.decode(latents).sample),
+            "encode": (
+                lambda: ours.encode(pixels) / ours.scaling,
+                lambda: theirs.encode(pixels).latent,
+            ),
+            "decode": (
+                lambda: ours.decode(latents * ours.scaling),
+                lambda: theirs.decode(latents).sample,
+            ),
         }
         for work, (mine, yours) in works.items():
             same(mine(), yours())
@@ -306,8 +290,7 @@ class OurAdamW:
         self.count += 1
         t = self.count
         rate = -self.lr / (1 - train.BETA1**t)
-        numbers = [1.0, rate, math.sqrt(1 - train.BETA2**t), 1.0, 0.0]
-        numbers = [torch.tensor(number) for number in numbers]
+        numbers = torch.tensor([1.0, rate, math.sqrt(1 - train.BETA2**t), 1.0, 0.0]).unbind()
         start = torch.tensor(0, dtype=torch.int32)
         for i, p in enumerate(self.weights):
             seed = torch.tensor(1000 * t + i, dtype=torch.int32)
@@ -410,7 +393,7 @@ def bench_degradations(quick):
     for i in range(count):
         random_degradation(image, 1 + i % 3, np.random.default_rng(i))
     speed = count / (time.perf_counter() - start)
-    print(f"recipes of 1 to 3, {side} px: {speed:.0f} images/s on one core (asked: 30)")
+    print(f"recipes of 1 to 3, {side} px: {speed:.0f} images/s on one core")
 
 
 def bench_loader(quick):
@@ -434,8 +417,7 @@ def bench_loader(quick):
             start = time.perf_counter()
             assert sum(len(batch["caption"]) for batch in batches) == count
             speed = count / (time.perf_counter() - start)
-            about = f"{threads} thread{'s' * (threads > 1)}, 512 px of 2 megapixels"
-            print(f"data loader, {about}: {speed:.0f} images/s (asked: 20)")
+            print(f"data loader, 512 px of 2 megapixels, threads: {threads}: {speed:.0f} images/s")
 
 
 def bench_check(quick):
@@ -453,73 +435,62 @@ def bench_check(quick):
         table.write_text("\n".join(lines))
         start = time.perf_counter()
         assert len(data.CsvPairs(table)) == count
-        print(f"check of {count} rows: {time.perf_counter() - start:.1f} s (asked: 10 for 10,000)")
+        print(f"check of {count} rows: {time.perf_counter() - start:.1f} s")
 
 
+@torch.no_grad()
 def bench_metrics(quick):
-    bench_psnr_ssim(256 if quick else 512)
-    with torch.no_grad():
-        bench_lpips(256 if quick else 512)
-        bench_inception(2 if quick else 8)
-    bench_frechet(512 if quick else 2048)
-
-
-def two_pictures(side):
+    side = 256 if quick else 512
     a = to_tensor(dead_leaves(side, np.random.default_rng(0)))[None]
-    return a, (a + 0.1 * torch.randn(a.shape)).clamp(-1, 1)
+    b = (a + 0.1 * torch.randn(a.shape)).clamp(-1, 1)
+    compare_psnr_ssim(a, b)
+    compare_lpips(a, b)
+    compare_inception(2 if quick else 8)
+    compare_frechet(512 if quick else 2048)
 
 
-def bench_psnr_ssim(side):
+def compare_psnr_ssim(a, b):
     import piq
     import torchmetrics.functional.image as peer
-
-    a, b = two_pictures(side)
 
     def ours():
         return psnr(a, b), ssim(a, b)
 
     def theirs():
-        similarity = peer.structural_similarity_index_measure(a, b, data_range=(-1.0, 1.0))
-        return peer.peak_signal_noise_ratio(a, b, data_range=(-1.0, 1.0)), similarity
+        peer.structural_similarity_index_measure(a, b, data_range=(-1.0, 1.0))
+        peer.peak_signal_noise_ratio(a, b, data_range=(-1.0, 1.0))
 
     def piqs():
         return piq.ssim((a + 1) / 2, (b + 1) / 2, data_range=1.0, downsample=False)
 
     assert abs(ours()[1].item() - piqs().item()) < 1e-4
-    compare(f"PSNR + SSIM, {side} px", 9, "torchmetrics", ours, theirs, memory=False)
-    compare(f"PSNR + SSIM (piq: SSIM alone), {side} px", 9, "piq", ours, piqs, memory=False)
+    what = f"PSNR + SSIM, {a.shape[-1]} px"
+    compare(what, 9, "torchmetrics", ours, theirs, memory=False)
+    compare(what, 9, "piq (SSIM alone)", ours, piqs, memory=False)
 
 
-def bench_lpips(side):
-    import lpips
+def compare_lpips(a, b):
     import torchvision
+    from test_metrics import lpips_of_its_authors
 
     torch.manual_seed(0)
-    trunk = torchvision.models.alexnet(weights=None).state_dict()
-    peer = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
-    theirs = {}  # name of a weight in alexnet: the same in the peer's slices
-    for name, tensor in peer.net.state_dict().items():
-        theirs["features." + name.split(".", 1)[1]] = tensor
-    for name, tensor in theirs.items():
-        tensor.copy_(trunk[name])
+    trunk = torchvision.models.alexnet(weights=None).features.state_dict()
+    trunk = {f"features.{name}": tensor for name, tensor in trunk.items()}
+    peer = lpips_of_its_authors(trunk)
     heads = {}
     for i in range(5):
         heads[f"lin{i}.model.1.weight"] = getattr(peer, f"lin{i}").model[1].weight
     ours = LPIPS(trunk, heads)
-    a, b = two_pictures(side)
     same(ours(a, b), peer(a, b).flatten())
-    what = f"LPIPS AlexNet, {side} px"
+    what = f"LPIPS AlexNet, {a.shape[-1]} px"
     compare(what, 9, "lpips", lambda: ours(a, b), lambda: peer(a, b), memory=False)
 
 
-def bench_inception(count):
-    import pytorch_fid.inception
-
+def compare_inception(count):
     from pipeline import random_inception
+    from test_metrics import both_inceptions
 
-    weights = random_inception().state_dict()
-    pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: weights
-    ours, peer = Inception(weights), pytorch_fid.inception.InceptionV3([3]).eval()
+    ours, peer = both_inceptions(random_inception().state_dict())
     images = torch.rand(count, 3, 299, 299) * 2 - 1
 
     def theirs():
@@ -530,7 +501,7 @@ def bench_inception(count):
     compare(what, 3, "pytorch-fid", lambda: ours(images), theirs, memory=False)
 
 
-def bench_frechet(size):
+def compare_frechet(size):
     from pytorch_fid.fid_score import calculate_frechet_distance
 
     rng = np.random.default_rng(0)
@@ -556,10 +527,7 @@ def bench_frechet(size):
 
 
 class ConvStack(torch.nn.Module):
-    """FFDNet's shape without its noise map.
-
-    Pixels unshuffled by 2, 3x3 convolutions with ReLU, shuffled back, added to the input. Width,
-    depth, rate, loss, crop and batch were searched: see BENCH.md."""
+    """FFDNet's shape without its noise map. Its settings were searched: see BENCH.md."""
 
     def __init__(self, width=96, layers=8, generator=None):
         super().__init__()
@@ -588,21 +556,15 @@ class ConvStack(torch.nn.Module):
 
 
 def bench_tiny(quick):
-    restorer, autoencoder, prompts = (
-        build_restorer(PRESETS["tiny"]),
-        PixelAE(4),
-        Prompts(PRESETS["tiny"]),
-    )
+    restorer = build_restorer(PRESETS["tiny"])
+    autoencoder, prompts = PixelAE(4), Prompts(PRESETS["tiny"])
     restorer.sana.initialize(torch.Generator().manual_seed(0))
     pipeline, stack = Pipeline(restorer.eval(), autoencoder, prompts), ConvStack().eval()
-    sizes = []
-    for network in (restorer, stack):
-        sizes.append(sum(p.numel() for p in network.parameters()) / 1e6)
     side = 128 if quick else 500
     photo = torch.rand(1, 3, side, side) * 2 - 1
-    peer = f"plain convolutions ({sizes[1]:.2f} M)"
+    peer = "plain convolutions"
     with torch.no_grad():
-        what = f"tiny ({sizes[0]:.2f} M), one step, {side}x{side}"
+        what = f"tiny, one step, {side}x{side}"
         restore = lambda: pipeline.restore(photo, [""])
         compare(what, 5, peer, restore, lambda: stack(photo), memory=False)
     pixels, target = torch.rand(2, 4, 3, 48, 48) * 2 - 1
@@ -618,7 +580,6 @@ def bench_tiny(quick):
         stack.zero_grad()
         (stack(pixels) - target).square().mean().backward()
 
-    stack.train()
     compare("tiny, gradients of 4 crops of 48", 10, peer, train_ours, train_peer, memory=False)
 
 
@@ -652,10 +613,7 @@ def train_stack(table, degradations, minutes):
 
 
 def bench_convolutions(quick):
-    """Plain convolutions, trained for so many minutes. Gaussian noise of sigma 25.
-
-    --data, --val: CSVs of photos (default: procedural pictures). The tiny preset beside it:
-    train.py with the same --data and --degradations, and steps for as many minutes."""
+    """--data, --val: CSVs of photos (default: procedural pictures). Gaussian noise of sigma 25."""
     degradations = parse_degradations(["gaussian_noise:sigma=25"])
     minutes = 0.2 if quick else WHERE.minutes
     stack, steps = train_stack(WHERE.data, degradations, minutes)
@@ -673,12 +631,10 @@ def bench_convolutions(quick):
 
     metrics = Metrics(["psnr", "ssim", "lpips"], lpips_weights=WHERE.lpips_weights)
     rows, _ = evaluate_pairs(dataset, {"restored": restore}, metrics, quiet=True)
-    found = []
-    for metric in ("psnr", "ssim", "lpips"):
-        found.append(f"{statistics.mean(row[f'restored_{metric}'] for row in rows):.3f}")
+    found = " / ".join(f"{mean:.3f}" for mean in means(rows).values())
     about = f"{steps} steps in {minutes:g} minutes, {WHERE.threads} threads"
     photo = f"{statistics.median(seconds):.2f} s a photo"
-    print(f"plain convolutions: {about}: {' / '.join(found)}, {photo}", flush=True)
+    print(f"plain convolutions: {about}: {found}, {photo}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -786,12 +742,7 @@ def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     add = parser.add_argument
-    add(
-        "what",
-        nargs="*",
-        choices=[[], *BENCHES],
-        help="default: all; --gpu: the first four, memory",
-    )
+    add("what", nargs="*", choices=[[], *BENCHES], help="default: all; --gpu: five of them")
     add("--quick", action="store_true", help="smaller sizes: all of it within five minutes")
     add("--threads", type=int, default=2)
     add("--gpu", action="store_true", help="on a CUDA card")

@@ -1,7 +1,9 @@
 """A few cases of every kind of attack; tests/attacks.py does thousands."""
 
+import math
 import os
 import pickle
+import shutil
 
 import attacks
 import numpy as np
@@ -9,7 +11,6 @@ import pytest
 import torch
 from attacks import Case, Trap, attack
 from safetensors.torch import load_file, save_file
-from test_commands import run
 
 from degrade import UserError
 from evaluate import LPIPS_TRUNK, read_published
@@ -18,8 +19,8 @@ from vae import load_pretrained
 
 # drawn cases, all cases, those that must work and those that must be refused at least
 COUNTS = {
-    "tables": (40, 61, 4, 17),
-    "pictures": (100, 122, 20, 60),
+    "tables": (40, 57, 3, 14),
+    "pictures": (100, 117, 18, 57),
     "kills": (2, 6, 6, 0),
     "sizes": (10, 2, 2, 0),
 }
@@ -36,10 +37,10 @@ def test_attacks(kind, tmp_path):
 
 
 def test_attacks_on_weights(pipeline_folder, tmp_path):
-    """Five files: whole, replaced in thirteen ways, and damaged in six."""
+    """Five files: whole, replaced in twelve ways, and damaged in six."""
     counts, wrong = attack(attacks.weights(tmp_path, 30, pipeline_folder), tmp_path)
     assert not wrong, "\n".join(wrong)
-    assert counts.total() == 5 * 20 and counts["worked"] >= 5 and counts["refused"] >= 5 * 13
+    assert counts.total() == 5 * 19 and counts["worked"] >= 5 and counts["refused"] >= 5 * 12
 
 
 def test_an_attack_that_succeeds_is_noticed(tmp_path):
@@ -73,17 +74,11 @@ def test_an_attack_that_succeeds_is_noticed(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_named(pipeline_folder, tmp_path):
-    config = (pipeline_folder / "transformer/config.json").read_bytes()
-    (tmp_path / "config.json").write_bytes(config)
+    shutil.copy(pipeline_folder / "transformer/config.json", tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     good = load_file(pipeline_folder / "transformer" / path.name)
     spoiled = "transformer_blocks.1.attn2.to_k.weight"
-    values = {
-        torch.float32: float("nan"),
-        torch.bfloat16: float("inf"),
-        torch.float16: -float("inf"),
-    }
-    for dtype, value in values.items():
+    for dtype, value in [(torch.float32, math.nan), (torch.bfloat16, math.inf)]:
         tensors = {name: tensor.to(dtype) for name, tensor in good.items()}
         tensors[spoiled][5, 3] = value
         save_file(tensors, path)
@@ -103,12 +98,6 @@ def test_nothing_is_unpickled_from_a_users_path(tmp_path):
     assert not (tmp_path / "ran").exists()
     pickle.loads((tmp_path / "0.pth").read_bytes())
     assert (tmp_path / "ran").exists()  # the trap works
-
-
-def test_a_script_does_not_wait_for_a_pipe(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    assert "not a file" in run("degrade.py", "pipe.png", "out.png", cwd=tmp_path, status=2)
-    assert not (tmp_path / "out.png").exists()
 
 
 def test_an_error_is_one_line():

@@ -17,8 +17,8 @@ def levels(image):
     return np.asarray(image, np.float64)
 
 
-def flat(level, size=(400, 400), mode="RGB"):
-    return Image.new(mode, size, (level,) * 3 if mode == "RGB" else level)
+def flat(level):
+    return Image.new("RGB", (400, 400), (level,) * 3)
 
 
 def test_gaussian_noise_has_its_sigma_in_each_channel_and_none_in_common(rng):
@@ -38,7 +38,7 @@ def test_gaussian_noise_rounds_and_clips(rng):
     assert dark.max() > 80
 
 
-@pytest.mark.parametrize("scale", [1, 3, 5])
+@pytest.mark.parametrize("scale", [1, 5])
 def test_poisson_noise_variance_is_scale_times_level(scale, rng):
     noisy = levels(degrade.poisson_noise(flat(90), rng, scale=scale))
     assert abs(noisy.mean() - 90) < 0.2
@@ -66,9 +66,7 @@ def test_gaussian_blur_is_opencvs(photo, rng, kernel, size):
     assert abs(ours - theirs.astype(float)).max() <= allowed
 
 
-@pytest.mark.parametrize(
-    "factor, small", [(2, (256, 200)), (3, (171, 133)), (2.5, (205, 160)), (4, (128, 100))]
-)
+@pytest.mark.parametrize("factor, small", [(3, (171, 133)), (2.5, (205, 160))])
 def test_downscale_is_pillows_bicubic(photo, rng, factor, small):
     image = photo.crop((0, 0, 512, 400))
     expected = image.resize(small, Image.BICUBIC).resize(image.size, Image.BICUBIC)
@@ -85,7 +83,7 @@ def test_color_jitter_is_brightness_then_contrast(photo, rng):
     assert np.array_equal(ours, levels(ImageEnhance.Contrast(brighter).enhance(0.8)))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
 @pytest.mark.parametrize("name", degrade.DEGRADATIONS)
 def test_every_degradation_keeps_size_and_mode_and_follows_its_generator(photo, name, mode):
     apply = degrade.DEGRADATIONS[name]
@@ -94,17 +92,11 @@ def test_every_degradation_keeps_size_and_mode_and_follows_its_generator(photo, 
     again = apply(image, np.random.default_rng(1))
     other = apply(image, np.random.default_rng(2))
     assert first.size == image.size
-    assert first.mode == mode
+    assert first.mode == ("L" if mode == "L" else "RGB")
     assert np.array_equal(levels(first), levels(again))
-    assert not np.array_equal(levels(first), levels(image))
+    assert not np.array_equal(levels(first), levels(image.convert(first.mode)))
     if name != "gaussian_blur":  # of five kernels, two seeds may draw the same
         assert not np.array_equal(levels(first), levels(other))
-
-
-@pytest.mark.parametrize("name", degrade.DEGRADATIONS)
-def test_other_modes_become_rgb(photo, name):
-    image = photo.crop((0, 0, 51, 33)).convert("P")
-    assert degrade.DEGRADATIONS[name](image, np.random.default_rng(1)).mode == "RGB"
 
 
 def test_strengths_are_drawn_from_the_documented_ranges():
@@ -129,7 +121,6 @@ def test_strengths_are_drawn_from_the_documented_ranges():
         assert low <= min(drawn[key]) < low + margin, key
         assert high - margin < max(drawn[key]) <= high, key
     assert set(drawn["kernel"]) == {3, 5, 7, 9, 11}
-    assert set(drawn["quality"]) == set(range(10, 41))
 
 
 def test_recipes_are_distinct_and_in_random_order():
@@ -145,14 +136,6 @@ def test_recipes_are_distinct_and_in_random_order():
         there = [names[position] for names in recipes]
         for name in degrade.DEFAULT_DEGRADATIONS:
             assert there.count(name) > 50  # 80 expected
-
-
-def test_random_degradation_is_deterministic(photo):
-    small = photo.crop((0, 0, 64, 64))
-    first = levels(degrade.random_degradation(small))
-    assert np.array_equal(first, levels(degrade.random_degradation(small)))
-    other = levels(degrade.random_degradation(small, rng=np.random.default_rng(5)))
-    assert not np.array_equal(other, levels(small))
 
 
 def test_prompts_name_what_was_done():
@@ -176,24 +159,22 @@ BAD_RECIPES = {  # and what is said
     "blur": "unknown degradation 'blur'; there are gaussian_noise",
     "jpeg:sigma=3": "write it like jpeg:quality=NUMBER",
     "jpeg:quality=x": "give a whole number from 1 to 100",
-    "jpeg:quality=0": "give a whole number from 1 to 100",
-    "jpeg:quality=20.5": "give a whole number from 1 to 100",
     "gaussian_blur:kernel=4": "give an odd number from 1 to 999",
-    "downscale:factor=0.5": "give a number from 1 to 1000000",
     "gaussian_noise:sigma=nan": "give a number from 0 to 1000000",
-    "poisson_noise:scale=inf": "give a number from 0.01 to 1000000",
     "jpeg jpeg": "named twice",
 }
 
 
-@pytest.mark.parametrize("words", BAD_RECIPES)
-def test_bad_recipes_are_refused(words):
-    with pytest.raises(degrade.UserError, match=BAD_RECIPES[words]):
-        degrade.parse_degradations(words.split())
+def test_bad_recipes_are_refused():
+    for words, says in BAD_RECIPES.items():
+        with pytest.raises(UserError, match=says):
+            degrade.parse_degradations(words.split())
 
 
 def test_what_a_script_asks_for_is_done_or_refused(photo, rng):
     small = photo.crop((0, 0, 8, 8))
+    first = levels(degrade.random_degradation(small))
+    assert np.array_equal(first, levels(degrade.random_degradation(small)))
     with pytest.raises(TypeError, match="sigma"):
         degrade.DEGRADATIONS["jpeg"](small, rng, sigma=25)
     with pytest.raises(ValueError, match="there are 5"):
@@ -204,17 +185,14 @@ BAD_COMMANDS = {
     "--num_degradations 6": "a number from 1 to 5",
     "--only jpeg --num_degradations 2": "not allowed with",
     "--only jpeg --preview": "not allowed with",
-    "--preview --num_degradations 3": "not allowed with",
 }
 
 
-@pytest.mark.parametrize("words", BAD_COMMANDS)
-def test_flags_without_effect_are_refused(words, photo, tmp_path, monkeypatch):
-    photo.crop((0, 0, 8, 8)).save(tmp_path / "a.png")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["degrade.py", "a.png", "o.png", *words.split()])
-    with pytest.raises(degrade.UserError, match=BAD_COMMANDS[words]):
-        degrade.main()
+def test_flags_without_effect_are_refused(monkeypatch):
+    for words, says in BAD_COMMANDS.items():
+        monkeypatch.setattr("sys.argv", ["degrade.py", "a.png", "o.png", *words.split()])
+        with pytest.raises(UserError, match=says):
+            degrade.main()
 
 
 def test_the_sheet_shows_every_degradation(photo, rng, monkeypatch):
@@ -224,9 +202,8 @@ def test_the_sheet_shows_every_degradation(photo, rng, monkeypatch):
     small = photo.resize((60, 40))
     sheet = degrade.contact_sheet(small, rng)
     assert sheet.size == (4 * 60, 3 * 40)
-    below_label = 0, 20, 60, 40
-    last = sheet.crop((0, 80, 60, 120)).crop(below_label)
-    assert np.array_equal(levels(last), 255 - levels(small.crop(below_label)))
+    last = sheet.crop((0, 100, 60, 120))  # below its label
+    assert np.array_equal(levels(last), 255 - levels(small.crop((0, 20, 60, 40))))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -234,14 +211,12 @@ def test_the_sheet_shows_every_degradation(photo, rng, monkeypatch):
 
 
 def coordinates(width=40, height=30):
-    """An image whose every pixel tells where it is: red = 6 * column, green = 6 * row."""
+    """Every pixel tells where it is: red = 6 * column, green = 6 * row."""
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([6 * x, 6 * y, 0 * x], 2).astype(np.uint8))
 
 
 MODES_OF_FILES = [  # as stored, name, as opened, whether something is said
-    ("RGB", "rgb.png", "RGB", False),
-    ("L", "grey.png", "L", False),
     ("P", "palette.png", "RGB", False),
     ("1", "one.png", "L", False),
     ("CMYK", "cmyk.jpg", "RGB", True),
@@ -282,15 +257,11 @@ def save_planar(path):
 NOT_OPENED = {  # name: (how it is written, what is said)
     "grey.png": (lambda path: Image.fromarray(deep(1)[..., 0]).save(path), "8 bits a channel"),
     "rgb.png": (lambda path: cv2.imwrite(str(path), deep(3)), "8 bits a channel"),
-    "rgba.png": (lambda path: cv2.imwrite(str(path), deep(4)), "8 bits a channel"),
-    "rgb.tif": (lambda path: cv2.imwrite(str(path), deep(3)), "8 bits a channel"),
-    "rgb.ppm": (lambda path: cv2.imwrite(str(path), deep(3)), "8 bits a channel"),
     "planar.tif": (save_planar, "8 bits a channel"),
     "floats.tif": (lambda path: coordinates().convert("F").save(path), "8 bits a channel"),
     "rgb.sgi": (lambda path: coordinates().save(path, bpc=2), "8 bits a channel"),
     "pages.tif": (save_pages, "several pages; save the page"),
     "moving.gif": (save_pages, "several pages; save the page"),
-    "moving.webp": (save_pages, "several pages; save the page"),
     "program.eps": (lambda path: coordinates().save(path), "PostScript"),
 }
 
@@ -299,12 +270,9 @@ NOT_OPENED = {  # name: (how it is written, what is said)
 def test_what_would_lose_something_is_refused_by_header_and_loader(tmp_path, name):
     save, says = NOT_OPENED[name]
     save(tmp_path / name)
-    answers = []
     for look in (read_header, open_image):
-        with pytest.raises(UserError, match=f"{name}: .*{says}.* PNG") as error:
+        with pytest.raises(UserError, match=f"{name}: .*{says}.* PNG"):
             look(tmp_path / name)
-        answers.append(str(error.value))
-    assert answers[0] == answers[1]
 
 
 def test_what_only_looks_like_it_is_opened(tmp_path):
@@ -330,13 +298,10 @@ TURNS = {  # {EXIF orientation: what turns an array of the picture upright}
 }
 
 
-@pytest.mark.parametrize("extension", ["jpg", "png", "tif", "webp"])
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("mode, extension", [("L", "tif"), ("RGB", "jpg"), ("RGBA", "tif")])
 @pytest.mark.parametrize("orientation", TURNS)
 def test_a_picture_is_turned_upright(tmp_path, orientation, mode, extension):
     """A grey TIFF, and one with alpha, are mapped into memory, where Pillow 13 garbles them."""
-    if (mode, extension) == ("RGBA", "jpg"):
-        return
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"turned.{extension}"
@@ -364,18 +329,6 @@ def test_orientation_may_stand_behind_the_pixels(tmp_path):
     assert read_header(path).size == open_image(path).size == (30, 40)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path, photo):
-    photo.save(tmp_path / "whole.png")
-    whole = (tmp_path / "whole.png").read_bytes()
-    half = whole[: len(whole) // 2]
-    for name, content in [("empty.png", b""), ("text.png", b"hello"), ("cut.png", half)]:
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=name):
-            open_image(tmp_path / name)
-    with pytest.raises(UserError, match="no such file"):
-        open_image(tmp_path / "absent.png")
-
-
 def display_p3(name="swap"):
     """A profile made from sRGB's, under a name of four letters: red is green, green is red."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -391,9 +344,8 @@ def display_p3(name="swap"):
     return bytes(swapped).replace("sRGB".encode("utf-16-be"), name.encode("utf-16-be"))
 
 
-@pytest.mark.parametrize("extension", ["png", "jpg", "tif", "webp"])
 @pytest.mark.parametrize("kind", ["plain", "alpha", "turned"])
-def test_a_profile_is_converted_to_srgb(tmp_path, photo, kind, extension, capsys):
+def test_a_profile_is_converted_to_srgb(tmp_path, photo, kind, capsys):
     small = photo.resize((40, 30))
     red, green, blue = small.split()
     swapped = Image.merge("RGB", (green, red, blue))
@@ -401,19 +353,15 @@ def test_a_profile_is_converted_to_srgb(tmp_path, photo, kind, extension, capsys
     if kind == "turned":
         exif[0x0112] = 6
         small = small.transpose(Image.Transpose.ROTATE_270)
-    if kind == "alpha" and extension != "jpg":
+    if kind == "alpha":
         small.putalpha(red)
         swapped.putalpha(red)
-    path = tmp_path / f"swapped.{extension}"
-    lossless = {
-        "webp": {"lossless": True, "exact": True},
-        "jpg": {"quality": 100, "subsampling": 0},
-    }
-    swapped.save(path, icc_profile=display_p3(), exif=exif, **lossless.get(extension, {}))
+    path = tmp_path / "swapped.png"
+    swapped.save(path, icc_profile=display_p3(), exif=exif)
     notices = {}
     opened = open_image(path, notices)
     assert opened.mode == small.mode
-    assert abs(levels(opened) - levels(small)).max() <= (6 if extension == "jpg" else 1)
+    assert abs(levels(opened) - levels(small)).max() <= 1
     assert opened.info == {}
     open_image(path, notices)
     degrade.say_notices(notices)
@@ -422,11 +370,11 @@ def test_a_profile_is_converted_to_srgb(tmp_path, photo, kind, extension, capsys
 
 
 def test_which_profiles_are_converted(tmp_path):
-    """Not sRGB's own; a linear one is another. What cannot be used is said."""
+    """Not sRGB's own; a linear one is another."""
     path = tmp_path / "a.png"
     grey = coordinates().convert("L")
     cases = [
-        (coordinates(), display_p3("sRGB"), None),
+        (coordinates(), display_p3("sRGB"), ""),
         (coordinates(), display_p3("g10x"), "is converted to sRGB"),
         (coordinates(), b"nothing", "damaged"),
         (grey, display_p3(), "not of its kind of picture"),
@@ -435,23 +383,20 @@ def test_which_profiles_are_converted(tmp_path):
         image.save(path, icc_profile=profile)
         notices = {}
         opened = open_image(path, notices)
-        assert len(notices) == bool(says)
-        for text in notices:
-            assert says in text
-        if says != "is converted to sRGB":
+        assert len(notices) == bool(says) and says in "".join(notices)
+        if "converted" not in says:
             assert np.array_equal(levels(opened), levels(image))
 
 
 def test_degrade_takes_alpha_only_if_it_hides_nothing(tmp_path, monkeypatch):
     image = coordinates().convert("RGBA")
-    image.save(tmp_path / "opaque.png")
-    image.putpixel((3, 3), (1, 2, 3, 254))
-    image.save(tmp_path / "hidden.png")
+    image.save(tmp_path / "a.png")
     words = ["--only", "gaussian_noise:sigma=0"]
-    monkeypatch.setattr("sys.argv", ["degrade.py", "opaque.png", "o.png", *words])
+    monkeypatch.setattr("sys.argv", ["degrade.py", "a.png", "o.png", *words])
     monkeypatch.chdir(tmp_path)
     degrade.main()
     assert np.array_equal(levels(Image.open(tmp_path / "o.png")), levels(coordinates()))
-    monkeypatch.setattr("sys.argv", ["degrade.py", "hidden.png", "o.png", *words])
-    with pytest.raises(UserError, match="hidden.png has transparent pixels"):
+    image.putpixel((3, 3), (1, 2, 3, 254))
+    image.save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png has transparent pixels"):
         degrade.main()

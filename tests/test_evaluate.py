@@ -12,7 +12,6 @@ from PIL import Image
 
 import evaluate
 from data import CsvPairs, PairedDataset, seed_for
-from degrade import UserError
 from evaluate import Pipeline, draw_grid, psnr, restore_files, ssim
 from model import PRESETS, Prompts, build_restorer
 from test_degrade import display_p3
@@ -28,26 +27,32 @@ def levels(image):
     return np.asarray(image)
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """A Pipeline of the tiny preset with random weights, also in the last layer."""
+def random_tiny(seed):
+    """Return a restorer of the tiny preset with random weights, also in the last layer."""
     restorer = build_restorer(PRESETS["tiny"])
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     restorer.sana.initialize(generator)
     torch.nn.init.normal_(restorer.sana.proj_out.weight, std=0.05, generator=generator)
-    return Pipeline(restorer.eval(), PixelAE(4), Prompts(PRESETS["tiny"]))
+    return restorer.eval()
+
+
+def write_step(folder, step):
+    """Write a checkpoint of random weights as a run of train.py leaves it; another a step."""
+    tensors = random_tiny(step).state_dict()
+    checkpoint = folder / f"step_{step:06d}"
+    save_weights(tensors, checkpoint / "ema.safetensors")
+    changed = {name: tensor * 1.1 for name, tensor in tensors.items()}
+    save_weights(changed, checkpoint / "model.safetensors")
+    config = {"step": step, "model": PRESETS["tiny"], "args": {}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    rows = {"trained": [], "held_out": [], "before": []}
+    (checkpoint / "rows.json").write_text(json.dumps(rows))
+    (folder / "latest").write_text(checkpoint.name)
 
 
 @pytest.fixture(scope="module")
-def run_folder(tiny, tmp_path_factory):
-    """The same as a run of train.py leaves it."""
-    folder = tmp_path_factory.mktemp("run")
-    checkpoint = folder / "step_000001"
-    save_weights(tiny.restorer.state_dict(), checkpoint / "ema.safetensors")
-    config = {"step": 1, "model": PRESETS["tiny"], "args": {}}
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    (folder / "latest").write_text("step_000001")
-    return folder
+def tiny():
+    return Pipeline(random_tiny(1), PixelAE(4), Prompts(PRESETS["tiny"]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -57,9 +62,7 @@ def run_folder(tiny, tmp_path_factory):
 def test_metrics_by_closed_form():
     a = torch.zeros(2, 3, 16, 16)
     assert psnr(a, a).tolist() == [100] * 2
-    assert ssim(a, a).tolist() == [1, 1]
-    forty = torch.full((2,), 40.0, dtype=torch.float64)
-    assert torch.allclose(psnr(a, a + 0.02), forty)
+    assert psnr(a, a + 0.02).tolist() == pytest.approx([40] * 2)
     c1 = 0.02**2  # two flat images: only the luminance term is left
     expected = (2 * 0.05 + c1) / (0.25 + 0.01 + c1)
     assert ssim(a - 0.5, a - 0.9).tolist() == pytest.approx([expected] * 2)
@@ -82,24 +85,19 @@ def test_an_image_is_restored_alike_whatever_is_beside_it(tiny):
         assert torch.allclose(together[i], alone[0], atol=1e-5)
     other_seed = tiny.restore(pixels, captions, steps=3, seed=6)
     assert not torch.allclose(together, other_seed, atol=1e-3)
-    no_captions = tiny.restore(pixels, ["", "", ""], steps=3, seed=5)
-    assert not torch.allclose(together, no_captions, atol=1e-3)
 
 
 def test_restore_refuses_integers_and_values_outside_its_range(tiny):
     pixels = random_pixels(1, 3, 8, 8)
     refused = [
         torch.full((1, 3, 8, 8), 1, dtype=torch.uint8),
-        torch.full((1, 3, 8, 8), 255.0),
-        torch.full((1, 3, 8, 8), -1.001),
         pixels.index_fill(3, torch.tensor([5]), 1.001),  # one column alone
         torch.full((1, 3, 8, 8), math.nan),
     ]
     for wrong in refused:
         with pytest.raises(ValueError, match=r"give floats in \[-1, 1\]"):
             tiny.restore(wrong, [""])
-    for edge in (-1.0, 1.0):
-        assert tiny.restore(torch.full((1, 3, 8, 8), edge), [""]).shape == (1, 3, 8, 8)
+    assert tiny.restore(torch.ones(1, 3, 8, 8), [""]).shape == (1, 3, 8, 8)
 
 
 def test_guidance(tiny):
@@ -132,25 +130,17 @@ def test_guidance(tiny):
 
 
 def test_tiles_of_a_local_function_give_what_it_gives_untiled():
-    """A 5x5 convolution sees two positions around each.
-
-    Tiles that overlap by 16, blended, agree but near the tiles' own borders.
-    """
+    """A 5x5 convolution: blended tiles agree but near their own borders."""
     x = torch.randn(1, 1, 100, 60, generator=torch.Generator().manual_seed(0))
     kernel = torch.randn(1, 1, 5, 5, generator=torch.Generator().manual_seed(1))
     whole = F.conv2d(x, kernel, padding=2)
     tiled = blend_tiles(lambda at: F.conv2d(x[at], kernel, padding=2), (100, 60), 48, 16)
-    assert tiled.shape == whole.shape
     assert torch.allclose(tiled[..., 2:12, 2:12], whole[..., 2:12, 2:12], atol=1e-5)
     tripled = blend_tiles(lambda at: x[at] * 3, (100, 60), 48, 16)
     assert torch.allclose(tripled, x * 3, atol=1e-6)  # without borders, exactly
 
 
 def test_tiles_cover_the_image_without_seams(tiny, monkeypatch):
-    """With an untrained last layer the answer is the input itself, in tiles too.
-
-    With weights, tiles stay close.
-    """
     pixels = random_pixels(1, 3, 210, 333)
     whole = tiny.restore(pixels, [""])
     monkeypatch.setattr(evaluate, "PIXEL_TILE", 128)
@@ -160,10 +150,6 @@ def test_tiles_cover_the_image_without_seams(tiny, monkeypatch):
     tiled = tiny.restore(pixels, [""])
     assert psnr(tiled, whole) > 30
     assert not torch.equal(tiled, whole)
-    untrained = build_restorer(PRESETS["tiny"])
-    untrained.sana.initialize(torch.Generator().manual_seed(0))
-    identity = Pipeline(untrained, tiny.autoencoder, tiny.prompts)
-    assert torch.allclose(identity.restore(pixels, [""]), pixels, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -180,92 +166,40 @@ def test_modes_and_sizes_are_kept(tiny, photo, mode, size):
     assert restored.mode == mode
     assert restored.size == size
     if mode.endswith("A"):
-        alpha = restored.getchannel("A")
-        assert np.array_equal(levels(alpha), levels(image.getchannel("A")))
+        assert np.array_equal(levels(restored)[..., -1], levels(image)[..., -1])
     if size != (1, 1):
         assert not np.array_equal(levels(restored), levels(image))
 
 
-def file_of_mode(mode):
-    return f"{mode}.tif" if mode == "CMYK" else f"{mode}.png"
-
-
-def picture_of_mode(photo, mode):
-    """A 40x28 part of the photo in one of MODES."""
-    part = photo.resize((120, 120)).crop((40, 20, 80, 48))
-    if mode == "P, transparent":
-        palette = part.convert("P")
-        palette.info["transparency"] = palette.getpixel((0, 0))
-        return palette
-    picture = part.convert(mode)
-    if mode in ("LA", "RGBA"):
-        picture.putalpha(Image.linear_gradient("L").resize(part.size))
-    return picture
-
-
-# mode, and that of the restored picture
-MODES = {
-    "L": "L",
-    "LA": "LA",
-    "RGB": "RGB",
-    "RGBA": "RGBA",
-    "P": "RGB",
-    "P, transparent": "RGBA",
-    "CMYK": "RGB",
-    "1": "L",
-}
-
-
-@pytest.fixture(scope="module")
-def evaluated(photo, run_folder, tmp_path_factory):
-    """Pictures of all MODES, and what the command evaluate.py makes of them -> two folders."""
-    before = tmp_path_factory.mktemp("before")
-    after = tmp_path_factory.mktemp("after")
-    for mode in MODES:
-        picture_of_mode(photo, mode).save(before / file_of_mode(mode))
-    command = ["evaluate.py", "--checkpoint", run_folder, "--input", before, "--output", after]
-    command += ["--prompt", "Remove JPEG artifacts.", "--steps", 2, "--device", "cpu"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(word) for word in command])
-        evaluate.main()
-    return before, after
-
-
-@pytest.fixture(scope="module")
-def loaded(run_folder):
-    """A function that restores as that command did, with a Pipeline loaded from the run."""
-    pipeline = Pipeline.load(run_folder)
-    return lambda picture: pipeline(picture, "Remove JPEG artifacts.", steps=2)
-
-
-@pytest.mark.parametrize("mode, mode_restored", MODES.items())
-def test_paths_images_and_arrays_are_restored_as_evaluate_does(
-    evaluated, loaded, mode, mode_restored
-):
-    before, after = evaluated
-    path = before / file_of_mode(mode)
-    expected = Image.open(after / path.name)
-    assert expected.mode == mode_restored
-    assert expected.size == (40, 28)
-    given = [path, str(path), Image.open(path)]
-    assert given[2].mode == mode.split(",")[0]
-    if mode in ("L", "RGB"):
-        given.append(np.asarray(Image.open(path)))  # uint8 [H, W] and [H, W, 3]
-    for picture in given:
-        restored = loaded(picture)
-        assert restored.mode == mode_restored
-        assert np.array_equal(levels(restored), levels(expected))
-
-
-def test_a_file_that_is_no_picture_is_refused(loaded, tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
-    for name in ("text.png", "absent.png"):
-        with pytest.raises(UserError, match=name):
-            loaded(tmp_path / name)
+def test_paths_images_and_arrays_are_restored_as_evaluate_does(photo, tmp_path, monkeypatch):
+    small = photo.resize((40, 28))
+    palette = small.convert("P")
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    pictures = {"L": small.convert("L"), "RGB": small, "RGBA": palette}  # by the mode restored
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    for mode, picture in pictures.items():
+        picture.save(before / f"{mode}.png")
+    write_step(tmp_path / "run", 1)
+    command = ["evaluate.py", "--checkpoint", tmp_path / "run", "--input", before]
+    command += ["--output", after, "--prompt", "Remove JPEG artifacts.", "--steps", 2]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    evaluate.main()
+    pipeline = Pipeline.load(tmp_path / "run")
+    for mode, picture in pictures.items():
+        path = before / f"{mode}.png"
+        expected = Image.open(after / path.name)
+        assert (expected.mode, expected.size) == (mode, small.size)
+        given = [path, str(path), Image.open(path)]
+        if mode != "RGBA":
+            given.append(np.asarray(picture))  # uint8 [H, W] or [H, W, 3]
+        for one in given:
+            restored = pipeline(one, "Remove JPEG artifacts.", steps=2)
+            assert restored.mode == mode
+            assert np.array_equal(levels(restored), levels(expected))
 
 
 def test_what_is_restored_is_srgb_and_upright(tiny, photo, tmp_path, capsys):
-    """The first two profiles exchange red and green: without them, the pictures are others."""
     small = photo.resize((20, 14))
     red, green, blue = small.split()
     swapped = Image.merge("RGB", (green, red, blue))
@@ -278,9 +212,9 @@ def test_what_is_restored_is_srgb_and_upright(tiny, photo, tmp_path, capsys):
     names = "plain.png", "rgb.png", "turned.png", "cmyk.tif"
     work = [(tmp_path / name, tmp_path / "out" / name) for name in names]
     assert restore_files(tiny, work) == 0
-    said = capsys.readouterr().err.splitlines()[-2:]  # after the bar
-    assert said[0].startswith(f"2 pictures, such as {tmp_path / 'rgb.png'}: its colour profile is")
-    assert said[1].startswith(f"{tmp_path / 'cmyk.tif'}: CMYK without a usable colour profile")
+    said = capsys.readouterr().err
+    assert f"2 pictures, such as {tmp_path / 'rgb.png'}: its colour profile is" in said
+    assert f"{tmp_path / 'cmyk.tif'}: CMYK without a usable colour profile" in said
     plain, rgb, turned, cmyk = (Image.open(out) for _, out in work)
     assert abs(levels(rgb) - levels(plain)).max() <= 2
     assert turned.size == (14, 20)
@@ -308,25 +242,22 @@ def test_grids_show_the_centre_of_large_small_and_narrow_pictures(photo):
     assert levels(grid.crop((20, 98, 64, 162))).min() == 255
 
 
-def test_what_was_done_to_an_image_is_read_from_recipe_column_or_caption(photos, tmp_path):
+def test_what_was_done_to_an_image_is_read_from_recipe_or_caption(photos, tmp_path):
+    """test_pairs: from the column."""
     clean, condition = photos / "00.png", photos / "01.png"
     lines = [
-        "image_path,condition_image_path,caption,degradation",
-        f"{clean},,,",
-        f"{clean},{condition},x,downscale:factor=3 jpeg:quality=20",
-        f"{clean},{condition},Undo soft focus and JPEG blocking.,",
-        f"{clean},{condition},Make it nice.,",
-        f"{clean},{condition},x,motion blur",
+        "image_path,condition_image_path,caption",
+        f"{clean},,",
+        f"{clean},{condition},Undo soft focus and JPEG blocking.",
+        f"{clean},{condition},Make it nice.",
     ]
     (tmp_path / "a.csv").write_text("\n".join(lines))
-    source = CsvPairs(tmp_path / "a.csv")
-    dataset = PairedDataset(source, None, [("jpeg", {})], training=False)
-    named = [dataset.name_degradations(i) for i in range(5)]
-    words = ["jpeg", "gaussian_blur"]
-    assert named == [["jpeg"], ["downscale", "jpeg"], words, [], ["motion blur"]]
+    dataset = PairedDataset(CsvPairs(tmp_path / "a.csv"), None, [("jpeg", {})], training=False)
+    named = [dataset.name_degradations(i) for i in range(3)]
+    assert named == [["jpeg"], ["jpeg", "gaussian_blur"], []]
 
 
-def test_tiles_fit_blocks_of_three_pixels(monkeypatch):
+def test_tiles_fit_blocks_of_three_pixels():
     """1024 and 64 are no multiples of 3: tiles are cut where blocks end."""
     config = PRESETS["tiny"] | {"autoencoder": {"kind": "pixels", "factor": 3}}
     config["sana"] = config["sana"] | {"in_channels": 27, "out_channels": 27}

@@ -72,7 +72,6 @@ CHANGES = [
     {"mlp_ratio": 3.3},
     {"in_channels": 16},
     {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 24},
-    {"interpolation_scale": 1.0},
     {"interpolation_scale": 2.0, "sample_size": 7},
     {"interpolation_scale": 0.5, "out_channels": 5},
     {"timestep_scale": 0.001},
@@ -104,25 +103,23 @@ def test_sana_computes_what_diffusers_computes(change, grid):
         assert (p.grad - gradient).abs().max() <= 1e-4 * scale, name
 
 
-@pytest.mark.parametrize("strip", [1, 10, 20, 44])
-def test_strips_of_the_feed_forward_part_change_nothing(strip, monkeypatch):
-    _, sana = twins(SMALL)
+@pytest.mark.parametrize("strip, rows", [(1, 3), (20, 6), (44, 9)])
+def test_strips_of_the_feed_forward_part_change_nothing(strip, rows, monkeypatch):
+    sana = randomized(Sana(SMALL))
     latents, timestep, text, mask = inputs(grid=(9, 5))
-    grids = []
+    heights = []
     mix = GLUMBConv.mix
 
     def watch(self, x, grid):
-        grids.append(grid)
+        heights.append(grid[0])
         return mix(self, x, grid)
 
-    monkeypatch.setattr(GLUMBConv, "mix", watch)
     with torch.no_grad():
         whole = sana(latents, timestep, text, mask)
-        assert set(grids) == {(9, 5)}
+        monkeypatch.setattr(GLUMBConv, "mix", watch)
         monkeypatch.setattr(model, "STRIP", strip)
         assert (sana(latents, timestep, text, mask) - whole).abs().max() <= 1e-5
-    most = max(1, strip // 5) + 2
-    assert max(height for height, _ in grids[SMALL["num_layers"] :]) == min(most, 9)
+    assert max(heights) == rows
 
 
 @pytest.mark.parametrize("change", [{}, QK_NORM, {"interpolation_scale": 1.0}])
@@ -142,53 +139,35 @@ def test_in_bf16_sana_is_no_further_from_the_fp32_answer_than_diffusers(change):
     assert error <= 1.02 * (peer.float() - exact).square().mean().sqrt()
 
 
-def test_full_size_sana_has_the_published_number_of_tensors_and_parameters():
-    with torch.device("meta"):
-        full = Sana(QK_NORM)
-    assert len(full.state_dict()) == 476
-    assert sum(p.numel() for p in full.parameters()) == 1_604_641_952
-
-
-PUBLISHED = {
-    "1.6B": {},
-    "0.6B": {
-        "num_layers": 28,
-        "num_attention_heads": 36,
-        "num_cross_attention_heads": 16,
-        "cross_attention_head_dim": 72,
-        "cross_attention_dim": 1152,
-    },
-    "4.8B": {"num_layers": 60} | QK_NORM,
-    "2K": {"interpolation_scale": 1.0, "sample_size": 64},
-    "4K": {"interpolation_scale": 2.0, "sample_size": 128},
+SIZE_0_6B = {
+    "num_layers": 28,
+    "num_attention_heads": 36,
+    "num_cross_attention_heads": 16,
+    "cross_attention_head_dim": 72,
+    "cross_attention_dim": 1152,
 }
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
-def test_published_sizes_have_the_peers_tensors(size):
-    with torch.device("meta"):
-        ours = Sana(PUBLISHED[size])
-        theirs = SanaTransformer2DModel(**PUBLISHED[size])
-    assert shapes(ours) == shapes(theirs)
+def test_published_sizes_have_the_peers_tensors():
+    high_resolution = {"interpolation_scale": 2.0, "sample_size": 128}  # 4K
+    for config in (QK_NORM, SIZE_0_6B, high_resolution):
+        with torch.device("meta"):
+            ours = Sana(config)
+            theirs = SanaTransformer2DModel(**config)
+        assert shapes(ours) == shapes(theirs)
+        if config is QK_NORM:  # SANA 1.5
+            assert len(ours.state_dict()) == 476
+            assert sum(p.numel() for p in ours.parameters()) == 1_604_641_952
 
 
-NOT_BUILT = [
-    {"guidance_embeds": True},
-    {"norm_elementwise_affine": True},
-    {"qk_norm": "layer_norm"},
-    {"patch_size": 2},
-    {"depth": 3},
-]
-
-
-@pytest.mark.parametrize("change", NOT_BUILT)
-def test_configs_that_are_not_built_are_refused(change):
-    with pytest.raises(ValueError, match=next(iter(change))):
-        Sana(SMALL | change)
+def test_configs_that_are_not_built_are_refused():
+    for key, value in [("guidance_embeds", True), ("qk_norm", "layer_norm"), ("depth", 3)]:
+        with pytest.raises(ValueError, match=key):
+            Sana(SMALL | {key: value})
 
 
 def test_masked_caption_tokens_change_nothing():
-    """Without a mask all tokens are real. One that is not bool would be added to the logits."""
+    """Without a mask all tokens are real."""
     restorer = randomized(Restorer(Sana(SMALL)))
     latents, timestep, text, mask = inputs()
 
@@ -198,10 +177,8 @@ def test_masked_caption_tokens_change_nothing():
     other = torch.where(mask[..., None], text, 1e3)
     assert torch.allclose(answer(other, mask), answer(text, mask), atol=1e-5)
     assert torch.allclose(answer(text), answer(text, torch.ones_like(mask)), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(answer(text), answer(text, mask), atol=1e-3)
-    for dtype in (torch.float32, torch.int64):
-        with pytest.raises(ValueError, match="text_mask .* bool"):
-            answer(text, mask.to(dtype))
+    with pytest.raises(ValueError, match="text_mask .* bool"):
+        answer(text, mask.float())  # it would be added to the logits
 
 
 # --------------------------------------------------------------------------------------------------
@@ -231,14 +208,9 @@ def test_a_transformer_that_is_widened_already_is_refused(conditioning):
             Restorer(sana, conditioning)
 
 
-def tiny():
+def test_untrained_tiny_restorer_returns_its_input():
     restorer = build_restorer(PRESETS["tiny"])
     restorer.sana.initialize(seeded())
-    return restorer
-
-
-def test_untrained_tiny_restorer_returns_its_input():
-    restorer = tiny()
     condition = torch.randn(2, 48, 4, 6, generator=seeded())
     prompt = hash_prompts(["", "remove noise"])
     velocity = guided(restorer, condition, prompt, prompt)
@@ -284,11 +256,9 @@ def test_one_step_is_the_prediction_of_x0():
     restorer = randomized(Restorer(Sana(SMALL), prediction="residual"))
     latents, _, text, mask = inputs()
     condition = torch.randn(latents.shape, generator=seeded(2))
-    at_one = torch.full((2,), 1000.0)
-    x0 = latents - restorer(latents, condition, at_one, text, mask)
     velocity = guided(restorer, condition, (text, mask), (text, mask))
-    assert torch.allclose(sample_euler(velocity, latents, 1), x0, atol=1e-4)
-
+    x0 = sample_euler(velocity, latents, 1)
+    at_one = torch.full((2,), 1000.0)
     both = torch.cat([latents, condition], 1).flatten(2)
     projected = restorer.projection.weight.flatten(1) @ both
     residual = restorer.sana(projected.unflatten(2, (5, 7)), at_one, text, mask)
@@ -339,22 +309,12 @@ class Answer(torch.nn.Module):
 def test_flow_loss_of_a_residual_prediction_is_its_closed_form():
     """The root of mse + 1e-6, where mse is that of x0, whatever sigma is (from MIN_SIGMA)."""
     x0, condition, noise, residual = torch.randn(4, 5, 8, 5, 7, generator=seeded()).double()
+    residual[4] = x0[4] - condition[4]  # perfect: there the gradient of a plain root is infinite
     sigma = torch.tensor([0.01, 0.1, 0.2, 0.6, 1.0], dtype=torch.float64)
     restorer = Restorer(Answer(residual), "none", prediction="residual")
     losses = flow_loss(restorer, x0, condition, None, None, sigma, noise)
-    for i in range(5):
-        error = x0[i] - condition[i] - residual[i]
-        expected = (error.square().mean() + 1e-6).sqrt()
-        assert torch.allclose(losses[i].double(), expected, rtol=1e-5)
-
-
-def test_flow_loss_of_a_perfect_residual_is_the_root_of_1e_6():
-    """There its gradient is finite, which that of a plain root is not."""
-    x0, condition, noise = torch.randn(3, 2, 8, 5, 7, generator=seeded()).double()
-    restorer = Restorer(Answer(x0 - condition), "none", prediction="residual")
-    sigma = torch.tensor([0.1, 1.0], dtype=torch.float64)
-    losses = flow_loss(restorer, x0, condition, None, None, sigma, noise)
-    assert torch.allclose(losses.double(), torch.full((2,), 1e-3).double(), rtol=1e-3)
+    error = (x0 - condition - residual).square().mean((1, 2, 3))
+    assert torch.allclose(losses.double(), (error + 1e-6).sqrt(), rtol=1e-5)
     losses.sum().backward()
     assert restorer.sana.residual.grad.isfinite().all()
 
@@ -380,10 +340,8 @@ def test_hash_prompts():
     assert set(text[1].unique().tolist()) == {-1, 1}
     # orthogonal up to chance: the standard deviation is 16
     assert (text[1, 1] @ text[1, 2]).abs() < 80
-    bits = []
-    for byte in hashlib.sha256(b"jpeg").digest():
-        lowest_first = f"{byte:08b}"[::-1]
-        bits += [int(bit) for bit in lowest_first]
+    number = int.from_bytes(hashlib.sha256(b"jpeg").digest(), "little")
+    bits = [number >> place & 1 for place in range(256)]
     assert torch.equal(text[2, 2], torch.tensor(bits) * 2.0 - 1)
 
 
@@ -402,10 +360,9 @@ def test_a_run_is_named_by_its_files_too_and_of_this_version(tmp_path):
         assert model.is_run(name)
         assert model.read_run(name) == config
     assert not model.is_run(tmp_path)  # without the file latest
-    for other in (config["model"] | {"vae": None}, {"name": "x"}, [], None):
-        (step / "config.json").write_text(json.dumps({"model": other}))
-        with pytest.raises(UserError, match="config.json: cannot read this run"):
-            model.read_run(step)
+    (step / "config.json").write_text(json.dumps({"model": config["model"] | {"vae": None}}))
+    with pytest.raises(UserError, match="config.json: cannot read this run"):
+        model.read_run(step)
     (step / "config.json").write_text(json.dumps({"model": {"name": "x"}}))
     with pytest.raises(UserError, match="made by another version of this program"):
         model.stage_of(step)

@@ -1,8 +1,6 @@
 """What the table and the files of evaluate.py --data say, and which flags it refuses."""
 
-import contextlib
 import csv
-import io
 import json
 import math
 import shutil
@@ -10,17 +8,15 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import data
-import degrade
 import evaluate
 from data import to_image, to_tensor
 from degrade import UserError
-from evaluate import Metrics, Pipeline, list_work, means, restore_files, summarize
-from model import PRESETS, build_restorer
-from vae import file_digest, save_weights
+from evaluate import Metrics, Pipeline, list_work, means, summarize
+from test_evaluate import write_step
+from vae import file_digest
 
 
 @pytest.fixture
@@ -39,21 +35,9 @@ def command(tmp_path, monkeypatch):
 def run_folder(tmp_path_factory):
     """A run of the tiny preset with two checkpoints; in the second, all weights differ."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    restorer = build_restorer(PRESETS["tiny"])
-    generator = torch.Generator().manual_seed(0)
     for step in (1, 2):
-        restorer.sana.initialize(generator)
-        torch.nn.init.normal_(restorer.sana.proj_out.weight, std=0.05, generator=generator)
-        checkpoint = folder / f"step_{step:06d}"
-        save_weights(restorer.state_dict(), checkpoint / "ema.safetensors")
-        changed = {name: tensor * 1.1 for name, tensor in restorer.state_dict().items()}
-        save_weights(changed, checkpoint / "model.safetensors")
-        config = {"step": step, "model": PRESETS["tiny"], "args": {}}
-        (checkpoint / "config.json").write_text(json.dumps(config))
-        rows = {"trained": [], "held_out": [], "before": []}
-        (checkpoint / "rows.json").write_text(json.dumps(rows))
+        write_step(folder, step)
     (folder / "best").write_text("step_000001")
-    (folder / "latest").write_text("step_000002")
     return folder
 
 
@@ -103,11 +87,9 @@ def test_means_and_their_intervals():
     for psnr, ssim in [(20.0, 0.5), (22.0, math.nan), (100.0, 1.0), (26.0, 0.6)]:
         rows.append({"image": "x", "restored_psnr": psnr, "restored_ssim": ssim})
     assert means(rows) == {"restored_psnr": 42, "restored_ssim": pytest.approx(0.7)}
-    assert math.isnan(means(rows[1:2])["restored_ssim"])
     summary = summarize(rows, ["restored"], Metrics(["psnr", "ssim"]))["restored"]
     assert summary["psnr"]["mean"] == 42
     assert 20 <= summary["psnr"]["low"] < 42 < summary["psnr"]["high"] <= 100
-    assert summary["ssim"]["mean"] == pytest.approx(0.7)
     one = summarize(rows[:1], ["restored"], Metrics(["psnr"]))["restored"]["psnr"]
     assert one["mean"] == 20 and math.isnan(one["low"])
 
@@ -118,9 +100,7 @@ def test_the_table_says_which_pictures_are_too_small(command, tmp_path, capsys):
         path = tmp_path / name / "1.png"
         Image.open(path).crop((0, 0, 9, 32)).save(path)
     command("--data", "pairs.csv", "--metrics", "psnr", "ssim")
-    output = capsys.readouterr().out
-    assert "SSIM: 1 of 2 images are too small for it" in output
-    assert "100 dB" not in output
+    assert "SSIM: 1 of 2 images are too small for it" in capsys.readouterr().out
     text = (tmp_path / "out/evaluation/scores.json").read_text()
     report = json.loads(text, parse_constant=lambda word: pytest.fail(word))
     assert report["images"][1]["conditions_ssim"] is None
@@ -130,13 +110,12 @@ def test_groups_of_degradations_are_named_as_they_are(command, tmp_path, run_fol
     write_pairs(tmp_path, ["0.png", "1.png"], "motion blur")
     command("--data", "pairs.csv", "--metrics", "psnr", "--checkpoint", run_folder)
     output = capsys.readouterr().out
-    group = [line for line in output.splitlines() if line.startswith("with ")]
-    assert len(group) == 1
-    assert group[0].split(")")[0] == "with motion blur (2"
+    group = [line.strip() for line in output.splitlines() if line.startswith("with ")]
     rows = read_csv(tmp_path / "out/evaluation/scores.csv")
     restored = sum(float(row["restored_psnr"]) for row in rows) / 2
-    assert group[0].split(")")[1].strip() == f"{db(8):.2f} -> {restored:.2f}"
-    assert [row["degradation"] for row in rows] == ["motion blur"] * 2
+    assert len(group) == 1
+    assert group[0].startswith("with motion blur (2)")
+    assert group[0].endswith(f" {db(8):.2f} -> {restored:.2f}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -157,8 +136,6 @@ def test_another_programs_pictures_are_scored_as_they_are(command, tmp_path, cap
     expected = [db(4), 100, db(2)]
     assert [row["conditions_psnr"] for row in report["images"]] == pytest.approx(expected)
     assert report["methods"]["conditions"]["psnr"]["mean"] == pytest.approx(sum(expected) / 3)
-    rows = read_csv(tmp_path / "out/evaluation/scores.csv")
-    assert [float(row["conditions_psnr"]) for row in rows] == pytest.approx(expected)
 
 
 def test_conditions_that_are_not_there_or_smaller_are_not_scored(command, tmp_path):
@@ -197,34 +174,25 @@ def test_scores_are_kept_when_measuring_ends_early(command, tmp_path, monkeypatc
     first = list(rows[0].values())
     assert first[:3] == ["clean/0.png", "noisy/0.png", "jpeg; downscale"]
     assert float(first[3]) == pytest.approx(db(8))
-    assert not (tmp_path / "o/scores.json").exists()
 
 
 def test_each_evaluation_claims_a_folder(command, tmp_path, monkeypatch):
+    """Also one that begins while another measures."""
     write_pairs(tmp_path, ["0.png"])
     words = "--data", "pairs.csv", "--metrics", "psnr"
-    for _ in range(3):
-        command(*words)
-    folders = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert folders == ["evaluation", "evaluation-2", "evaluation-3"]
     evaluate_pairs = evaluate.evaluate_pairs
 
     def begin_another(*arguments, **options):
         monkeypatch.setattr(evaluate, "evaluate_pairs", evaluate_pairs)
-        for second in (["--output", "mine"], []):
-            with contextlib.suppress(UserError):
-                command(*words, *second)
+        command(*words)
         return evaluate_pairs(*arguments, **options)
 
     monkeypatch.setattr(evaluate, "evaluate_pairs", begin_another)
-    command(*words, "--output", "mine")
-    assert len(read_csv(tmp_path / "mine/scores.csv")) == 1
-    assert (tmp_path / "out/evaluation-4/scores.json").is_file()
-    with pytest.raises(UserError, match="--output mine exists already; name a new folder"):
-        command(*words, "--output", "mine")
-    (tmp_path / "file").write_text("")
-    with pytest.raises((UserError, OSError)):
-        command(*words, "--output", "file/below")
+    command(*words)
+    for name in ("evaluation", "evaluation-2"):
+        assert len(read_csv(tmp_path / f"out/{name}/scores.csv")) == 1
+    with pytest.raises(UserError, match="--output out exists already; name a new folder"):
+        command(*words, "--output", "out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -241,12 +209,11 @@ def test_the_scores_of_grey_pairs_are_those_of_the_saved_pictures(command, run_f
     command(*words, "--input", "grey.png", "--output", "restored.png")
     restored = Image.open(tmp_path / "restored.png")
     assert restored.mode == "L"
-    clean = np.asarray(Image.open(tmp_path / "clean.png"), float)
-    pixels = to_tensor(Image.open(tmp_path / "grey.png"))[None]
+    pixels = to_tensor(picture(1, mode="L"))[None]
     answer = Pipeline.load(run_folder).restore(pixels, [""])[0]
     assert (answer[0] - answer[1]).abs().max() > 0.01
     assert restored.tobytes() == to_image(answer).convert("L").tobytes()
-    error = np.mean((clean - np.asarray(restored, float)) ** 2)
+    error = np.mean((np.asarray(picture(0, mode="L"), float) - np.asarray(restored)) ** 2)
     row = read_csv(tmp_path / "out/evaluation/scores.csv")[0]
     assert float(row["restored_psnr"]) == pytest.approx(10 * math.log10(255**2 / error), abs=1e-4)
 
@@ -266,18 +233,14 @@ def test_several_steps_are_compared(command, run_folder, tmp_path):
 def test_weights_and_the_files_that_name_a_checkpoint(command, run_folder, tmp_path):
     save(picture(0), tmp_path / "a.png")
     seen = set()
-    for name, step in [("best", 1), ("latest", 2)]:
-        for weights in ("ema", "model"):
-            words = "--checkpoint", run_folder / name, "--weights", weights
-            command(*words, "--input", "a.png", "--output", f"{name}_{weights}.png")
-            folder = run_folder / f"step_{step:06d}"
-            expected = Pipeline.load(folder, weights=weights)(tmp_path / "a.png")
-            restored = Image.open(tmp_path / f"{name}_{weights}.png")
-            assert restored.tobytes() == expected.tobytes()
-            seen.add(restored.tobytes())
-    assert len(seen) == 4
-    default = Pipeline.load(run_folder)(tmp_path / "a.png").tobytes()
-    assert default == Image.open(tmp_path / "latest_ema.png").tobytes()
+    for name, step, weights in [("best", 1, "ema"), ("latest", 2, "ema"), ("latest", 2, "model")]:
+        words = "--checkpoint", run_folder / name, "--weights", weights, "--overwrite"
+        command(*words, "--input", "a.png", "--output", "o.png")
+        pipeline = Pipeline.load(run_folder / f"step_{step:06d}", weights=weights)
+        restored = Image.open(tmp_path / "o.png").tobytes()
+        assert restored == pipeline(tmp_path / "a.png").tobytes()
+        seen.add(restored)
+    assert len(seen) == 3
     (tmp_path / "best").write_text("step_9")
     with pytest.raises(UserError, match="best: no checkpoint here"):
         Pipeline.load(tmp_path / "best")
@@ -299,10 +262,9 @@ def test_rows_that_were_trained_on_are_counted(command, run_folder, tmp_path, ca
     }
     (tmp_path / "run/step_000001/rows.json").write_text(json.dumps(rows))
     words = "--data", "pairs.csv", "--metrics", "psnr", "--checkpoint"
-    for name in ("run/best", "run/step_000001"):
-        command(*words, tmp_path / name)
-        said = "pairs.csv: the checkpoint was trained on 3 of these 5 rows\n"
-        assert said in capsys.readouterr().out
+    command(*words, tmp_path / "run/best")
+    said = "pairs.csv: the checkpoint was trained on 3 of these 5 rows\n"
+    assert said in capsys.readouterr().out
     command(*words, tmp_path / "run")  # its step_000002
     assert "trained on" not in capsys.readouterr().out
 
@@ -329,17 +291,12 @@ INPUT = "--input a.png --output o.png --checkpoint RUN"
 ALONE = "--data pairs.csv"
 IDLE = [
     (f"{DATA} --overwrite", "--overwrite: goes with --input"),
-    (f"{DATA} --quality 80", "--quality: goes with --input"),
     (f"{INPUT} --steps 1 2", "--steps: several numbers"),
     (f"{INPUT} --metrics psnr", "--metrics: goes with --data"),
     (f"{ALONE} --sampler euler", "--sampler: needs --checkpoint"),
-    (f"{ALONE} --condition_guidance=1", "--condition_guidance: needs --checkpoint"),
     (f"{ALONE} --weights ema", "--weights: needs --checkpoint"),
-    ("--input a.png --output o.png", "--input: needs --checkpoint"),
     (f"{ALONE} --metrics psnr --lpips_weights a b", "--lpips_weights: --metrics leaves out"),
-    (f"{ALONE} --metrics psnr --fid_weights a", "--fid_weights: --metrics leaves out"),
     (f"{ALONE} --degradations jpeg", "--degradations: every row"),
-    (f"{DATA} --model x", "--model: this checkpoint"),
     (f"{DATA} --decoder_weight 1", "--decoder_weight: this checkpoint"),
 ]
 
@@ -363,7 +320,6 @@ def test_formats_that_cannot_be_written_and_missing_inputs_are_refused(tmp_path)
     (tmp_path / "in/star.psd").write_bytes(b"8BPS")  # Pillow reads these and writes none
     refused = [
         ([tmp_path / "in"], tmp_path / "out", r"out/star.psd: no format that can be written"),
-        ([tmp_path / "in/b.jpg"], "o.psd", r"o.psd: no format"),
         ([tmp_path / "in/b.jpg"], "o", r"o: no format"),
         ([tmp_path / "in/*.jpg"], "o.png", r"\*.jpg: no such file"),
         ([tmp_path / "in"], tmp_path / "in/x", "lies inside"),
@@ -372,32 +328,3 @@ def test_formats_that_cannot_be_written_and_missing_inputs_are_refused(tmp_path)
     for sources, target, says in refused:
         with pytest.raises(UserError, match=says):
             list_work(sources, target)
-
-
-def test_a_name_that_is_too_long_stops_its_picture_only(run_folder, tmp_path, capsys):
-    pipeline = Pipeline.load(run_folder)
-    save(picture(0), tmp_path / "a.png")
-    deep = tmp_path / "out" / "/".join(["deep" * 50] * 25) / "a.png"
-    work = [(tmp_path / "a.png", deep), (tmp_path / "a.png", tmp_path / "out/a.png")]
-    work.append((tmp_path / "a.png", tmp_path / f"out/{'b' * 300}.png"))
-    assert restore_files(pipeline, work) == 2
-    assert (tmp_path / "out/a.png").is_file()
-    captured = capsys.readouterr()
-    assert captured.err.count("failed: cannot write") == 2
-    assert "restored 1 image(s)" in captured.out
-
-
-def test_names_that_the_terminal_cannot_encode(command, run_folder, tmp_path, monkeypatch):
-    write_pairs(tmp_path, ["0.png"], "floué 模糊")
-    save(picture(0), tmp_path / "模.png")
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    degrade.run_script(lambda: None)  # as every script begins
-    command("--data", "pairs.csv", "--metrics", "psnr", "--output", "模")
-    command("--checkpoint", run_folder, "--input", "模.png", "--output", "糊.png")
-    terminal.seek(0)
-    printed = terminal.read()
-    assert r"with flou\xe9 \u6a21\u7cca (1)" in printed
-    assert r"restored 1 image(s) -> \u7cca.png" in printed
-    rows = read_csv(tmp_path / "模/scores.csv")
-    assert rows[0]["degradation"] == "floué 模糊"

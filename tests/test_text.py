@@ -22,27 +22,11 @@ from vae import load_pretrained
 # --------------------------------------------------------------------------------------------------
 # The tokenizer.
 
-ADDED = [
-    "<start_of_turn>",
-    "<unused0>",
-    "\n",
-    "\n\n",
-    "\n\n\n",
-    "▁▁",
-    "▁▁▁▁",
-    "\t",
-    "<b>",
-    "</b>",
-    "<bos>",
-    "<pad>",
-]
+ADDED = ["<start_of_turn>", "\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁▁", "\t", "</b>", "<bos>", "<pad>"]
 
 
 def peer_tokenizer(split):
-    """Make what a Gemma tokenizer.json describes.
-
-    split: at the spaces, of which the normalizer leaves none.
-    """
+    """split: at the spaces, of which the normalizer leaves none."""
     vocab, merges = vocabulary()
     options = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
     peer = Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
@@ -63,25 +47,19 @@ WORDS = " ".join(CORPUS).split()
 
 def draw_piece(rng):
     """Draw what a prompt may hold, and what it hardly does: each of nine kinds as often."""
-    kind = rng.randrange(9)
-    if kind == 0:
-        return rng.choice(WORDS)
-    if kind == 1:
-        return " " * rng.randint(1, 9)
-    if kind == 2:
-        return "\n" * rng.randint(1, 5)
-    if kind == 3:
-        return rng.choice(ADDED)
-    if kind == 4:
-        return rng.choice(ADDED)[:-1]
-    if kind == 5:
-        return chr(rng.randint(0, 31))
-    if kind == 6:  # what lies between are surrogates, which are no characters
-        low, high = rng.choice([(32, 0xD7FF), (0xE000, 0x10FFFF)])
-        return chr(rng.randint(low, high))
-    if kind == 7:
-        return rng.choice("😀👨‍👩‍👧🏽é한▁")
-    return "".join(rng.choices("abcdetnorsi ", k=rng.randint(1, 30)))
+    low, high = rng.choice([(32, 0xD7FF), (0xE000, 0x10FFFF)])  # between them are surrogates
+    pieces = [
+        rng.choice(WORDS),
+        " " * rng.randint(1, 9),
+        "\n" * rng.randint(1, 5),
+        rng.choice(ADDED),
+        rng.choice(ADDED)[:-1],
+        chr(rng.randint(0, 31)),
+        chr(rng.randint(low, high)),
+        rng.choice("😀👨‍👩‍👧🏽é한▁"),
+        "".join(rng.choices("abcdetnorsi ", k=rng.randint(1, 30))),
+    ]
+    return rng.choice(pieces)
 
 
 def fuzzed(count, seed):
@@ -129,15 +107,12 @@ def test_tokenizers_of_another_kind_are_refused(tmp_path):
     stripping = {"id": 9, "content": "x", "lstrip": True}
     changes = [
         ({"normalizer": None}, "normalizer"),
-        ({"pre_tokenizer": {"type": "ByteLevel"}}, "pre_tokenizer"),
         ({"model": spec["model"] | {"type": "Unigram"}}, "Unigram"),
-        ({"model": spec["model"] | {"vocab": {"a": 0}}}, "tokenizer"),
         ({"model": spec["model"] | {"ignore_merges": True}}, "ignore_merges"),
         ({"added_tokens": spec["added_tokens"] + [stripping]}, "'x'"),
     ]
-    texts = [(json.dumps(spec | change), word) for change, word in changes]
-    for text, word in [*texts, ("{}", "model"), ("{", "tokenizer.json")]:
-        (tmp_path / "tokenizer.json").write_text(text)
+    for change, word in changes:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec | change))
         with pytest.raises(UserError, match=word):
             GemmaTokenizer(tmp_path)
 
@@ -147,8 +122,7 @@ def test_tokenizers_of_another_kind_are_refused(tmp_path):
 
 CHANGES = [
     {},
-    {"num_attention_heads": 4, "num_key_value_heads": 4},
-    {"hidden_size": 52, "head_dim": 8},
+    {"hidden_size": 52, "head_dim": 8, "num_key_value_heads": 4},
     {"attn_logit_softcapping": None},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
 ]
@@ -184,20 +158,10 @@ def test_full_size_gemma_has_the_published_number_of_tensors_and_parameters():
     assert sum(p.numel() for p in full.parameters()) == 2_614_341_888
 
 
-NOT_BUILT = [
-    ({"hidden_activation": "relu"}, "hidden_activation"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
-    ({"attention_bias": True}, "attention_bias"),
-]
-
-
-@pytest.mark.parametrize("change, word", NOT_BUILT)
-def test_gemma_refuses_what_it_does_not_compute(change, word):
-    with pytest.raises(ValueError, match=word):
-        Gemma2(GEMMA | {"vocab_size": 9} | change)
-
-
-def test_gemma_refuses_more_tokens_than_its_sliding_window():
+def test_gemma_refuses_what_it_does_not_compute():
+    for change in ({"rope_parameters": {"rope_type": "yarn"}}, {"attention_bias": True}):
+        with pytest.raises(ValueError, match="yarn|attention_bias"):
+            Gemma2(GEMMA | {"vocab_size": 9} | change)
     gemma = Gemma2(GEMMA | {"vocab_size": 9, "sliding_window": 4})
     with pytest.raises(UserError, match="5 tokens"):
         gemma(torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 5))
