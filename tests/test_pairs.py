@@ -484,9 +484,11 @@ def test_a_cache_of_other_flags_or_pictures_is_refused(table, tmp_path):
     train_set = PairedDataset(CsvPairs(table), 16, **DRAWING)
     folder = tmp_path / "cache"
     expected, _ = fill_cache(folder, train_set)
-    for name, value in (("resolution", 32), ("seed", 1), ("caption_dropout", 0.0), ("model", "x")):
+    for name, value in (("resolution", 32), ("seed", 1), ("caption_dropout", 0.0)):
         with pytest.raises(UserError, match=f"--{name} .*this run has {value}"):
             data.CachedDataset(folder, expected | {name: value}, train_set)
+    with pytest.raises(UserError, match="was made with another --model"):
+        data.CachedDataset(folder, expected | {"model": "x"}, train_set)
     write_csv(table, [("00.png", "new words"), ("01.png", "")], ["image_path", "caption"])
     other = PairedDataset(CsvPairs(table), 16, **DRAWING)
     with pytest.raises(UserError, match="texts of the row 00.png have changed"):
