@@ -134,18 +134,19 @@ class Strength:
 class Degradation:
     """An entry of the table. Call it as entry(image, rng, quality=20).
 
-    phrases: how prompts name it."""
+    phrases: how prompts name it. by_default: False: drawn only if it is asked for."""
 
     function: Callable
     strengths: dict[str, Strength]
     phrases: tuple
+    by_default: bool = True
 
     def draw_strengths(self, rng, given):
         """Return all strengths: those given as they are, and the others drawn."""
         chosen = {}
         for key, strength in self.strengths.items():
             chosen[key] = given[key] if key in given else strength.draw(rng)
-        return chosen | given  # the function refuses an unknown one
+        return chosen | given  # an unknown one becomes a TypeError of the function
 
     def __call__(self, image, rng, **given):
         """Degrade a PIL image. Modes other than "L" and "RGB" become RGB.
@@ -189,12 +190,12 @@ DEGRADATIONS = {
             "contrast": Strength((0.8, 1.2), legal=(0, 1e6)),
         },
         ("wrong brightness and contrast", "shifted exposure", "faded colors"),
+        # nothing in the image tells how far its brightness was changed, and the error that remains
+        # would drown out the errors of the others
+        by_default=False,
     ),
 }
-
-# color_jitter is opt-in: nothing in the image tells how far its brightness was changed, and the
-# error that remains would drown out the errors of the others.
-DEFAULT_DEGRADATIONS = ["gaussian_noise", "poisson_noise", "jpeg", "gaussian_blur", "downscale"]
+DEFAULT_DEGRADATIONS = [name for name, entry in DEGRADATIONS.items() if entry.by_default]
 
 # --------------------------------------------------------------------------------------------------
 # Recipes: which degradations, in which order and how strong.

@@ -494,10 +494,11 @@ def add_noise(x0, noise, sigma):
 def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise, mean_weight=1.0):
     """Return the objective of each image, [B]. Training minimizes its mean and nothing else.
 
-    velocity prediction:  mean (predicted velocity - (noise - x0))^2
-    residual prediction:  sqrt( mean (sigma * (...))^2 + 1e-6 )
-    - (...) is the velocity's error. Times sigma, it is the error of x0 (for sigma >= MIN_SIGMA):
-      a residual prediction is judged by its x0.
+    error = predicted velocity - (noise - x0)
+    velocity prediction:  mean error^2
+    residual prediction:  sqrt( mean (sigma * error)^2 + 1e-6 )
+    - Times sigma, the velocity's error is that of x0 (for sigma >= MIN_SIGMA): a residual
+      prediction is judged by its x0.
     - The square root divides each image's gradient by its error. Otherwise images that stay far
       from clean, whatever the network does, would dominate.
     - mean_weight scales the error's mean over each channel of an image, which is brightness. The
@@ -594,7 +595,7 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 #   sana         the transformer's config; conditioning, prediction, shift: Restorer's arguments
 #   enlarge      factor by which pictures are enlarged before they are restored
 #   lora         rank, if the trained weights are low-rank updates
-#   base         whether the trained weights are a change of a run's, which lies in base/
+#   base         True: the weights are only changes (LoRA, decoder) to a restorer in RUN/base/
 #   decoder      of the decoder that sees the degraded image: "dcae", its config; "gains", the
 #                factors of its skips; "steps" of its restorer's sampler
 #

@@ -82,7 +82,8 @@ DEFAULTS = {
 }
 DEMO_STEPS = 4000
 KEPT = ["stage", "conditioning", "lora", "optimizer", "shift"]  # a resumed run cannot change them
-DERIVED = ["device", "ema_device", "workers", "accumulate", "proj_lr"]  # anew, unless typed
+# on --resume these follow from the machine and the other flags anew, unless they were typed
+FRESH_ON_RESUME = ["device", "ema_device", "workers", "accumulate", "proj_lr"]
 
 # Several processes, as torchrun starts them: one a GPU, on one machine or several.
 RANK = int(os.environ.get("RANK", 0))
@@ -205,7 +206,7 @@ def resumed_settings(checkpoint, typed):
             raise UserError("--model: with --resume it says where a pretrained model is now")
     given = saved["given"] | typed
     known = saved["args"] | typed
-    for name in set(DERIVED) - given.keys():
+    for name in set(FRESH_ON_RESUME) - given.keys():
         del known[name]
     return given, choose_settings(known, family, config["stage"])
 
@@ -439,7 +440,7 @@ def adamw_bf16(weight, low, grad, exp_avg, exp_avg_sq, average, seed, start, num
 # --------------------------------------------------------------------------------------------------
 # State: what the next step depends on. Randomness needs none (see seed_for).
 
-PROGRESS = "step", "draws", "skipped", "validation", "best"  # of State, in config.json
+PROGRESS = "step", "drawn", "skipped", "validation", "best"  # of State, in config.json
 
 
 class State:
@@ -456,7 +457,7 @@ class State:
     def __init__(self, module, args):
         self.args = args
         self.step = 0
-        self.draws = 0  # pictures drawn for them
+        self.drawn = 0  # pictures drawn for them
         self.skipped = 0  # steps without a finite loss
         self.validation = None  # the last line of validate()
         self.best = [0.0, None]  # validation PSNR, name of the checkpoint that had it
@@ -476,12 +477,14 @@ class State:
         self.average = {name: t.to(args.ema_device) for name, t in fp32.items()}
         self.average_every = 1 if args.ema_device == args.device else 50  # weights have to travel
         self.moments = {}
-        groups = [{"params": [], "peak": args.lr}, {"params": [], "peak": args.proj_lr}]
+        pretrained = {"params": [], "peak": args.lr}
+        new = {"params": [], "peak": args.proj_lr}
+        self.group_of = {name: new if is_new(name) else pretrained for name in self.own}
         options = {"lr": args.lr, "betas": (BETA1, BETA2), "eps": EPS, "fused": True}
         for name, p in self.own.items():
             if p.dtype != torch.bfloat16:
-                groups[is_new(name)]["params"].append(p)
-        self.adamw = torch.optim.AdamW(groups, weight_decay=args.weight_decay, **options)
+                self.group_of[name]["params"].append(p)
+        self.adamw = torch.optim.AdamW([pretrained, new], weight_decay=args.weight_decay, **options)
         for name, p in self.own.items():
             moments = {key: torch.zeros_like(p.detach()) for key in MOMENTS}
             if p.dtype == torch.bfloat16:  # keep what the cast took away
@@ -525,8 +528,7 @@ class State:
         decay = min(args.ema_decay, (1 + self.step) / (10 + self.step)) ** self.average_every
         for name, p in self.own.items():
             if p.dtype == torch.bfloat16:
-                lr = self.adamw.param_groups[is_new(name)]["lr"]
-                self.update_bf16(name, p, lr, scale, 1 - decay)
+                self.update_bf16(name, p, self.group_of[name]["lr"], scale, 1 - decay)
                 if self.average_every == 1:
                     continue  # that moved its average, too
             if self.step % self.average_every == 0:
@@ -583,7 +585,7 @@ class State:
 
     def count_step(self):
         self.step += 1
-        self.draws += self.args.batch_size
+        self.drawn += self.args.batch_size
 
     def save(self, run, config, rows, score):
         """Write run/step_N, then update run/best and run/latest. Every process must call it.
@@ -676,23 +678,23 @@ def describe(args, config, rows):
 
 # --------------------------------------------------------------------------------------------------
 # The three stages share one loop. Each is a class with
-#   method                          the name of what validation scores
+#   scored                          the name of what validation scores
 #   build()                         a module with unset weights
 #   load(checkpoint)                the module to train: a checkpoint's, or (None) the initial one
 #   objective(module, batch, step)  a function: slice of the batch -> the loss of each picture
-#   validation(module, dataset)     what is scored, as evaluate_pairs takes it
+#   make_method(module, dataset)    how a picture of validation is made, for evaluate_pairs
 #   config                          "model" of config.json, final after load
 
 
 class RestorerStage:
     """Train the transformer to restore latents. The autoencoder and the text encoder are frozen."""
 
-    method = "restored"
+    scored = "restored"
 
     def __init__(self, config, args, train_set, val_set, draws):
         self.config = config
         self.args = args
-        self.parts = Path(args.out) / "autoencoder"
+        self.autoencoder_folder = Path(args.out) / "autoencoder"
         self.autoencoder, self.prompts = load_frozen(config, args, train_set, val_set, draws)
         if args.cache:
             self.autoencoder = None
@@ -744,17 +746,18 @@ class RestorerStage:
 
         return losses
 
-    def validation(self, module, dataset):
+    def make_method(self, module, dataset):
         autoencoder = self.autoencoder
         if self.args.cache:  # training needs none
-            autoencoder = model.load_autoencoder(self.config, self.parts).to(self.args.device)
+            autoencoder = model.load_autoencoder(self.config, self.autoencoder_folder)
+            autoencoder.to(self.args.device)
         return restoring(evaluate.Pipeline(module, autoencoder, self.prompts), dataset, self.args)
 
 
 class AutoencoderStage:
     """Train the preset mini's own autoencoder to return what it is given."""
 
-    method = "roundtrip"
+    scored = "roundtrip"
 
     def __init__(self, config, args, train_set, val_set, draws):
         self.config = config
@@ -775,7 +778,7 @@ class AutoencoderStage:
         clean = batch["clean"].to(self.args.device)
         return lambda some: vae.reconstruction_loss(module, clean[some], self.perceptual)
 
-    def validation(self, module, dataset):
+    def make_method(self, module, dataset):
         return evaluate.ceiling_method(module, self.args.device)
 
 
@@ -787,13 +790,13 @@ class DecoderStage:
 
     It learns on the latents that the frozen restorer makes."""
 
-    method = "restored"
+    scored = "restored"
 
     def __init__(self, config, args, train_set, val_set, draws):
         self.config = config
         self.args = args
         self.train_set = train_set
-        self.parts = Path(args.out) / "autoencoder"
+        self.autoencoder_folder = Path(args.out) / "autoencoder"
         self.autoencoder, self.prompts = load_frozen(config, args, train_set, val_set, draws)
         self.perceptual = load_perceptual(args)
         # after the text encoder has left the memory
@@ -808,7 +811,7 @@ class DecoderStage:
         return vae.DCAE(about["dcae"]).add_skips(about["gains"]).freeze_around_decoder()
 
     def load(self, checkpoint):
-        autoencoder = model.load_autoencoder(self.config, self.parts)
+        autoencoder = model.load_autoencoder(self.config, self.autoencoder_folder)
         about = self.config["decoder"] or self.measure(autoencoder.to(self.args.device))
         self.config = self.config | {"decoder": about | {"steps": self.args.latent_steps}}
         autoencoder.add_skips(about["gains"]).freeze_around_decoder()
@@ -866,7 +869,7 @@ class DecoderStage:
 
         return losses
 
-    def validation(self, module, dataset):
+    def make_method(self, module, dataset):
         steps = self.args.latent_steps
         pipeline = evaluate.Pipeline(self.restorer, module, self.prompts, steps=steps)
         return restoring(pipeline, dataset, self.args)
@@ -993,7 +996,8 @@ def compute_gradients(state, stage, batch, lanes):
     losses = stage.objective(state.module, batch, state.step)
     count = args.accumulate * lanes.count
     total = 0.0
-    for i in range(args.accumulate):  # every so many-th picture: together they are the batch
+    # 2 accumulated passes of 2 lanes: pictures 0, 4, .. and 2, 6, .., then 1, 5, .. and 3, 7, ..
+    for i in range(args.accumulate):
         pieces = [slice(k, None, count) for k in range(i, count, args.accumulate)]
         if lanes.count > 1:
             weights = list(state.weights.values())
@@ -1050,7 +1054,7 @@ def validate(state, stage, dataset, run):
 
     def measure():
         metrics = evaluate.Metrics(["psnr", "ssim"])
-        methods = {stage.method: stage.validation(module, dataset)}
+        methods = {stage.scored: stage.make_method(module, dataset)}
         rows, pictures = evaluate.evaluate_pairs(dataset, methods, metrics, quiet=True)
         path = run / f"samples/step_{state.step:06d}.png"
         degrade.save_image(evaluate.draw_grid(pictures), path)
@@ -1064,7 +1068,7 @@ def train(state, stage, batches, val_set, run, rows):
 
     -> the signal that ended it before the last step, or None. Raises UserError."""
     args = state.args
-    scored = f"{stage.method}_psnr"
+    scored = f"{stage.scored}_psnr"
     lanes = Lanes(stage.config, args)
     stop = catch_signals()
     failures = 0
@@ -1175,7 +1179,7 @@ def draw_log(run):
 
 
 def describe_run(args):
-    """Return "model" of config.json, steps done, and draws done. Raises UserError."""
+    """Return "model" of config.json, steps done, and pictures drawn. Raises UserError."""
     if not args.checkpoint:
         about = args.stage, args.conditioning, args.lora, args.shift
         return model.describe_model(args.model, *about), 0, 0
@@ -1186,7 +1190,7 @@ def describe_run(args):
     config = saved["model"]
     if "model" in args.typed:  # where a pretrained model is now
         config["name"] = model.full_name(args.model)
-    return config, saved["step"], saved["draws"]
+    return config, saved["step"], saved["drawn"]
 
 
 def sides_of(args):
@@ -1194,29 +1198,29 @@ def sides_of(args):
     return [args.resolution] + [side for side, _ in args.curriculum or []]
 
 
-def crop_sides(args, step, draws):
+def crop_sides(args, step, drawn):
     """Return the side of crops as PairedDataset takes it: with --curriculum [(last draw, side)].
 
-    step, draws: steps done and pictures drawn so far."""
+    step, drawn: steps done and pictures drawn so far."""
     if not args.curriculum:
         return args.resolution
     sides = []
     end = -step
     for side, steps in args.curriculum:
         end += steps
-        sides.append((draws + end * args.batch_size, side))
+        sides.append((drawn + end * args.batch_size, side))
     return sides
 
 
-def load_data(args, step, draws):
+def load_data(args, step, drawn):
     """Open the pairs -> training set, validation set, rows.json. Raises UserError.
 
-    step, draws: steps done and pictures drawn so far."""
+    step, drawn: steps done and pictures drawn so far."""
     begun = {"trained": [], "held_out": []}
     if args.checkpoint:
         begun = vae.read_json(args.checkpoint / "rows.json")
     before = model.rows_trained_on(args.checkpoint or args.model)
-    crop = crop_sides(args, step, draws)
+    crop = crop_sides(args, step, drawn)
     how = crop, data.drawing_of(vars(args)), args.skip_bad, before, begun["held_out"]
     train_set, val_set, held_out = data.make_datasets(args.data, args.val_data, *how)
     if args.data:
@@ -1311,15 +1315,15 @@ def main():
     args = parse_args()
     start_processes(args)
     run = Path(args.out)
-    config, step, first = first_does(lambda: describe_run(args))
-    train_set, val_set, rows = first_does(lambda: load_data(args, step, first))
+    config, step, drawn = first_does(lambda: describe_run(args))
+    train_set, val_set, rows = first_does(lambda: load_data(args, step, drawn))
     config["enlarge"] = train_set.source.enlarge
     if args.cache:
         about = data.fingerprint(config, data.drawing_of(vars(args)), args.resolution)
         train_set = data.CachedDataset(args.cache, about, train_set)
     # every draw of the run has a number; this process takes every WORLD-th
-    last = first + (args.steps - step) * args.batch_size
-    draws = range(first + RANK, last, WORLD)
+    last = drawn + (args.steps - step) * args.batch_size
+    draws = range(drawn + RANK, last, WORLD)
     made = not args.checkpoint and first_does(lambda: claim_run(args))
     try:
         if not args.checkpoint:
@@ -1329,7 +1333,7 @@ def main():
         if made and RANK == 0 and not (run / "latest").exists():
             shutil.rmtree(run, ignore_errors=True)  # nothing was learnt: leave no trace
         raise
-    report(state, STAGES[args.stage].method, run, len(val_set))
+    report(state, STAGES[args.stage].scored, run, len(val_set))
     if caught:
         stopped = f"stopped at step {state.step} of {args.steps}"
         print(f"{stopped}: python train.py --resume {run} goes on")

@@ -397,7 +397,7 @@ class Decoder(nn.Module):
 
 
 class DCAE(nn.Module):
-    """The 32x autoencoder (64x and 128x by config). Its decoder can also see the degraded image.
+    """DC-AE: f = 32 in SANA, 8 in mini. Its decoder can also see the degraded image.
 
     config: the keys of the checkpoint's vae/config.json. Raises ValueError for a key or value that
     is not supported.
@@ -421,7 +421,7 @@ class DCAE(nn.Module):
     def forward(self, pixels, latents=None, weight=1.0):
         """Encode and decode pixels; or, given latents, decode those and show the decoder pixels.
 
-        -> pixels, latents. Training must call this method: FSDP gathers the weights only here."""
+        -> pixels, latents. Both are one method because FSDP gathers the weights only here."""
         if latents is None:
             latents = self.encode(pixels)
             return self.decode(latents), latents

@@ -99,68 +99,38 @@ def test_restore_a_file_and_a_folder(demo, restore, photos, tmp_path):
     assert sorted(files) == [tmp_path / "out/deep/a.jpg", tmp_path / "out/grey.png"]
 
 
-def test_pairs_train_evaluate(photos, tmp_path):
-    run("data.py", "pairs", photos, "--out", "pairs", cwd=tmp_path)
+def test_pairs_train_evaluate(photos, published, tmp_path):
+    """FID from a local file; LPIPS' weights cannot be fetched: that is said, and null."""
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        shutil.copy(photos / f"{i:02d}.png", tmp_path / "photos")
+    run("data.py", "pairs", "photos", "--out", "pairs", cwd=tmp_path)
     pairs = "--data", "pairs/pairs.csv"
-    assert "tiny" in run("train.py", *pairs, "--steps", 40, *SMALL, cwd=tmp_path)
-    checkpoint = "--checkpoint", "out/pairs"
-    output = run("evaluate.py", *checkpoint, *pairs, "--steps", 2, "--seed", 1, cwd=tmp_path)
+    run("train.py", *pairs, "--steps", 2, *SMALL, cwd=tmp_path)
+    words = "--checkpoint", "out/pairs", *pairs, "--fid_weights", published["inception"]
+    output = run("evaluate.py", *words, "--steps", 1, cwd=tmp_path)
     rows = read_csv(tmp_path / "out/evaluation/scores.csv")
     report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
-    assert len(rows) == len(report["images"]) == report["count"] == 12
-    assert report["flags"]["steps"] == [2]
-    assert (tmp_path / "out/evaluation/grid.png").is_file()
+    assert len(rows) == len(report["images"]) == report["count"] == 3
 
     # the numbers are those of the pictures, and so are their means
-    name = os.path.basename(rows[4]["image"])
+    name = os.path.basename(rows[1]["image"])
     clean = np.asarray(Image.open(tmp_path / "pairs/clean" / name), float)
     degraded = np.asarray(Image.open(tmp_path / "pairs/condition" / name), float)
     expected = 10 * np.log10(255**2 / np.mean((clean - degraded) ** 2))
-    assert float(rows[4]["input_psnr"]) == pytest.approx(expected, abs=1e-4)
+    assert float(rows[1]["input_psnr"]) == pytest.approx(expected, abs=1e-4)
     mean = np.mean([float(row["input_psnr"]) for row in rows])
-    assert report["methods"]["input"]["psnr"]["mean"] == pytest.approx(mean)
-    assert f"{mean:.2f}" in output
-
-    # the column degradation of the CSV tells what was done to each
-    done = []
-    for row in read_csv(tmp_path / "pairs/pairs.csv"):
-        done.append([word.split(":")[0] for word in row["degradation"].split()])
-    assert [row["degradation"].split("; ") for row in rows] == done
-    some = [float(row["restored_psnr"]) for row in rows if "jpeg" in row["degradation"]]
-    assert re.search(rf"with jpeg \({len(some)}\) .* -> {np.mean(some):.2f}", output)
-
-    # no network: that is said, and null
-    assert output.count("n/a (its weights could not be fetched") == 2
-    assert report["missing"].keys() == {"lpips", "fid"}
-    restored = report["methods"]["restored"]
-    assert restored["fid"] is None
-    assert restored["lpips"] == {"mean": None, "low": None, "high": None}
-
-
-def test_the_context_of_a_score(restore, photos, published, tmp_path):
-    """Several steps, ceiling, all metrics from local files, intervals."""
-    (tmp_path / "three").mkdir()
-    for i in range(3):
-        (tmp_path / f"three/{i}.png").symlink_to(photos / f"{i:02d}.png")
-    run("data.py", "pairs", "three", "--out", "pairs", cwd=tmp_path)
-    weights = ["--lpips_weights", published["alex"], published["alex heads"]]
-    weights += ["--fid_weights", published["inception"]]
-    others = ["--data", "pairs/pairs.csv"]
-    sampling = ["--guidance", 1.5, "--condition_guidance", 1.1]
-    output = run(*restore, *others, *weights, *sampling, "--steps", 1, 3, cwd=tmp_path)
-    assert "FID of 3 images is too high" in output
-    report = json.loads((tmp_path / "out/evaluation/scores.json").read_text())
-    assert not report["missing"]
     methods = report["methods"]
-    assert list(methods) == ["input", "ceiling", "steps_1", "steps_3"]
-    perfect = methods["ceiling"]  # the tiny preset's autoencoder loses nothing
-    assert perfect["psnr"]["mean"] == 100
-    assert perfect["ssim"]["mean"] == 1
-    assert perfect["lpips"]["mean"] == 0
-    assert perfect["fid"] < 1e-4
-    degraded = methods["input"]
-    assert degraded["ssim"]["low"] < degraded["ssim"]["mean"] < degraded["ssim"]["high"]
-    assert degraded["fid"] > 1
+    assert methods["input"]["psnr"]["mean"] == pytest.approx(mean)
+
+    # the tiny preset's autoencoder loses nothing
+    ceiling = methods["ceiling"]
+    assert (ceiling["psnr"]["mean"], ceiling["ssim"]["mean"]) == (100, 1)
+    assert ceiling["fid"] < 1e-4 and methods["input"]["fid"] > 1
+    assert "FID of 3 images is too high" in output
+    assert output.count("n/a (its weights could not be fetched") == 1
+    assert report["missing"].keys() == {"lpips"}
+    assert methods["restored"]["lpips"] == {"mean": None, "low": None, "high": None}
 
 
 def test_a_folder_with_a_damaged_picture_and_a_second_time(restore, photos, tmp_path):
@@ -226,16 +196,14 @@ def interrupt(flags, out, cwd):
     return output
 
 
-@pytest.mark.parametrize("conditioning, workers", [("widen", 1), ("projection", 3)])
-def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(
-    photos_csv, tmp_path, conditioning, workers
-):
-    flags = ["--data", photos_csv, "--steps", 60, "--conditioning", conditioning, *SMALL]
+def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(photos_csv, tmp_path):
+    """The threads that open pictures end with it."""
+    flags = ["--data", photos_csv, "--steps", 60, "--conditioning", "projection", *SMALL]
     run("train.py", *flags, "--out", "whole", cwd=tmp_path)
-    assert "--resume halved" in interrupt([*flags, "--workers", workers], "halved", tmp_path)
+    assert "--resume halved" in interrupt([*flags, "--workers", 3], "halved", tmp_path)
     stopped = int((tmp_path / "halved/latest").read_text().removeprefix("step_"))
     assert 10 <= stopped < 60
-    run("train.py", "--resume", "--out", "halved", "--workers", workers, cwd=tmp_path)
+    run("train.py", "--resume", "halved", "--workers", 3, cwd=tmp_path)
     for name in ("model", "ema", "optimizer"):
         whole = load_file(tmp_path / f"whole/step_000060/{name}.safetensors")
         halved = load_file(tmp_path / f"halved/step_000060/{name}.safetensors")
@@ -251,36 +219,28 @@ def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(
 
 
 def test_a_damaged_picture_ends_a_run_that_is_saved_and_goes_on(photos, tmp_path):
-    """Without --skip_bad, which decodes all pictures first. The held-out picture stays the same."""
-    rows = []
-    for i in range(12):
-        shutil.copy(photos / f"{i:02d}.png", tmp_path)
-        rows.append(f"{i:02d}.png")
+    """Without --skip_bad, which decodes all pictures first."""
+    rows = [f"{i:02d}.png" for i in range(12)]
+    for name in rows:
+        shutil.copy(photos / name, tmp_path)
     table = tmp_path / "p.csv"
     table.write_text("\n".join(["image_path", *rows]))
-    command = ["train.py", "--data", "p.csv", "--steps", 8, *SMALL, "--out"]
-    run(*command, "whole", cwd=tmp_path)
-    before = json.loads((tmp_path / "whole/config.json").read_text())["held_out"]
-    assert len(before) == 1
-    orders = data.EndlessOrder([i for i in range(12) if rows[i] not in before], 0)
+    _, held_out = data.hold_out(data.CsvPairs(table))
+    orders = data.EndlessOrder(sorted(set(range(12)) - set(held_out)), 0)
     bad = rows[orders[7]]  # drawn in the fourth step
     (tmp_path / bad).write_bytes((tmp_path / bad).read_bytes()[:-900])
+    command = ["train.py", "--data", "p.csv", "--steps", 8, *SMALL, "--out"]
     line = run(*command, "run", cwd=tmp_path, status=2)
     assert f"p.csv, line {rows.index(bad) + 2}: {bad}: cannot read this picture" in line
     assert line.endswith("python train.py --resume run --data CSV goes on with a mended table")
     assert (tmp_path / "run/latest").read_text() == "step_000003"
     output = run(*command, "skipped", "--skip_bad", cwd=tmp_path)
     assert f"left out: p.csv, line {rows.index(bad) + 2}: " in output and "11 rows" in output
-
     table.write_text("\n".join(["image_path", *[name for name in rows if name != bad]]))
     line = run("train.py", "--resume", "run", cwd=tmp_path, status=2)
     assert "run began with other pictures; --data, given again, goes on with these" in line
-    assert f"the row {bad} was where" in line
     run("train.py", "--resume", "run", "--data", "p.csv", cwd=tmp_path)
-    assert json.loads((tmp_path / "run/config.json").read_text())["held_out"] == before
     rows_then = json.loads((tmp_path / "run/step_000008/rows.json").read_text())
-    assert [name for name, _, _ in rows_then["held_out"]] == before
-    assert bad not in {name for name, _, _ in rows_then["trained"]}
     assert len(rows_then["before"]) == 1  # the damaged one may have been trained on
 
 
@@ -302,10 +262,8 @@ def test_a_folder_of_other_files_becomes_no_run_and_stays_as_it_is(flags, photos
 
 BAD_INPUT = [  # a command, and what the one line has to say
     ("train.py --data bad.csv", ["bad.csv, line 2", "empty.png"]),
-    ("train.py --data small.csv --resolution 128", ["line 2", "96x80", "--resolution 80"]),
-    ("train.py --data sizes.csv", ["sizes.csv, line 2", "96x80", "96x81"]),
+    ("train.py --data small.csv --resolution 128", ["line 2", "96x80", "--resolution"]),
     ("train.py --stepz 3", ["--stepz", "-h"]),
-    ("model.py import RUN out", ["export"]),
     ("train.py --resolution 31", ["multiple of 4"]),
     ("train.py --resume nowhere", ["nowhere", "no such folder"]),
     ("train.py --out RUN", ["holds a run already", "--resume"]),
@@ -314,29 +272,22 @@ BAD_INPUT = [  # a command, and what the one line has to say
     ("train.py --resume --out RUN", ["100", "--steps"]),
     ("evaluate.py --checkpoint nowhere --input PHOTO --output b.png", ["nowhere", "no checkpoint"]),
     ("evaluate.py --checkpoint RUN", ["--input", "--data"]),
-    ("evaluate.py --checkpoint RUN --input empty.png --output o.png", ["empty.png"]),
     ("evaluate.py --checkpoint RUN --input PHOTO", ["--output"]),
-    ("evaluate.py --checkpoint RUN --input PHOTOS --output PHOTOS/x", ["inside"]),
-    ("evaluate.py --data small.csv", ["small.csv, line 2", "--checkpoint"]),
-    ("evaluate.py --data small.csv --steps 1 2", ["--steps: needs --checkpoint"]),
 ]
 
 
 def test_bad_input_gets_one_line_and_exit_status_2(demo, photos, tmp_path):
     photo = photos / "00.png"
-    Image.new("RGB", (96, 81)).save(tmp_path / "other.png")
     files = {
         "empty.png": "",
-        "file": "x",
         "bad.csv": "image_path,condition_image_path,caption\nempty.png,,\n",
         "small.csv": f"image_path\n{photo}\n",
-        "sizes.csv": f"image_path,condition_image_path\n{photo},other.png\n",
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     before = sorted(tmp_path.rglob("*"))
     for command, says in BAD_INPUT:
-        command = command.replace("PHOTOS", str(photos)).replace("PHOTO", str(photo))
+        command = command.replace("PHOTO", str(photo))
         command = command.replace("RUN", str(demo[0] / "out/demo"))
         line = run(*command.split(), cwd=tmp_path, status=2)
         assert all(word in line for word in says), (command, line)

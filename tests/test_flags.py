@@ -8,7 +8,6 @@ process, on a model without training.
 import argparse
 import csv
 import json
-import math
 import re
 import signal
 import sys
@@ -94,27 +93,17 @@ def test_the_pages_have_no_other_flags():
 # --------------------------------------------------------------------------------------------------
 # Wrong values.
 
-NO_COUNT = ["x", "1.5", "nan", "inf", "", "-1", "0"]  # of what begins at 1
-NO_INDEX = ["x", "1.5", "nan", "inf", "", "-1"]  # of what begins at 0
-NO_SHARE = ["x", "nan", "", "1,5", "-0.1", "1.1", "-inf", "inf"]  # of 0 to 1
-NO_FACTOR = ["x", "nan", "", "1,5", "-0.1", "-inf", "inf"]  # of what begins at 0
+NO_COUNT = ["x", "1.5", "0"]  # of what begins at 1
+NO_INDEX = ["nan", "-1"]  # of what begins at 0
+NO_SHARE = ["1,5", "nan", "-0.1", "1.1"]  # of 0 to 1
+NO_FACTOR = ["x", "nan", "-0.1", "inf"]  # of what begins at 0
 NO_CHOICE = ["nonsense", ""]
-NO_DEGRADATION = [
-    *("fog", "jpeg:x", "jpeg:quality", "jpeg:quality=x", "jpeg:quality=0", "jpeg:quality=101"),
-    *("jpeg:quality=1.5", "jpeg:sigma=3", "gaussian_noise:sigma=-1", "gaussian_noise:sigma=nan"),
-    *("gaussian_noise:sigma=inf", "gaussian_blur:kernel=4", "gaussian_blur:kernel=0"),
-    *("gaussian_blur:kernel=1000000001", "poisson_noise:scale=0", "downscale:factor=0"),
-    *("downscale:factor=nan", "color_jitter:contrast=-1"),
-]
-NO_CURRICULUM = [
-    *("x", "32", "32:", "32:x", "0:5", "32:0", "-32:5", "32:5,", "32:1e3", "nan:5"),
-    "32:5,1000000000:5",
-]
+NO_DEGRADATION = ["fog", "jpeg:quality=101", "gaussian_blur:kernel=4"]
 WRONG = {  # by flag or positional; "file" holds no picture, table or run, "photos" is a folder
     "checkpoint": ["absent", "file", "photos"],
-    "curriculum": NO_CURRICULUM,
+    "curriculum": ["x", "32:", "0:5", "32:1e3", "32:5,1000000000:5"],
     "degradations": [*NO_DEGRADATION, "jpeg jpeg"],
-    "device": ["moon", "cuda:99", "", "cpu:x", "meta"],
+    "device": ["moon", "cuda:99", "meta"],
     "ema_device": ["moon", "meta"],
     "image": ["absent.png", "file", "photos"],
     "input": ["absent.png", "file"],
@@ -128,7 +117,7 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "quality": [*NO_COUNT, "101"],
     "resolution": [*NO_COUNT, "100000"],
     "seed": NO_INDEX,
-    "shift": ["x", "nan", "", "1,5", "0", "0.009", "101", "inf", "-1"],
+    "shift": ["x", "nan", "0.009", "101"],
     "workers": [*NO_COUNT, "101"],
 }
 COUNTS = "accumulate batch_size epochs lora max_degradations num_degradations save_every steps"
@@ -223,9 +212,8 @@ def words_for(command, name, value):
     if name in positional:
         positional[name] = value
         flag = []
-    words = [*command.split()[1:], *positional.values()]
-    more = {"data pairs": ["--out", "new"], "data match": ["--out", "new.csv"]}
-    return [*words, *more.get(command, []), *flag]
+    more = {"data pairs": ["--out", "new"], "data match": ["--out", "new.csv"]}.get(command, [])
+    return [*command.split()[1:], *positional.values(), *more, *flag]
 
 
 def cases_of(command):
@@ -304,27 +292,7 @@ def step(state, stage, count=8, side=8):
     return norm
 
 
-@pytest.mark.parametrize(
-    "flags, peaks",
-    [
-        (["--lr", 1e-3], [1e-3, 0.05]),
-        (["--lr", 1e-4, "--proj_lr", 0.3], [1e-4, 0.3]),
-    ],
-)
-def test_lr_and_proj_lr_rise_for_2_percent_and_fall_as_a_cosine(flags, peaks):
-    state, stage = begin("--conditioning", "projection", "--steps", 200, *flags)
-    rest, projection = state.adamw.param_groups
-    assert [p.shape for p in projection["params"]] == [(48, 96, 1, 1)]
-    assert len(rest["params"]) == len(state.own) - 1
-    for state.step in (0, 2, 4, 100, 199):
-        done = (state.step + 0.5) / 200
-        factor = min(1, done / 0.02) * (1 + math.cos(math.pi * done)) / 2
-        step(state, stage)
-        assert rest["lr"] == pytest.approx(peaks[0] * factor)
-        assert projection["lr"] == pytest.approx(peaks[1] * factor)
-
-
-@pytest.mark.parametrize("clip", [1e-3, 1e9, 0])
+@pytest.mark.parametrize("clip", [1e-3, 0])
 def test_clip_bounds_the_norm_of_the_gradient_and_0_does_not(clip):
     """AdamW's first step leaves a tenth of the gradient in its first moment."""
     state, stage = begin("--clip", clip)
@@ -336,36 +304,18 @@ def test_clip_bounds_the_norm_of_the_gradient_and_0_does_not(clip):
     assert used == pytest.approx(expected, rel=1e-2 if expected < norm else 1e-4)
 
 
-def test_weight_decay_draws_every_weight_towards_zero():
-    plain, stage = begin("--lr", 0.1)
-    decayed, _ = begin("--lr", 0.1, "--weight_decay", 0.5)
-    start = {name: p.detach().clone() for name, p in plain.own.items()}
-    step(plain, stage)
-    step(decayed, stage)
-    lr = plain.adamw.param_groups[0]["lr"]
-    assert lr > 1e-4
-    for name, p in plain.own.items():
-        difference = p - decayed.own[name]
-        assert torch.allclose(difference, lr * 0.5 * start[name], atol=1e-6), name
-
-
-@pytest.mark.parametrize("decay, every", [(0.9999, 1), (0.15, 1), (0.9999, 3)])
-def test_the_average_is_that_of_ema_decay(decay, every):
-    """On another device it moves every 50 steps, here three."""
-    state, stage = begin("--lr", 0.1, "--steps", 50, "--ema_decay", decay)
-    state.average_every = every
+def test_ema_decay_is_reached_after_a_warm_up():
+    state, stage = begin("--lr", 0.1, "--ema_decay", 0.3)
     expected = {name: p.detach().clone() for name, p in state.own.items()}
-    for n in range(1, 8):
+    for n in range(1, 6):
         step(state, stage, side=4)
-        if n % every == 0:
-            warmed_up = min(decay, (1 + n) / (10 + n)) ** every
-            for name, p in state.own.items():
-                expected[name] = warmed_up * expected[name] + (1 - warmed_up) * p.detach()
-    moved = 0
-    for name, p in state.own.items():
+        decay = min(0.3, (1 + n) / (10 + n))
+        for name, p in state.own.items():
+            expected[name] = decay * expected[name] + (1 - decay) * p.detach()
+    for name in state.own:
         assert torch.allclose(state.average[name], expected[name], atol=1e-6), name
-        moved = max(moved, (state.average[name] - p).abs().max().item())
-    assert moved > 1e-3
+    name = "sana.proj_out.weight"
+    assert (state.average[name] - state.own[name]).abs().max() > 1e-3
 
 
 def test_ema_device_is_where_the_averages_lie():
@@ -382,8 +332,7 @@ def test_ema_device_is_where_the_averages_lie():
     "flags, share, shift",
     [
         ([], 0.3, 3),
-        (["--share_at_one", 0], 0, 3),
-        (["--share_at_one", 0.6, "--shift", 0.2], 0.6, 0.2),
+        (["--share_at_one", 0, "--shift", 0.2], 0, 0.2),
     ],
 )
 def test_sigmas_are_drawn_with_that_share_and_shift(flags, share, shift, monkeypatch):
@@ -407,48 +356,33 @@ def test_sigmas_are_drawn_with_that_share_and_shift(flags, share, shift, monkeyp
     assert abs(normal.std() - 1) < 4 / len(rest) ** 0.5
 
 
-def plans(*flags, count=400):
+def plans(*flags):
     """Return what the first draws of a training with these flags will do."""
     train_set, _, _ = train.load_data(parse(*flags), 0, 0)
-    return [train_set.plan(i) for i in range(count)]
+    return [train_set.plan(i) for i in range(400)]
 
 
-def test_caption_dropout():
-    for flags, share in [([], 0.1), ([0], 0), ([1], 1), ([0.4], 0.4)]:
-        flags = ["--caption_dropout", *flags] if flags else []
-        dropped = np.mean([caption == "" for _, _, caption in plans(*flags)])
-        assert abs(dropped - share) < (0.1 if 0 < share < 1 else 1e-9)
-
-
-def test_degradations_and_how_many():
-    for flags, counts in [
-        ([], {1, 2, 3}),
-        (["--max_degradations", 1], {1}),
-        (["--max_degradations", 5], {1, 2, 3, 4, 5}),
+def test_flags_of_drawing():
+    for flags, dropped, counts in [
+        ([], 0.1, {1, 2, 3}),
+        (["--caption_dropout", 0.6, "--max_degradations", 5], 0.6, {1, 2, 3, 4, 5}),
     ]:
-        assert {len(recipe) for _, recipe, _ in plans(*flags)} == counts
+        drawn = plans(*flags)
+        assert abs(np.mean([plan.caption == "" for plan in drawn]) - dropped) < 0.1
+        assert {len(plan.recipe) for plan in drawn} == counts
     steps = []
-    for _, recipe, _ in plans("--degradations", "jpeg", "downscale:factor=3"):
-        steps += recipe
+    for plan in plans("--degradations", "jpeg", "downscale:factor=3"):
+        steps += plan.recipe
     assert {name for name, _ in steps} == {"jpeg", "downscale"}
     assert {strengths["factor"] for name, strengths in steps if name == "downscale"} == {3}
-    assert len({strengths["quality"] for name, strengths in steps if name == "jpeg"}) > 20
-
-
-def test_seed_and_rows_without_a_condition(place, monkeypatch):
     assert plans("--seed", 3) == plans("--seed", 3) != plans("--seed", 4)
-    monkeypatch.chdir(place)
-    drawn = plans("--data", "pairs.csv", "--resolution", 32, count=30)
-    assert {row for row, recipe, _ in drawn if recipe} == {2}
-    assert {row for row, recipe, _ in drawn if not recipe} == {0, 1}
 
 
 def test_val_every_save_every_and_weights(photos_csv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
-    flags = ["--data", photos_csv, "--batch_size", 2, "--resolution", 16, "--device", "cpu"]
-    flags += ["--out", "run"]
-    rhythm = ["--steps", 7, "--val_every", 3, "--save_every", 2]
+    flags = ["--data", photos_csv, "--batch_size", 2, "--resolution", 16, "--out", "run"]
+    rhythm = ["--device", "cpu", "--steps", 7, "--val_every", 3, "--save_every", 2]
     in_process(train, [*flags, *rhythm], monkeypatch)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "restored_psnr" in line] == [0, 3, 6, 7]
@@ -456,11 +390,10 @@ def test_val_every_save_every_and_weights(photos_csv, tmp_path, monkeypatch):
     kept = {path.name for path in run.glob("step_*")}
     assert kept == {"step_000007", (run / "best").read_text()}
 
-    for out, weights in [("default", None), ("averaged", "ema"), ("last", "model")]:
-        more = ["--weights", weights] if weights else []
-        in_process(model, ["export", "run", out, *more], monkeypatch)
-        trained = load_file(run / f"step_000007/{weights or 'ema'}.safetensors")
-        exported = load_file(f"{out}/diffusion_pytorch_model.safetensors")
+    for weights, flags in [("ema", []), ("model", ["--weights", "model"])]:
+        in_process(model, ["export", "run", weights, *flags], monkeypatch)
+        trained = load_file(run / f"step_000007/{weights}.safetensors")
+        exported = load_file(f"{weights}/diffusion_pytorch_model.safetensors")
         assert len(exported) > 50
         for name, tensor in exported.items():
             assert torch.equal(tensor, trained[f"sana.{name}"]), name
@@ -471,29 +404,20 @@ def test_val_every_save_every_and_weights(photos_csv, tmp_path, monkeypatch):
 
 
 def test_flags_of_restoring_reach_the_sampler(place, tmp_path, monkeypatch):
+    """All at once: without any one of them the picture is another."""
     monkeypatch.chdir(place)
+    flags = {"prompt": "Remove JPEG artifacts.", "steps": 2, "seed": 5, "sampler": "dpm"}
+    flags |= {"guidance": 2.5, "condition_guidance": 1.5}
+    words = ["--checkpoint", "run", "--input", "a.png", "--output", tmp_path / "o.png"]
+    words += ["--prompt", flags["prompt"], "--steps", 2, "--seed", 5, "--sampler", "dpm"]
+    words += ["--guidance", 2.5, "--condition_guidance", 1.5]
+    in_process(evaluate, words, monkeypatch)
+    restored = Image.open(tmp_path / "o.png").tobytes()
     pipeline = evaluate.Pipeline.load("run")
-    seen = set()
-    changes = [
-        {},
-        {"prompt": ""},
-        {"steps": 3},
-        {"seed": 5},
-        {"sampler": "dpm"},
-        {"guidance": 2.5},
-        {"condition_guidance": 1.5},
-    ]
-    for i, change in enumerate(changes):
-        how = {"steps": 2, "prompt": "Remove JPEG artifacts."} | change
-        out = tmp_path / f"{i}.png"
-        words = ["--checkpoint", "run", "--input", "a.png", "--output", out]
-        for name, value in how.items():
-            words += [f"--{name}", value]
-        in_process(evaluate, words, monkeypatch)
-        restored = Image.open(out)
-        assert restored.tobytes() == pipeline("a.png", **how).tobytes(), change
-        seen.add(restored.tobytes())
-    assert len(seen) == len(changes)
+    assert pipeline("a.png", **flags).tobytes() == restored
+    for name in flags:
+        fewer = {other: value for other, value in flags.items() if other != name}
+        assert pipeline("a.png", **fewer).tobytes() != restored, name
 
 
 def test_restoring_enlarges_as_training_did(place, tmp_path, monkeypatch):
@@ -524,7 +448,7 @@ def scores(place, tmp_path, monkeypatch):
     return measure
 
 
-def test_metrics_and_the_captions(scores, monkeypatch):
+def test_a_prompt_takes_the_place_of_the_captions(scores, monkeypatch):
     captions = []
     restore = evaluate.Pipeline.restore
 
@@ -533,9 +457,7 @@ def test_metrics_and_the_captions(scores, monkeypatch):
         return restore(pipeline, pixels, some, **how)
 
     monkeypatch.setattr(evaluate.Pipeline, "restore", watch)
-    rows = scores("--metrics", "psnr")
-    columns = ["input_psnr", "ceiling_psnr", "restored_psnr"]
-    assert list(rows[0]) == ["image", "condition", "degradation", *columns]
+    scores("--metrics", "psnr")
     assert captions[:2] == ["sharpen", ""] and len(captions) == 3
     captions.clear()
     scores("--metrics", "psnr", "--prompt", "Fix it.")
@@ -553,30 +475,12 @@ def test_degradations_and_seed_of_measuring(scores):
 
 def test_flags_of_making_pairs(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
-
-    def pairs(out, *flags):
-        in_process(data, ["pairs", "photos", "--out", tmp_path / out, *flags], monkeypatch)
-        with open(tmp_path / out / "pairs.csv", newline="") as file:
-            done = [row["degradation"].split() for row in csv.DictReader(file)]
-        images = sorted((tmp_path / out / "condition").iterdir())
-        return done, [path.read_bytes() for path in images]
-
-    two = pairs("a", "--num_degradations", 2)
-    assert [len(words) for words in two[0]] == [2, 2, 2]
-    assert pairs("b", "--num_degradations", 2) == two
-    assert pairs("c", "--num_degradations", 2, "--seed", 1)[1] != two[1]
-    many, _ = pairs("d", "--num_degradations", 4, 5)
-    assert {len(words) for words in many} <= {4, 5}
-    jpeg, _ = pairs("e", "--num_degradations", 1, "--degradations", "jpeg:quality=20")
-    assert jpeg == [["jpeg:quality=20"]] * 3
-
-
-def test_flags_of_degrading(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(place)
-    pictures = []
-    for seed, count in [(0, 3), (0, 3), (1, 3), (0, 1)]:
-        words = ["a.png", tmp_path / "o.png", "--num_degradations", count, "--seed", seed]
-        in_process(degrade, words, monkeypatch)
-        assert len(capsys.readouterr().out.split()) == 1 + count
-        pictures.append(Image.open(tmp_path / "o.png").tobytes())
-    assert pictures[0] == pictures[1] and len(set(pictures)) == 3
+    flags = ["--degradations", "jpeg:quality=20", "downscale", "--num_degradations", 1, 2]
+    made = []
+    for seed in (0, 0, 1):
+        out = tmp_path / f"{len(made)}"
+        words = ["pairs", "photos", "--out", out, *flags, "--seed", seed]
+        in_process(data, words, monkeypatch)
+        made.append((out / "pairs.csv").read_text())
+    assert made[0] == made[1] != made[2]
+    assert {*re.findall(r"jpeg:\S+|downscale", "".join(made))} == {"jpeg:quality=20", "downscale"}

@@ -89,10 +89,9 @@ def test_transparent_pixels_are_refused_and_opaque_ones_are_not(tmp_path, capsys
         CsvPairs(path)
     assert len(CsvPairs(path, skip_bad=True)) == 1
     out = tmp_path.parent / f"{tmp_path.name}-out"
-    with pytest.raises(UserError, match="hidden.png"):
-        make_pairs(tmp_path, out, NOISE, [1], seed=0)
-    with pytest.raises(UserError, match="exists already"):  # it is not gone on with
-        make_pairs(tmp_path, out, NOISE, [1], seed=0)
+    for refused in ("hidden.png", "exists already"):  # a half-made folder is not gone on with
+        with pytest.raises(UserError, match=refused):
+            make_pairs(tmp_path, out, NOISE, [1], seed=0)
     make_pairs(tmp_path, tmp_path.parent / f"{out.name}2", NOISE, [1], 0, skip_bad=True)
     said = capsys.readouterr()
     assert "1 pairs in" in said.out and "1 pictures left out" in said.out
@@ -147,14 +146,12 @@ def test_two_folders_become_a_csv(layout, tmp_path, capsys):
 
 
 def test_what_match_refuses(tmp_path):
-    write_pictures(tmp_path, "clean/1.png", "noisy/1.png", "noisy/1.jpg", "gt/a.png", "gt/a.jpg")
-    write_pictures(tmp_path, "one/a.png", "alone/2.png")
+    write_pictures(tmp_path, "clean/1.png", "noisy/1.png", "noisy/1.jpg", "alone/2.png")
     cases = [
         ("clean", "noisy", "", "1.(jpg|png) and .*1.(jpg|png) have one name, 1; leave one out"),
-        ("gt", "one", "", "have one name, a; leave one out"),
+        ("noisy", "clean", "", "have one name, 1; leave one out"),
         ("clean", "clean", "", "--pattern"),
         ("clean", "alone", "", "1.png: no 1 in .*alone"),
-        ("clean", "alone", "GT", "write CLEAN=DEGRADED"),
     ]
     for clean, degraded, pattern, message in cases:
         with pytest.raises(UserError, match=message):
@@ -185,43 +182,18 @@ def test_columns_are_named_that_are_doubled_or_not_used(tmp_path, capsys):
     coordinates(40, 40).save(tmp_path / "a.png")
     CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "x")], ["image_path", "prompt"]))
     assert "not used: column 'prompt'" in capsys.readouterr().out
-    for name in ("caption", "image_path"):
-        header = ["image_path", name, "caption"]
-        with pytest.raises(UserError, match=f"two columns {name}"):
-            CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "x", "y")], header))
-
-
-def test_the_lines_at_the_start_count_rows(tmp_path, capsys):
-    some = made_of(tmp_path, 20)
-    rows = [(name, name if i < 12 else "", "x" if i < 5 else "") for i, name in enumerate(some)]
-    train_set, val_set, _ = datasets(write_csv(tmp_path / "p.csv", rows))
-    said = capsys.readouterr().out
-    assert "20 rows, 12 with a condition, 8 degraded on the fly, 5 with captions\n" in said
-    assert "2 rows are held out, 2 of them measured" in said
-    assert (len(train_set), len(val_set)) == (18, 2)
+    header = ["image_path", "caption", "caption"]
+    with pytest.raises(UserError, match="two columns caption"):
+        CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "x", "y")], header))
 
 
 def test_degradations_of_paired_rows_are_refused(tmp_path):
     coordinates(40, 40).save(tmp_path / "a.png")
     paired = CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "a.png", "")]))
     bare = CsvPairs(write_csv(tmp_path / "q.csv", [("a.png", "", "")]))
-    for flag in ("degradations", "max_degradations"):
-        with pytest.raises(UserError, match=f"--{flag}: every row of .* has a condition"):
-            data.refuse_useless_flags({flag: 1}, paired, paired)
-        data.refuse_useless_flags({flag: 1}, paired, bare)
-    data.refuse_useless_flags({"seed": 1}, paired, paired)
-
-
-def test_what_was_done_is_read_from_the_column(tmp_path):
-    """A text that is no recipe is one name."""
-    coordinates(40, 40).save(tmp_path / "a.png")
-    header = ["image_path", "condition_image_path", "degradation"]
-    texts = "motion blur", "jpeg:quality=9 color_jitter:contrast=1.2", ""
-    path = write_csv(tmp_path / "p.csv", [("a.png", "a.png", text) for text in texts], header)
-    dataset = PairedDataset(CsvPairs(path), None, training=False)
-    assert dataset.name_degradations(0) == ["motion blur"]
-    assert dataset.name_degradations(1) == ["jpeg", "color_jitter"]
-    assert dataset.degradation_names() >= {"motion blur", "jpeg", "color_jitter"}
+    with pytest.raises(UserError, match="--max_degradations: every row of .* has a condition"):
+        data.refuse_useless_flags({"max_degradations": 1}, paired, paired)
+    data.refuse_useless_flags({"max_degradations": 1, "seed": 1}, paired, bare)
 
 
 def test_a_pair_that_exif_turns_says_so(tmp_path):
@@ -251,12 +223,9 @@ def test_smaller_conditions_are_enlarged(tmp_path, factor, capsys):
 
 
 def test_a_row_of_another_factor_is_refused(tmp_path):
-    rows = []
-    for i in range(4):
-        noise_picture((40, 40), i).save(tmp_path / f"{i}.png")
-        noise_picture((10, 10), i).save(tmp_path / f"{i}x4.png")
-        rows.append((f"{i}.png", f"{i}x4.png", ""))
-    rows.append(("0.png", "1.png", ""))
+    noise_picture((40, 40), 0).save(tmp_path / "a.png")
+    noise_picture((10, 10), 1).save(tmp_path / "b.png")
+    rows = [("a.png", "b.png", "")] * 4 + [("a.png", "a.png", "")]
     path = write_csv(tmp_path / "p.csv", rows)
     with pytest.raises(UserError, match="line 6: a pair of different sizes.* 40x40 and 40x40"):
         CsvPairs(path)
@@ -344,19 +313,6 @@ def test_at_most_eight_of_ten_rows_each_are_measured(tmp_path, capsys):
         assert said == (expected == 0)
 
 
-def test_what_was_trained_on_before_is_not_held_out(tmp_path, capsys):
-    some = made_of(tmp_path, 20)
-    path = write_csv(tmp_path / "p.csv", [(name,) for name in some], ["image_path"])
-    _, val_set, _ = datasets(path)
-    first, second = (digest(tmp_path / name) for name in names(val_set))
-    _, others, _ = datasets(path, before={first})
-    assert first not in {digest(tmp_path / name) for name in names(others)}
-    assert second in {digest(tmp_path / name) for name in names(others)}
-    train_set, val_set, held_out = datasets(path, before={digest(tmp_path / name) for name in some})
-    assert (len(train_set), len(val_set), held_out) == (20, 8, [])
-    assert "no row is held out" in capsys.readouterr().out
-
-
 def test_a_run_keeps_the_pictures_that_it_held_out(tmp_path):
     """When its table grows, shrinks, gets captions, or has its files renamed."""
     some = made_of(tmp_path, 60)
@@ -372,8 +328,7 @@ def test_a_run_keeps_the_pictures_that_it_held_out(tmp_path):
         assert not set(names(more)) & {name for name, _, _ in now}
         return [name for name, _, _ in now]
 
-    assert held_out([(name, "") for name in reversed(some)]) == [name for name, _, _ in kept]
-    assert held_out([(name, "new") for name in some]) == [name for name, _, _ in kept]
+    assert held_out([(name, "new") for name in reversed(some)]) == [name for name, _, _ in kept]
     gone = kept[1][0]
     left = held_out([(name, "") for name in some if name != gone])
     assert left == [name for name, _, _ in kept if name != gone]
@@ -407,67 +362,35 @@ def table(tmp_path):
     return write_csv(tmp_path / "p.csv", rows, ["image_path", "caption"])
 
 
-def repaint(path, x, y):
-    image = Image.open(path).copy()
-    r, g, b = image.getpixel((x, y))
-    image.putpixel((x, y), (r ^ 1, g, b))
-    image.save(path)
-
-
 def test_pixels_in_the_middle_of_a_large_file_are_noticed(table, tmp_path):
     train_set = PairedDataset(CsvPairs(table), 16, **DRAWING)
     before = list_rows(train_set)
-    expected, _ = fill_cache(tmp_path / "cache", train_set)
-    repaint(tmp_path / "large.bmp", 450, 350)
+    expected = fill_cache(tmp_path / "cache", train_set)
+    image = Image.open(tmp_path / "large.bmp").copy()
+    image.putpixel((450, 350), (1, 2, 3))
+    image.save(tmp_path / "large.bmp")
     repainted = PairedDataset(CsvPairs(table), 16, **DRAWING)
     with pytest.raises(UserError, match="began: the files or texts of the row large.bmp have"):
         data.check_same(before, list_rows(repainted), "began")
     with pytest.raises(UserError, match="made of other pictures: .* row large.bmp have changed"):
         data.CachedDataset(tmp_path / "cache", expected, repainted)
-    repaint(tmp_path / "large.bmp", 450, 350)
-    data.check_same(before, list_rows(PairedDataset(CsvPairs(table), 16)), "began")
     with pytest.raises(UserError, match="began: the row large.bmp was where nothing is now"):
         data.check_same(before, before[:-1], "began")
-    with pytest.raises(UserError, match="began: the row 00.png was where 01.png is now"):
-        data.check_same(before, before[1:], "began")
 
 
-def fill_cache(folder, train_set, autoencoder=None):
-    """Cache two epochs of a data set with the model tiny -> fingerprint, what index.json holds."""
+def fill_cache(folder, train_set):
+    """Cache two epochs of a data set with the model tiny -> its fingerprint."""
     expected = data.fingerprint(PRESETS["tiny"], DRAWING, 16)
     index = expected | {"epochs": 2, "rows": list_rows(train_set)}
     prompts = Prompts(PRESETS["tiny"])
-    autoencoder = autoencoder or PixelAE(4)
-    data.make_cache(folder, index, train_set, train_set, autoencoder, prompts, "cpu", 2)
-    return expected, index
-
-
-class Interrupted(PixelAE):
-    """Ends the program when the draw 15 is to be encoded."""
-
-    count = 0
-
-    def encode(self, pixels):
-        self.count += 1
-        if self.count == 2 * 15 + 1:
-            raise KeyboardInterrupt
-        return super().encode(pixels)
+    data.make_cache(folder, index, train_set, train_set, PixelAE(4), prompts, "cpu", 2)
+    return expected
 
 
 def test_a_cache_has_the_draws_that_training_would_make(table, tmp_path):
     train_set = PairedDataset(CsvPairs(table), 16, **DRAWING)
-    folder = tmp_path / "cache"
-    with pytest.raises(KeyboardInterrupt):
-        fill_cache(folder, train_set, Interrupted(4))
-    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    assert sorted(made) == [data.draw_path(folder, n) for n in range(15)]
-    expected = data.fingerprint(PRESETS["tiny"], DRAWING, 16)
-    with pytest.raises(UserError, match="not complete .draw 15.; the python data.py cache"):
-        data.CachedDataset(folder, expected, train_set)
-    fill_cache(folder, train_set)  # goes on
-    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
-
-    cached = data.CachedDataset(folder, expected, train_set)
+    expected = fill_cache(tmp_path / "cache", train_set)
+    cached = data.CachedDataset(tmp_path / "cache", expected, train_set)
     for n in range(24):
         item = train_set[n]
         for key in ("clean", "condition"):
@@ -483,8 +406,8 @@ def test_a_cache_has_the_draws_that_training_would_make(table, tmp_path):
 def test_a_cache_of_other_flags_or_pictures_is_refused(table, tmp_path):
     train_set = PairedDataset(CsvPairs(table), 16, **DRAWING)
     folder = tmp_path / "cache"
-    expected, _ = fill_cache(folder, train_set)
-    for name, value in (("resolution", 32), ("seed", 1), ("caption_dropout", 0.0)):
+    expected = fill_cache(folder, train_set)
+    for name, value in (("resolution", 32), ("seed", 1)):
         with pytest.raises(UserError, match=f"--{name} .*this run has {value}"):
             data.CachedDataset(folder, expected | {name: value}, train_set)
     with pytest.raises(UserError, match="was made with another --model"):

@@ -699,7 +699,7 @@ def test_another_batch_size_after_a_resume_skips_and_repeats_no_draw(
     monkeypatch.setattr(data.PairedDataset, "prepare", watch)
     call("train.py", "--resume", "run", "--batch_size", 2, cwd=tmp_path)
     assert sorted(drawn) == list(range(12, 22))
-    assert model.read_run(tmp_path / "run")["draws"] == 22
+    assert model.read_run(tmp_path / "run")["drawn"] == 22
 
 
 def test_a_curriculum_changes_the_crop_and_resumes_across_the_change(
