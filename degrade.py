@@ -530,8 +530,10 @@ def find_profile(image):
 def plain_image(image, header):
     """Convert a PIL image of any mode to what its header says. The result carries no metadata."""
     # by its name Pillow would map a TIFF into memory, and garble one that lies on its side
+    filename = getattr(image, "filename", "")
     image.filename = ""
     plain = image.convert(header.mode)
+    image.filename = filename
     profile, _ = find_profile(image)
     if profile:
         colors = image if image.mode == "CMYK" else plain.convert(header.mode.rstrip("A"))

@@ -808,7 +808,7 @@ def claim_folder(output):
     Making it claims it: of two evaluations that start at once, each has its own."""
     out = Path(output or "out/evaluation")
     out.parent.mkdir(parents=True, exist_ok=True)
-    number = 1
+    next_one = 2
     while True:
         try:
             out.mkdir()
@@ -816,8 +816,8 @@ def claim_folder(output):
         except FileExistsError:
             if output:
                 raise UserError(f"--output {output} exists already; name a new folder") from None
-        number += 1
-        out = Path(f"out/evaluation-{number}")
+        out = Path(f"out/evaluation-{next_one}")
+        next_one += 1
 
 
 def append_row(path, row):
@@ -836,7 +836,7 @@ def make_methods(args, pipeline, dataset):
     The ceiling is the round trip of the clean picture through the autoencoder. A decoder that sees
     the degraded image has two more. control: this decoder on the condition's own latents (no
     steps); if it scores as well, the transformer adds nothing. plain: the original decoder."""
-    captions = [dataset.plan(i)[2] for i in range(len(dataset))]
+    captions = [dataset.plan(i).caption for i in range(len(dataset))]
     if args.prompt is not None:
         captions = [args.prompt] * len(dataset)
     pipeline.prompts.prepare([*captions, ""])

@@ -591,7 +591,7 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 #   stage        what was trained: "autoencoder", "restorer", or its "decoder"
 #   autoencoder  {"kind": "pixels", "factor": f}: PixelAE; {"kind": "own", "dcae": config}: trained
 #                in the stage autoencoder; {"kind": "pretrained"}: the DC-AE of name
-#   digests      of a pretrained model: {part: SHA-256 of its weights}, of the parts in use
+#   digests      {part: SHA-256 of its weights} of a pretrained model, or of an own autoencoder
 #   sana         the transformer's config; conditioning, prediction, shift: Restorer's arguments
 #   enlarge      factor by which pictures are enlarged before they are restored
 #   lora         rank, if the trained weights are low-rank updates
@@ -704,6 +704,9 @@ def describe_model(name, stage, conditioning=None, lora=None, shift=None):
         advice = f"begin with python train.py --model {name} --stage {' or '.join(possible)}"
         raise UserError(f"--stage {stage} cannot follow {name}: {advice}, and give its run next")
     config = before | {"stage": stage}
+    if config["autoencoder"]["kind"] == "own" and stage != "autoencoder":
+        weights = find_autoencoder(name) / "ema.safetensors"
+        config["digests"] = {"autoencoder": file_digest(weights)}
     if stage == "restorer":
         describe_restorer(config, name, conditioning, lora)
         config["shift"] = shift or config["shift"]
@@ -775,11 +778,13 @@ def pretrained_part(config, part):
 
 def is_run(name):
     """Say whether name is a run of train.py, one of its checkpoints, or a file that names one."""
+    if name in PRESETS:  # ./mini is a folder of that name
+        return False
     try:
         find_checkpoint(name)
     except UserError:
         return False
-    return name not in PRESETS  # ./mini is a folder of that name
+    return True
 
 
 def stage_of(name):
@@ -820,6 +825,7 @@ def rows_trained_on(name):
 
 def run_of(checkpoint):
     """Return the folder that holds base/ and autoencoder/ of a checkpoint."""
+    checkpoint = checkpoint.resolve()  # it may be "."
     return checkpoint.parent if checkpoint.name.startswith("step_") else checkpoint
 
 

@@ -145,6 +145,10 @@ def parse_args(argv=None):
     typed = {name: value for name, value in flags.items() if name not in ("out", "resume")}
     checkpoint = None
     if not (run / "latest").is_file():
+        if isinstance(flags.get("resume"), str):  # killed before its first checkpoint
+            if not (run / "config.json").is_file():
+                raise UserError(f"--resume {run}: nothing was saved here; repeat the first command")
+            typed = vae.read_json(run / "config.json")["given"] | typed
         given, values = typed, new_settings(typed)
     elif "resume" in flags:
         checkpoint = model.find_checkpoint(run)
@@ -214,8 +218,8 @@ def resumed_settings(checkpoint, typed):
 def choose_settings(known, family, stage, further=False):
     """Add all defaults to the flags that are known -> {flag: value}.
 
-    family: "tiny", "mini" (or a run of them), or "pretrained". further: whether --model was trained
-    in this stage already."""
+    family: "tiny", "mini" (or a run of them), or "pretrained". further: whether --model is a run of
+    a preset in this stage."""
     row = "LoRA" if known["lora"] and family == "pretrained" else stage
     # what has no defaults is refused by describe_model
     values = COMMON | DEFAULTS.get((family, row), DEFAULTS[family, "restorer"])
@@ -404,8 +408,8 @@ def round_stochastically(x, seed, start):
     """Round fp32 [n] to bf16, randomly up or down, so that the expected value is x.
 
     seed: int32 []. start: int32 [], index of the first number. The random bits are a hash
-    (lowbias32) of each index. Unlike a Generator, which draws one by one, a hash compiles into one
-    parallel pass with the rest of the update."""
+    (lowbias32) of each index. Unlike a Generator, which draws one by one, a hash can be
+    compiled into one parallel pass with the rest of the update."""
     noise = torch.arange(x.numel(), dtype=torch.int32, device=x.device) + start
     noise = noise ^ seed
     noise = (noise ^ ((noise >> 16) & 0xFFFF)) * 0x7FEB352D
@@ -419,9 +423,10 @@ def adamw_bf16(weight, low, grad, exp_avg, exp_avg_sq, average, seed, start, num
 
     weight, grad, exp_avg, exp_avg_sq: bf16 [n]. low: int16 [n], the bits that weight lacks.
     average: fp32 [n], the moving average, or None. seed, start: of the rounding of exp_avg_sq,
-    which a step often moves by less than half a unit. numbers: five tensors [] (compiled code
-    would take Python numbers for constants): 1 - lr * weight decay, -lr / (1 - BETA1^t),
-    sqrt(1 - BETA2^t), the factor of the gradient, the weight of the new in the average."""
+    which a step often moves by less than half a unit. numbers: five tensors [], so that the
+    function can be compiled (a Python number would be a constant): 1 - lr * weight decay,
+    -lr / (1 - BETA1^t), sqrt(1 - BETA2^t), the factor of the gradient, the weight of the new in
+    the average."""
     decay, rate, correction, scale, share = numbers
     w = join_fp32(weight, low)
     g = grad.float() * scale
@@ -531,7 +536,7 @@ class State:
                 self.update_bf16(name, p, self.group_of[name]["lr"], scale, 1 - decay)
                 if self.average_every == 1:
                     continue  # that moved its average, too
-            if self.step % self.average_every == 0:
+            if self.step % self.average_every == 0 or self.step == args.steps:
                 weight = p
                 if p.dtype == torch.bfloat16:
                     weight = join_fp32(p, self.moments[name]["low"])
@@ -643,7 +648,7 @@ class State:
             setattr(self, key, config[key])
         self.saved = folder.name
         same = held_out == vae.read_json(folder / "rows.json")["held_out"]
-        for name in ("degradations", "max_degradations", "seed"):
+        for name in ("degradations", "max_degradations", "seed", "resolution", "latent_steps"):
             same = same and config["args"][name] == getattr(self.args, name)
         if not same:
             print("validation is on other pictures than before: best begins anew")
@@ -694,10 +699,7 @@ class RestorerStage:
     def __init__(self, config, args, train_set, val_set, draws):
         self.config = config
         self.args = args
-        self.autoencoder_folder = Path(args.out) / "autoencoder"
         self.autoencoder, self.prompts = load_frozen(config, args, train_set, val_set, draws)
-        if args.cache:
-            self.autoencoder = None
         if "proj_lr" in args.given and config["conditioning"] != "projection":
             raise UserError("--proj_lr: no projection is trained here; leave it out")
         # errors in brightness, which no picture tells, would drown all others: see flow_loss
@@ -747,11 +749,8 @@ class RestorerStage:
         return losses
 
     def make_method(self, module, dataset):
-        autoencoder = self.autoencoder
-        if self.args.cache:  # training needs none
-            autoencoder = model.load_autoencoder(self.config, self.autoencoder_folder)
-            autoencoder.to(self.args.device)
-        return restoring(evaluate.Pipeline(module, autoencoder, self.prompts), dataset, self.args)
+        pipeline = evaluate.Pipeline(module, self.autoencoder, self.prompts)
+        return restoring(pipeline, dataset, self.args)
 
 
 class AutoencoderStage:
@@ -1310,6 +1309,7 @@ def report(state, method, run, count):
 
 def main():
     torch.set_flush_denormal(True)  # silu's gradient has denormals; they slow a CPU 100-fold
+    sys.setswitchinterval(5e-4)  # so that lanes soon go on beside the thread that prepares pictures
     if WORLD > 1 and torch.cuda.device_count() > LOCAL_RANK:
         torch.cuda.set_device(LOCAL_RANK)  # before anything is put on a GPU: "cuda" is this one
     args = parse_args()

@@ -840,7 +840,8 @@ def resolve_model(name, parts=PARTS):
     if os.path.isdir(name):
         return Path(name)
     repository = HUB.get(name, name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    local = os.path.isdir(os.path.dirname(name))  # a folder was meant: out/typo
+    if local or not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         names = ", ".join(["tiny", "mini", *HUB])
         raise UserError(f"--model {name}: no such folder; give {names}, a hub id, or a run")
     from huggingface_hub import HfApi, snapshot_download  # half a second, which only this needs
