@@ -614,3 +614,15 @@ def test_sana_takes_the_same_third_command(pipeline_folder, photos_csv, tmp_path
     test = ["--data", photos_csv, *NOISE, "--metrics", "psnr", "--steps", 1]
     output = call("evaluate.py", "--checkpoint", "seeing", *test, cwd=tmp_path)
     assert "control: input's own latents" in output
+
+
+def test_a_cache_of_another_autoencoder_is_refused(stages, photos_csv, tmp_path):
+    autoencoder = stages / "pairs/autoencoder"
+    flags = ["--data", photos_csv, "--resolution", 32, "--device", "cpu"]
+    call("data.py", "cache", *flags, "--model", autoencoder, "--out", "cache", cwd=tmp_path)
+    other = ["--model", "mini", "--stage", "autoencoder", "--seed", 5, "--out", "ae"]
+    call("train.py", *flags, *FAST, *other, "--steps", 1, cwd=tmp_path)
+    flags += ["--cache", "cache", "--out", "run"]
+    said = refused("train.py", *flags, "--model", "ae", cwd=tmp_path)
+    assert "was made with another --model" in said
+    call("train.py", *flags, "--model", autoencoder, "--steps", 1, cwd=tmp_path)

@@ -275,6 +275,36 @@ def test_resume_begins_where_no_run_is_yet(whole, photos_csv, tmp_path):
     assert (tmp_path / "letters/dear.txt").read_text() == "mine"
 
 
+def test_resume_before_the_first_checkpoint_begins_with_the_runs_own_flags(whole, tmp_path):
+    (tmp_path / "killed").mkdir()
+    assert "nothing was saved" in refused("train.py", "--resume", "killed", cwd=tmp_path)
+    shutil.copy(whole / "config.json", tmp_path / "killed")
+    output = call("train.py", "--resume", "killed", "--steps", 1, cwd=tmp_path)
+    assert "1 steps of 2 crops of 32 pixels from 11 images" in output  # not the demo
+
+
+def test_a_curriculum_may_be_made_longer(photos_csv, tmp_path):
+    flags = ["--data", photos_csv, "--batch_size", 2, "--device", "cpu", "--out", "run"]
+    call("train.py", *flags, "--curriculum", "32:2", cwd=tmp_path)
+    call("train.py", "--resume", "run", "--curriculum", "32:2,48:1", cwd=tmp_path)
+    assert model.read_run(tmp_path / "run")["step"] == 3
+
+
+def test_validation_with_other_crops_begins_best_anew(photos_csv, tmp_path):
+    flags = ["--data", photos_csv, *SMALL, "--steps", 1, "--out", "run"]
+    call("train.py", *flags, cwd=tmp_path)
+    output = call("train.py", "--resume", "run", "--steps", 2, "--resolution", 48, cwd=tmp_path)
+    assert "best begins anew" in output
+
+
+def test_an_average_on_another_device_holds_the_last_weights(photos_csv, tmp_path):
+    flags = ["--data", photos_csv, *SMALL, "--steps", 3, "--ema_device", "cpu:0", "--out", "run"]
+    call("train.py", *flags, cwd=tmp_path)
+    weights, averages = load_newest(tmp_path / "run"), load_newest(tmp_path / "run", "ema")
+    assert all(torch.allclose(averages[name], weights[name], atol=1e-3) for name in weights)
+    assert averages["sana.proj_out.weight"].abs().sum() > 0  # it began as 0
+
+
 def test_the_second_of_two_that_resume_one_run_stops(run_folder, tmp_path):
     flags = ["--resume", "run", "--save_every", 1, "--steps", 13]
     train_step = train.train_step
