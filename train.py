@@ -1234,20 +1234,15 @@ def load_data(args, step, drawn):
     return train_set, val_set, rows
 
 
-RUN_FILES = "autoencoder", "base", "config.json", "log.jsonl", "loss.png", "samples"
-
-
 def claim_run(args):
     """Make the folder of a new run, unless a start that was killed has left it. Raises UserError.
 
     -> whether it is new."""
     run = Path(args.out)
-    if args.resume and run.is_dir():
-        for path in run.iterdir():
-            if path.name not in RUN_FILES and not path.name.startswith((".", "step_")):
-                raise UserError(f"--resume {run}: no run is here, but {path.name}; see --out")
+    if args.resume and (run / "config.json").is_file():
         return False
     degrade.make_folder(run)
+    vae.write_json(run / "config.json", {"given": args.given})
     return True
 
 

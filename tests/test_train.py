@@ -271,7 +271,7 @@ def test_resume_begins_where_no_run_is_yet(whole, photos_csv, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/dear.txt").write_text("mine")
     line = refused("train.py", *flags, "--out", "letters", cwd=tmp_path)
-    assert "no run is here, but dear.txt" in line
+    assert "it exists already" in line
     assert (tmp_path / "letters/dear.txt").read_text() == "mine"
 
 
