@@ -564,12 +564,11 @@ class PairedDataset:
     def name_degradations(self, n):
         """Return what was done to the condition of item n: ["jpeg", "downscale"].
 
-        Read from its recipe; without one from the CSV's column degradation; if that is empty from
-        the caption."""
-        index, recipe, caption = self.plan(n)
+        Read from its recipe; without one from the CSV's column degradation."""
+        index, recipe, _ = self.plan(n)
         if recipe:
             return [name for name, _ in recipe]
-        return self.source.rows[index].degradations() or degrade.read_prompt(caption)
+        return self.source.rows[index].degradations()
 
 
 class EndlessOrder:
@@ -701,7 +700,7 @@ HELD_OUT = 8  # pictures that validation measures, or a tenth of the rows if tha
 VALIDATION_CROP = 192
 
 
-def drawing_of(flags):
+def draw_flags(flags):
     """Return {flag: value} of how a pair is drawn. flags: {flag: value}, as given."""
     return {
         "degradations": degrade.parse_degradations(flags["degradations"]),
@@ -715,7 +714,7 @@ def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), ke
     """Return the PairedDataset of training, that of validation, and the rows held out.
 
     table, val_table: paths of CSVs. table None: the demo. val_table None: rows of table are held
-    out, see hold_out. crop: PairedDataset's, of training. drawing: see drawing_of. before, kept:
+    out, see hold_out. crop: PairedDataset's, of training. drawing: see draw_flags. before, kept:
     see hold_out. Raises UserError."""
     largest = max(side for _, side in crop) if isinstance(crop, list) else crop
     fixed = drawing | {"training": False}
@@ -759,7 +758,8 @@ def find_units(*sources):
 
     Rows of one group or of equal clean pictures are a unit. Its name is the hash of its group's
     name, without a group that of its clean picture."""
-    parent = {}  # a forest: the marks of a unit lead to one root, the least of them
+    # a forest: the marks of a unit lead to one root, the least ("group" comes before "picture")
+    parent = {}
 
     def find(mark):
         while parent.setdefault(mark, mark) != mark:
@@ -794,7 +794,7 @@ def hold_out(source, before=(), kept=()):
     order = [i for unit in sorted(rows) for i in rows[unit]]
     earlier = {digest for _, digest, _ in kept}
     held_out = [i for i in order if source.rows[i].digest in earlier]
-    if held_out:
+    if held_out:  # the run goes on
         return held_out[: max(1, count)], held_out
     seen = {units[digest] for digest in before if digest in units}
     for unit in sorted(rows):
@@ -909,7 +909,7 @@ def draw_path(folder, n):
 def fingerprint(config, drawing, resolution):
     """Return {flag: value} of all that a cache depends on, except its pictures.
 
-    config: "model" of config.json. drawing: see drawing_of."""
+    config: "model" of config.json. drawing: see draw_flags."""
     about = {
         "degradations": degrade.describe(drawing["degradations"]),
         "resolution": resolution,
@@ -1098,7 +1098,7 @@ def run_cache(args):
     name = args.model or default_model(args.data, args.device)
     config = model.describe_model(name, "restorer")
     resolution = args.resolution or RESOLUTIONS.get(config["name"], RESOLUTION)
-    drawing = drawing_of(vars(args))
+    drawing = draw_flags(vars(args))
     autoencoder = model.load_autoencoder(config, name).to(args.device)
     model.check_resolution([resolution], autoencoder)
     before = model.rows_trained_on(name)

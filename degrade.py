@@ -4,6 +4,7 @@ A degradation takes a grey ("L") or RGB PIL image and a numpy Generator and retu
 same mode and size, rounded and clipped to 0..255.
 (Here sigma is the standard deviation of the noise in an image. In model.py it is the noise level
 of the diffusion model.)
+From "Errors and command lines" on, this file holds what all others share; skip it at first.
 
     python degrade.py photo.jpg noisy.png                      two random degradations
     python degrade.py photo.jpg noisy.png --only gaussian_noise:sigma=25
@@ -288,15 +289,6 @@ def make_prompt(names, rng):
     if len(phrases) > 1:
         listed = ", ".join(phrases[:-1]) + " and " + listed
     return TEMPLATES[rng.integers(len(TEMPLATES))].format(listed)
-
-
-def read_prompt(prompt):
-    """Return the names of the degradations whose phrases a prompt contains, in table order."""
-    names = []
-    for name, entry in DEGRADATIONS.items():
-        if any(phrase.lower() in prompt.lower() for phrase in entry.phrases):
-            names.append(name)
-    return names
 
 
 # --------------------------------------------------------------------------------------------------

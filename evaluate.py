@@ -675,7 +675,7 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, unrestored
     return rows, pictures
 
 
-def scored(rows, column):
+def values_of(rows, column):
     """Return the values of a column without nan: pictures too small for a metric have no score."""
     return [row[column] for row in rows if not math.isnan(row[column])]
 
@@ -687,7 +687,7 @@ def mean(values):
 def means(rows):
     """Average each column of scores over the rows that have a value."""
     columns = [name for name, value in rows[0].items() if isinstance(value, float)]
-    return {name: mean(scored(rows, name)) for name in columns}
+    return {name: mean(values_of(rows, name)) for name in columns}
 
 
 def bootstrap(values, resamples=1000):
@@ -707,7 +707,7 @@ def summarize(rows, methods, metrics):
     for name in methods:
         summary[name] = {}
         for key in metrics.names:
-            values = scored(rows, f"{name}_{key}")
+            values = values_of(rows, f"{name}_{key}")
             low, high = bootstrap(values)
             summary[name][key] = {"mean": mean(values), "low": low, "high": high}
         summary[name]["fid"] = metrics.fid.distance("clean", name) if metrics.fid else math.nan
@@ -766,7 +766,7 @@ def print_notes(rows, methods, metrics):
     if metrics.fid and len(rows) < 2048:
         print(f"FID of {len(rows)} images is too high: compare it only at the same number of them")
     for key in metrics.names:
-        small = len(rows) - len(scored(rows, f"{list(methods)[0]}_{key}"))
+        small = len(rows) - len(values_of(rows, f"{list(methods)[0]}_{key}"))
         if small and key not in metrics.missing:
             print(f"{key.upper()}: {small} of {len(rows)} images are too small for it")
     at_the_end = []

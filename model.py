@@ -604,7 +604,8 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 #   RUN/latest, best    name one of them
 #   RUN/base/           the checkpoint that a LoRA or a decoder is a change of
 #   RUN/autoencoder/    the checkpoint of a preset's own autoencoder
-# The last two may stand on a base/ and an autoencoder/ of their own, which lie within them.
+# The last two may stand on others, within them: the decoder of a LoRA of a run has base/ (the
+# LoRA), base/base/ (the run that it changes), and the same autoencoder/ in each.
 
 STAGES = ["autoencoder", "restorer", "decoder"]
 MODEL_DEFAULTS = {

@@ -175,6 +175,11 @@ def find_run(flags):
     return Path(named)
 
 
+# typed: the flags of this command. given: and those typed when the run was begun. known: and, of a
+# run that goes on, all values that it had. What is known comes before what follows from it, that
+# before DEFAULTS, and that before COMMON.
+
+
 def new_settings(given):
     """Return {flag: value} for a new run. given: what was typed."""
     values = COMMON | given
@@ -411,7 +416,7 @@ def round_stochastically(x, seed, start):
     (lowbias32) of each index. Unlike a Generator, which draws one by one, a hash can be
     compiled into one parallel pass with the rest of the update."""
     noise = torch.arange(x.numel(), dtype=torch.int32, device=x.device) + start
-    noise = noise ^ seed
+    noise = noise ^ seed  # below, a mask after >> clears the copies of the sign bit
     noise = (noise ^ ((noise >> 16) & 0xFFFF)) * 0x7FEB352D
     noise = (noise ^ ((noise >> 15) & 0x1FFFF)) * -0x7B935975       # its upper half is the better
     bits = x.view(torch.int32) + ((noise >> 16) & 0xFFFF)
@@ -484,6 +489,7 @@ class State:
         self.moments = {}
         pretrained = {"params": [], "peak": args.lr}
         new = {"params": [], "peak": args.proj_lr}
+        # the optimizer keeps these dicts, in which update sets "lr", also for bf16 weights
         self.group_of = {name: new if is_new(name) else pretrained for name in self.own}
         options = {"lr": args.lr, "betas": (BETA1, BETA2), "eps": EPS, "fused": True}
         for name, p in self.own.items():
@@ -530,7 +536,8 @@ class State:
                 p.grad.mul_(scale)
         self.count_step()
         self.adamw.step()
-        decay = min(args.ema_decay, (1 + self.step) / (10 + self.step)) ** self.average_every
+        since = self.step % self.average_every or self.average_every  # steps that it averages
+        decay = min(args.ema_decay, (1 + self.step) / (10 + self.step)) ** since
         for name, p in self.own.items():
             if p.dtype == torch.bfloat16:
                 self.update_bf16(name, p, self.group_of[name]["lr"], scale, 1 - decay)
@@ -1185,7 +1192,7 @@ def describe_run(args):
     saved = model.read_run(args.checkpoint)
     if saved["step"] >= args.steps:
         at = f"{args.out} is at step {saved['step']} of {args.steps} already"
-        raise UserError(f"{at}: --steps sets the end")
+        raise UserError(f"{at}: --{'curriculum' if args.curriculum else 'steps'} sets the end")
     config = saved["model"]
     if "model" in args.typed:  # where a pretrained model is now
         config["name"] = model.full_name(args.model)
@@ -1220,7 +1227,7 @@ def load_data(args, step, drawn):
         begun = vae.read_json(args.checkpoint / "rows.json")
     before = model.rows_trained_on(args.checkpoint or args.model)
     crop = crop_sides(args, step, drawn)
-    how = crop, data.drawing_of(vars(args)), args.skip_bad, before, begun["held_out"]
+    how = crop, data.draw_flags(vars(args)), args.skip_bad, before, begun["held_out"]
     train_set, val_set, held_out = data.make_datasets(args.data, args.val_data, *how)
     if args.data:
         data.refuse_useless_flags(args.given, train_set.source, val_set.source)
@@ -1314,7 +1321,7 @@ def main():
     train_set, val_set, rows = first_does(lambda: load_data(args, step, drawn))
     config["enlarge"] = train_set.source.enlarge
     if args.cache:
-        about = data.fingerprint(config, data.drawing_of(vars(args)), args.resolution)
+        about = data.fingerprint(config, data.draw_flags(vars(args)), args.resolution)
         train_set = data.CachedDataset(args.cache, about, train_set)
     # every draw of the run has a number; this process takes every WORLD-th
     last = drawn + (args.steps - step) * args.batch_size

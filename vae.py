@@ -598,7 +598,9 @@ def cut_tiles(size, tile, halo):
 
     -> [(outer, core, target)], each an index (..., rows, columns). outer: the tile and a halo
     around it, cut at the picture's edges. core: the tile within outer. target: the tile within the
-    picture. Indices may end beyond the picture: slicing stops at its edge."""
+    picture. Indices may end beyond the picture: slicing stops at its edge.
+    Of tiles of 512 with a halo of 48 the second spans 464:1072 (outer), in it 48:560 is the core,
+    and 512:1024 the target."""
 
     def cut(start):
         margin = min(start, halo)

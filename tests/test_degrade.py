@@ -145,7 +145,6 @@ def test_prompts_name_what_was_done():
     for prompt in prompts:
         for name in names:
             assert any(phrase in prompt for phrase in degrade.DEGRADATIONS[name].phrases)
-        assert degrade.read_prompt(prompt) == names
 
 
 def test_recipes_can_be_written_down_and_read_back():

@@ -242,14 +242,13 @@ def test_grids_show_the_centre_of_large_small_and_narrow_pictures(photo):
     assert levels(grid.crop((20, 98, 64, 162))).min() == 255
 
 
-def test_what_was_done_to_an_image_is_read_from_recipe_or_caption(photos, tmp_path):
-    """test_pairs: from the column."""
+def test_what_was_done_to_an_image_is_read_from_recipe_or_column(photos, tmp_path):
     clean, condition = photos / "00.png", photos / "01.png"
     lines = [
-        "image_path,condition_image_path,caption",
+        "image_path,condition_image_path,degradation",
         f"{clean},,",
-        f"{clean},{condition},Undo soft focus and JPEG blocking.",
-        f"{clean},{condition},Make it nice.",
+        f"{clean},{condition},jpeg:quality=20 gaussian_blur:kernel=3",
+        f"{clean},{condition},",
     ]
     (tmp_path / "a.csv").write_text("\n".join(lines))
     dataset = PairedDataset(CsvPairs(tmp_path / "a.csv"), None, [("jpeg", {})], training=False)
