@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 import degrade
 import model
-from degrade import Parser, UserError, atomic_write, between, explain_errors, open_opaque
-from degrade import picture_extensions, read_header, run_script, save_image, say_notices
+from degrade import Parser, UserError, between, explain_errors, open_opaque, read_header
+from degrade import run_script, save_image
 from vae import file_digest, read_json, save_weights, write_json
 
 
@@ -76,7 +76,7 @@ def list_images(folder):
     out, and their number is printed."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder")
-    extensions = picture_extensions()
+    extensions = degrade.picture_extensions()
     found = []
     others = []
     visited = set()
@@ -249,7 +249,7 @@ class CsvPairs:
         for path, header in self.headers.items():
             for text in header.notices:
                 notices.setdefault(text, []).append(path)
-        say_notices(notices)
+        degrade.say_notices(notices)
 
     def find_factor(self):
         """Return how many times smaller most conditions are than their clean pictures."""
@@ -986,7 +986,7 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
     if len(rows) == 1:
         raise UserError(f"{photos}: no picture that can be read")
     write_csv(out / "pairs.csv", rows)
-    say_notices(notices)
+    degrade.say_notices(notices)
     pairs = len(rows) - 1
     print(f"{pairs} pairs in {out / 'pairs.csv'}; {len(paths) - pairs} pictures left out")
 
@@ -1053,7 +1053,8 @@ def relative(path, table):
 
 
 def write_csv(path, rows):
-    with atomic_write(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+    text = {"newline": "", "encoding": "utf-8"}
+    with degrade.atomic_write(path) as partial, open(partial, "w", **text) as file:
         csv.writer(file).writerows(rows)
 
 

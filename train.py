@@ -645,6 +645,11 @@ class State:
                     half = old.rename(run / f".{old.name}.partial")  # never half a step_N
                     shutil.rmtree(half, ignore_errors=True)
 
+    def advice(self, run):
+        """Say how a run that a damaged picture ended goes on."""
+        saved = f"{self.saved} is saved: " if self.saved else ""
+        return f"{saved}python train.py --resume {run} --data CSV goes on with a mended table"
+
     def load(self, folder, held_out):
         """Load step, scores, averages and moments from a checkpoint, but not the weights.
 
@@ -1089,9 +1094,7 @@ def train(state, stage, batches, val_set, run, rows):
             except UserError as error:  # a damaged picture
                 if WORLD == 1:  # else the last checkpoint stands
                     state.save(run, stage.config, rows, scored)
-                advice = f"python train.py --resume {run} --data CSV goes on with a mended table"
-                saved = f"{state.saved} is saved: " if state.saved else ""
-                raise UserError(f"{error}; {saved}{advice}") from None
+                raise UserError(f"{error}; {state.advice(run)}") from None
             waited += time.monotonic() - before
             loss, norm, stopped = train_step(state, stage, batch, lanes, stop)
             losses.append(loss)
