@@ -170,6 +170,8 @@ def find_run(flags):
         return Path(flags.get("out", f"out/{Path(table).stem if table else 'demo'}"))
     if "out" in flags:
         raise UserError("--out: --resume names the folder already")
+    if (Path(named) / "ema.safetensors").is_file():
+        raise UserError(f"--resume {named}: a checkpoint; give the run folder that holds it")
     if not Path(named).is_dir():
         raise UserError(f"--resume {named}: no such folder; give the one that --out named")
     return Path(named)
@@ -214,6 +216,9 @@ def resumed_settings(checkpoint, typed):
         if "model" in typed:
             raise UserError("--model: with --resume it says where a pretrained model is now")
     given = saved["given"] | typed
+    if "curriculum" in typed:  # which sets these
+        for name in {"steps", "resolution"} - typed.keys():
+            given.pop(name, None)
     known = saved["args"] | typed
     for name in set(FRESH_ON_RESUME) - given.keys():
         del known[name]
@@ -328,7 +333,7 @@ def first_does(function):
         except (UserError, OSError) as error:
             told[1] = str(error)
     dist.broadcast_object_list(told)
-    if told[1]:
+    if told[1] is not None:
         raise UserError(told[1])
     return told[0]
 
@@ -650,24 +655,26 @@ class State:
         saved = f"{self.saved} is saved: " if self.saved else ""
         return f"{saved}python train.py --resume {run} --data CSV goes on with a mended table"
 
-    def load(self, folder, held_out):
+    def load(self, folder, rows):
         """Load step, scores, averages and moments from a checkpoint, but not the weights.
 
-        held_out: the rows of validation now. Of others the scores are not kept. Raises UserError
-        for a damaged checkpoint."""
+        rows: content of rows.json now. Scores of other pictures are not kept. Raises UserError for
+        a damaged checkpoint."""
         config = model.read_run(folder)
         for key in PROGRESS:
             setattr(self, key, config[key])
         self.saved = folder.name
-        same = held_out == vae.read_json(folder / "rows.json")["held_out"]
-        for name in ("degradations", "max_degradations", "seed", "resolution", "latent_steps"):
+        before = vae.read_json(folder / "rows.json")
+        same = all(before[key] == rows[key] for key in ("measured", "crop"))
+        for name in ("degradations", "max_degradations", "seed", "latent_steps"):
             same = same and config["args"][name] == getattr(self.args, name)
         if not same:
             print("validation is on other pictures than before: best begins anew")
             self.best = [0.0, None]
             self.validation = None
-        with explain_errors(folder / "optimizer.safetensors", "this checkpoint"):
+        with explain_errors(folder / "ema.safetensors", "this checkpoint"):
             averages = load_file(folder / "ema.safetensors")
+        with explain_errors(folder / "optimizer.safetensors", "this checkpoint"):
             moments = load_file(folder / "optimizer.safetensors")
             for name in self.own:
                 self.average[name].copy_(shard(averages[name]))
@@ -1233,12 +1240,16 @@ def load_data(args, step, drawn):
     how = crop, data.draw_flags(vars(args)), args.skip_bad, before, begun["held_out"]
     train_set, val_set, held_out = data.make_datasets(args.data, args.val_data, *how)
     if args.data:
-        data.refuse_useless_flags(args.given, train_set.source, val_set.source)
+        given = args.typed if args.checkpoint else args.given
+        data.refuse_useless_flags(given, train_set.source, val_set.source)
     rows = {"trained": data.list_rows(train_set), "held_out": held_out}
+    rows |= {"measured": data.list_rows(val_set), "crop": val_set.crop}
     # of other weights, and of a table that has changed since
     rows["before"] = sorted(before - {digest for _, digest, _ in rows["trained"]})
     if args.checkpoint and "data" not in args.typed:
-        what = f"{args.out} began with other pictures; --data, given again, goes on with these"
+        what = f"{args.out} began with other pictures"
+        if args.data:
+            what += "; --data, given again, goes on with these"
         for key in ("trained", "held_out"):
             data.check_same(begun[key], rows[key], what)
     return train_set, val_set, rows
@@ -1264,7 +1275,7 @@ def run_training(args, config, train_set, val_set, rows, draws):
     stage = STAGES[args.stage](config, args, train_set, val_set, draws)
     state = State(stage.load(args.checkpoint), args)
     if args.checkpoint:
-        state.load(args.checkpoint, rows["held_out"])
+        state.load(args.checkpoint, rows)
     if RANK == 0:
         begin_files(run, state, stage, rows)
     introduce(args, state, len(train_set))

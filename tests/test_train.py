@@ -290,11 +290,25 @@ def test_a_curriculum_may_be_made_longer(photos_csv, tmp_path):
     assert model.read_run(tmp_path / "run")["step"] == 3
 
 
-def test_validation_with_other_crops_begins_best_anew(photos_csv, tmp_path):
-    flags = ["--data", photos_csv, *SMALL, "--steps", 1, "--out", "run"]
-    call("train.py", *flags, cwd=tmp_path)
-    output = call("train.py", "--resume", "run", "--steps", 2, "--resolution", 48, cwd=tmp_path)
-    assert "best begins anew" in output
+def test_validation_on_other_pictures_begins_best_anew(photos, tmp_path):
+    """With nine rows none is held out, and eight are measured."""
+    pictures = sorted(photos.glob("*.png"))
+    for name, some in (("a", pictures[:9]), ("b", pictures[3:])):
+        lines = ["image_path", *map(str, some)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+    flags = ["--data", "a.csv", *SMALL, "--out", "run"]
+    call("train.py", *flags, "--steps", 1, cwd=tmp_path)
+    on = ["--resume", "run", "--steps"]
+    assert "best begins anew" not in call("train.py", *on, 2, cwd=tmp_path)
+    assert "best begins anew" in call("train.py", *on, 3, "--data", "b.csv", cwd=tmp_path)
+
+
+def test_what_was_typed_at_the_start_does_not_hinder_what_is_typed_now(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    said = refused("train.py", "--resume", "run/step_000010", cwd=tmp_path)
+    assert "give the run folder" in said
+    call("train.py", "--resume", "run", "--curriculum", "32:11", cwd=tmp_path)  # --steps 10 before
+    assert model.read_run(tmp_path / "run")["step"] == 11
 
 
 def test_an_average_on_another_device_holds_the_last_weights(photos_csv, tmp_path):
