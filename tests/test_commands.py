@@ -270,6 +270,7 @@ BAD_INPUT = [  # a command, and what the one line has to say
     ("train.py --out RUN", ["holds a run already", "--resume"]),
     ("train.py --resume RUN --out x", ["--out", "--resume names the folder"]),
     ("train.py --model nonsense", ["tiny, mini, sana1.5-1.6b", "a hub id, or a run"]),
+    ("train.py --model out/typo", ["out/typo: no such folder"]),  # out/ is there: no hub id
     ("train.py --resume --out RUN", ["100", "--steps"]),
     ("evaluate.py --checkpoint nowhere --input PHOTO --output b.png", ["nowhere", "no checkpoint"]),
     ("evaluate.py --checkpoint RUN", ["--input", "--data"]),

@@ -161,6 +161,7 @@ BAD_RECIPES = {  # and what is said
     "gaussian_blur:kernel=4": "give an odd number from 1 to 999",
     "gaussian_noise:sigma=nan": "give a number from 0 to 1000000",
     "jpeg jpeg": "named twice",
+    "jpeg:quality=20:quality=30": "write it like jpeg:quality=NUMBER",
 }
 
 
@@ -399,3 +400,10 @@ def test_degrade_takes_alpha_only_if_it_hides_nothing(tmp_path, monkeypatch):
     image.save(tmp_path / "a.png")
     with pytest.raises(UserError, match="a.png has transparent pixels"):
         degrade.main()
+
+
+def test_a_picture_that_is_made_plain_keeps_its_name(photo, tmp_path):
+    photo.resize((9, 7)).save(tmp_path / "a.tif")
+    with Image.open(tmp_path / "a.tif") as image:
+        degrade.plain_image(image, degrade.describe_picture(image))
+        assert str(image.filename) == str(tmp_path / "a.tif")

@@ -427,13 +427,18 @@ def moved(stages, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pairs", "lora", "decoder", "lora-decoder"])
-def test_without_its_predecessors_and_moved_a_run_restores_and_goes_on(name, moved, stages, photo):
+def test_without_its_predecessors_and_moved_a_run_restores_and_goes_on(
+    name, moved, stages, photo, monkeypatch
+):
     small = photo.resize((50, 37))
     run = moved / f"{name} elsewhere/run"
     before = evaluate.Pipeline.load(stages / name)(small).tobytes()
     assert evaluate.Pipeline.load(run)(small).tobytes() == before
     step = model.find_checkpoint(run)
     assert evaluate.Pipeline.load(step)(small).tobytes() == before
+    with monkeypatch.context() as patch:
+        patch.chdir(step)
+        assert evaluate.Pipeline.load(".")(small).tobytes() == before
     call("train.py", "--resume", run, "--steps", 5, cwd=moved)
     assert (run / "latest").read_text() == "step_000005"
 
