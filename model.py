@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -594,6 +595,7 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 #   digests      {part: SHA-256 of its weights} of a pretrained model, or of an own autoencoder
 #   sana         the transformer's config; conditioning, prediction, shift: Restorer's arguments
 #   enlarge      factor by which pictures are enlarged before they are restored
+#   keeps_grey   whether grey pictures stay grey: the clean pictures of grey conditions were grey
 #   lora         rank, if the trained weights are low-rank updates
 #   base         True: the weights are only changes (LoRA, decoder) to a restorer in RUN/base/
 #   decoder      of the decoder that sees the degraded image: "dcae", its config; "gains", the
@@ -618,6 +620,7 @@ MODEL_DEFAULTS = {
     "shift": SHIFT,
     "sana": {},
     "enlarge": 1,
+    "keeps_grey": True,
     "lora": None,
     "base": False,
     "decoder": None,
@@ -1277,6 +1280,15 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
 # What stands around the transformer, frozen: pixels become latents, captions become embeddings.
 
 
+def split_words(prompt):
+    """Return the words of a prompt: runs of letters, digits and the marks that belong to them.
+
+    They are in lower case and composed (Unicode's NFC): an accent may be typed in two ways."""
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", prompt).lower())
+    kinds = [unicodedata.category(c)[0] for c in text]
+    return "".join(c if kind in "LNM" else " " for c, kind in zip(text, kinds)).split()
+
+
 def hash_prompts(prompts):
     """Embed prompts without a text encoder -> text [B, L, 256], text_mask [B, L] bool.
 
@@ -1284,7 +1296,7 @@ def hash_prompts(prompts):
     the same on every machine. The empty word stands first, as <bos> does elsewhere."""
     rows = []
     for prompt in prompts:
-        words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
+        words = split_words(prompt)
         digests = b"".join(hashlib.sha256(word.encode()).digest() for word in ["", *words])
         bits = np.unpackbits(np.frombuffer(digests, np.uint8), bitorder="little")
         rows.append(torch.from_numpy(bits).view(-1, 256).float() * 2 - 1)   # [L, 256]

@@ -768,7 +768,9 @@ class RestorerStage:
         return losses
 
     def make_method(self, module, dataset):
-        pipeline = evaluate.Pipeline(module, self.autoencoder, self.prompts)
+        grey = self.config["keeps_grey"]
+        around = self.autoencoder, self.prompts
+        pipeline = evaluate.Pipeline(module, *around, keeps_grey=grey)
         return restoring(pipeline, dataset, self.args)
 
 
@@ -889,7 +891,9 @@ class DecoderStage:
 
     def make_method(self, module, dataset):
         steps = self.args.latent_steps
-        pipeline = evaluate.Pipeline(self.restorer, module, self.prompts, steps=steps)
+        grey = self.config["keeps_grey"]
+        around = module, self.prompts
+        pipeline = evaluate.Pipeline(self.restorer, *around, keeps_grey=grey, steps=steps)
         return restoring(pipeline, dataset, self.args)
 
 
@@ -1267,6 +1271,17 @@ def claim_run(args):
     return True
 
 
+def try_folder(run):
+    """Write, rename and remove a folder, as each checkpoint will. Raises UserError."""
+    written, renamed = run / ".step_try.partial", run / ".step_tried.partial"
+    vae.write_json(written / "config.json", {})
+    try:
+        written.rename(renamed)
+        shutil.rmtree(renamed)
+    except OSError as error:
+        raise UserError(f"{run}: a checkpoint cannot be renamed or removed here: {error}") from None
+
+
 def run_training(args, config, train_set, val_set, rows, draws):
     """Train -> the State and the signal that ended it, or None. Raises UserError.
 
@@ -1333,7 +1348,7 @@ def main():
     run = Path(args.out)
     config, step, drawn = first_does(lambda: describe_run(args))
     train_set, val_set, rows = first_does(lambda: load_data(args, step, drawn))
-    config["enlarge"] = train_set.source.enlarge
+    config |= train_set.source.about_conditions()
     if args.cache:
         about = data.fingerprint(config, data.draw_flags(vars(args)), args.resolution)
         train_set = data.CachedDataset(args.cache, about, train_set)
@@ -1342,6 +1357,7 @@ def main():
     draws = range(drawn + RANK, last, WORLD)
     made = not args.checkpoint and first_does(lambda: claim_run(args))
     try:
+        first_does(lambda: try_folder(run))
         if not args.checkpoint:
             first_does(lambda: model.link_parts(args.model, config, run))
         state, caught = run_training(args, config, train_set, val_set, rows, draws)

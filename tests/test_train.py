@@ -8,9 +8,11 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import data
@@ -256,6 +258,59 @@ def test_a_folder_is_claimed_by_making_it(photos_csv, tmp_path, monkeypatch):
     wrong = [*flags[:-1], "other", "--resolution", 33]
     assert "give a multiple of 4" in refused("train.py", *wrong, cwd=tmp_path)
     assert not (tmp_path / "other").exists()
+
+
+REFUSED = {  # what a mount may refuse: (what to replace, the line or None)
+    "rename": (Path, "rename", "cannot be renamed or removed here"),
+    "remove": (os, "unlink", "cannot be renamed or removed here"),
+    "replace": (os, "replace", "cannot write"),
+    "chmod": (Path, "chmod", None),
+    "change owner or times": (os, "utime", None),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_checkpoint_needs_is_tried_at_the_start(whole, photos_csv, tmp_path, name):
+    """Before the first step, whose work would be lost; also where a run goes on."""
+    shutil.copytree(whole, tmp_path / "run")
+    place, function, says = REFUSED[name]
+    flags = ["--data", photos_csv, *SMALL, "--steps", 1, "--out", "new"]
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(path, *_, **__):
+            raise PermissionError(1, "Operation not permitted", str(path))
+
+        patch.setattr(place, function, refuse)
+        if not says:
+            call("train.py", *flags, cwd=tmp_path)
+            return
+        patch.setattr(train, "train", None)
+        for words in (flags, ["--resume", "run", "--steps", 99]):
+            line = refused("train.py", *words, cwd=tmp_path)
+            assert says in line and "Operation not permitted" in line
+    assert (tmp_path / "run/latest").read_text() == "step_000010"
+
+
+def test_a_run_knows_whether_grey_stays_grey(photos, tmp_path):
+    lines = ["image_path,condition_image_path,caption"]
+    for i, path in enumerate(sorted(photos.glob("*.png"))):
+        Image.open(path).convert("L").save(tmp_path / f"{i}.png")
+        lines.append(f"{path},{i}.png,Colour it.")
+    (tmp_path / "color.csv").write_text("\n".join(lines))
+    (tmp_path / "grey.csv").write_text("image_path\n0.png\n1.png\n")
+    for name, keeps_grey in (("color", False), ("grey", True)):
+        table = ["--data", f"{name}.csv"]
+        flags = [*SMALL, "--steps", 3, "--out", name]
+        said = call("train.py", *table, *flags, cwd=tmp_path)
+        assert ("12 of 12 grey conditions have a coloured" in said) != keeps_grey
+        assert model.read_run(tmp_path / name)["model"]["keeps_grey"] == keeps_grey
+        pipeline = evaluate.Pipeline.load(tmp_path / name)
+        assert pipeline(tmp_path / "0.png").mode == ("L" if keeps_grey else "RGB")
+        sample = Image.open(tmp_path / name / "samples/step_000003.png").convert("RGB")
+        red, _, blue = sample.crop((104, 20, 190, 90)).split()  # the second: what was restored
+        assert (red.tobytes() == blue.tobytes()) == keeps_grey
+    call("train.py", *table, "--model", "color", *flags[:-1], "more", cwd=tmp_path)
+    assert model.read_run(tmp_path / "more")["model"]["keeps_grey"]  # the last table says so
 
 
 def test_resume_begins_where_no_run_is_yet(whole, photos_csv, tmp_path):
