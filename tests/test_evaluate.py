@@ -302,7 +302,7 @@ def test_out_of_memory_on_one_picture_does_not_stop_the_others(tiny, photo, tmp_
             return super().__call__(picture, **sampling)
 
     pipeline = Short(tiny.restorer, tiny.autoencoder, tiny.prompts)
-    for pipeline.error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB")):
+    for pipeline.error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
         assert restore_files(pipeline, work, overwrite=True) == 1
         assert f"failed: {work[1][0]}: out of memory" in capsys.readouterr().err
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "2.png"]

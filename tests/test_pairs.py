@@ -118,8 +118,9 @@ def test_grey_conditions_with_coloured_clean_pictures_do_not_keep_grey(
     assert (f"{count} of 3 grey conditions have a coloured clean picture" in said) == bool(count)
     item = PairedDataset(source, None, training=False)[2]
     assert (item["grey"], item["clean_grey"]) == (True, clean[2] == "L")
-    coloured = CsvPairs(write_csv(tmp_path / "p.csv", [(f"c{len(clean) - 1}.png", "", "")]))
-    assert coloured.about_conditions() == {"enlarge": 1}
+    for i, mode in enumerate(clean):  # degraded on the fly
+        about = CsvPairs(write_csv(tmp_path / "p.csv", [(f"c{i}.png", "", "")])).about_conditions()
+        assert about == {"enlarge": 1} | ({"keeps_grey": True} if mode == "L" else {})
 
 
 def test_out_of_memory_on_one_picture_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
