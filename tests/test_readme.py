@@ -51,6 +51,7 @@ KNOWN = {
 }
 # In the text these name what a whole command shows elsewhere.
 NAMES = {
+    "python tests/published.py",  # test_published.py runs it
     "python tests/bench.py",
     "python data.py pairs",
     "python data.py cache",
