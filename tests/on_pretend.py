@@ -4,20 +4,23 @@ tests/test_pretend.py runs it in a process of its own: python -m pytest tests/on
 """
 
 import copy
+from argparse import Namespace
 
 import pretend  # before the code under test
 import pytest
 import torch
 from PIL import Image
-from pretend import LAUNCHES, NAME, WAITS
+from pretend import LAUNCHES, MEMORY, NAME, WAITS
 from safetensors.torch import load_file
 
+import bench
 import evaluate
 import model
 import train
 import vae
 from data import to_tensor
 from evaluate import Pipeline
+from memory import restorer_memory
 from model import PRESETS, Prompts
 from pipeline import randomize
 from test_commands import read_log
@@ -321,3 +324,55 @@ def test_fid(published, photos):
         sets.append(metrics.fid.sets["some"])
     for a, b in zip(*sets):
         assert error(torch.as_tensor(a), torch.as_tensor(b)) < FP32
+
+
+# --------------------------------------------------------------------------------------------------
+# At full width, from the shapes alone.
+
+
+@pytest.fixture
+def shapes_only(monkeypatch):
+    monkeypatch.setattr(pretend.USE, "raw", "meta")
+
+
+def full_step(flags, layers):
+    """Do a training step -> settings, stage; launches, waits, and the bytes held at most."""
+    sana = bench.SANA_1_6B | {"num_layers": layers}
+    args, stage = bench.settings_and_stage(flags, NAME, sana)
+    state = train.State(stage.build_restorer(), args)
+    pretend.reset()
+    train.train_step(state, stage, stage.batch(), Namespace(count=1))
+    return args, stage, LAUNCHES.total(), WAITS.total(), MEMORY.most
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--accumulate 2 --batch_size 8",
+        "--accumulate 2 --batch_size 8 --checkpointing --ema_device cpu",
+        "--accumulate 2 --batch_size 8 --lora 16 --checkpointing",
+    ],
+)
+def test_peak_memory_is_that_of_the_table_of_cards(flags, shapes_only):
+    """Of two parts: while the second is computed, the gradients of the first are there, too."""
+    args, stage, _, _, most = full_step(flags, layers=6)
+    sizes = restorer_memory(
+        stage.config,
+        stage.autoencoder,
+        args.optimizer,
+        4,
+        args.resolution,
+        args.checkpointing,
+        args.ema_device == NAME,
+    )
+    print(flags, most / 1e9, sum(sizes.values()) / 1e9)
+    assert most == pytest.approx(sum(sizes.values()), rel=0.05)
+
+
+def test_launches_and_waits_of_a_step(shapes_only):
+    """A block more adds its own launches; neither it nor a part more adds a wait."""
+    _, _, fewer, waits, _ = full_step("", layers=1)
+    _, _, more, waits_of_more, _ = full_step("", layers=2)
+    _, _, _, waits_in_parts, _ = full_step("--accumulate 4", layers=1)
+    print(more - fewer, waits)
+    assert waits == waits_of_more == waits_in_parts <= MOST_WAITS

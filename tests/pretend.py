@@ -192,10 +192,8 @@ def check(func, given, written, indices):
 
 def reads_indices(indices):
     """Say whether the host must know numbers of the device first, or the device the host's."""
-    for t in tensors_of([indices]):
-        if t.dtype == torch.bool or not isinstance(t, Pretend):
-            return True
-    return False
+    index = tensors_of([indices])
+    return any(t.dtype == torch.bool or not isinstance(t, Pretend) for t in index)
 
 
 def wait(reason):
@@ -243,7 +241,10 @@ def count(func, name, given, written, result):
     new = [t for t in outputs if key_of(t) not in memory]
     LAUNCHES[name] += 1
     BYTES[name] += sum(t.nbytes for t in inputs + changed + new)
-    if func._overloadpacket in flop_registry:
+    if name == "convolution_backward":  # torch's own formula leaves out the groups
+        forward = 2 * given["grad_output"].numel() * given["weight"][0].numel()
+        FLOPS[name] += forward * sum(given["output_mask"][:2])
+    elif func._overloadpacket in flop_registry:
         FLOPS[name] += flop_registry[func._overloadpacket](*given.values(), out_val=result)
 
 
@@ -325,3 +326,4 @@ def install():
 
 LIBRARY = install()
 torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()
+torch.compile = lambda function, **options: one_kernel(function)
