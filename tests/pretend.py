@@ -102,19 +102,20 @@ def execute(func, args, kwargs):
     names, written = describe(func)
     given = dict(zip(names, args)) | kwargs
     name = func._schema.name.removeprefix("aten::")
-    to_cpu = "device" in given and torch.device(given["device"] or NAME).type == "cpu"
     indices = given.get("indices") if name.startswith("index") else None
+    to_cpu = target_of(name, given) == "cpu"
+    crossing = None
     if name in COPIES:
         source = given["src"] if name == "copy_" else given["self"]
-        target = given["self"].device.type if name == "copy_" else None
-        to_cpu = to_cpu or target == "cpu"
-        crossing = to_cpu or not isinstance(source, Pretend)
-        if crossing and not given.get("non_blocking"):
-            wait("GPU -> CPU" if to_cpu else "CPU -> GPU")
+        if to_cpu or not isinstance(source, Pretend):
+            crossing = "GPU -> CPU" if to_cpu else "CPU -> GPU"
     else:
         check(func, given, written, indices)
+
     if name in READS:
         wait(name)
+    elif crossing and not given.get("non_blocking"):
+        wait(crossing)
     elif reads_indices(indices):
         wait("index by bool or from the CPU")
 
@@ -123,18 +124,27 @@ def execute(func, args, kwargs):
         options["device"] = "cpu" if to_cpu else USE.raw
     convert = numbers_of if to_cpu or name in READS else raw_of
     result = func(*change(convert, args), **change(convert, options))
-    if to_cpu:
-        arrive(result, given.get("non_blocking"))
     count(func, name, given, written, result)
     if to_cpu:
-        return result
-    # what an operation writes to is returned as it is
-    known = {id(raw_of(t)): t for t in tensors_of(given.values())}
+        return arrive(result, given.get("non_blocking"))
+    return wrap(func, given, written, result)
+
+
+def target_of(name, given):
+    """Return the type of device that the result of an operation lies on."""
+    if given.get("device") is not None:
+        return torch.device(given["device"]).type
+    return given["self"].device.type if name == "copy_" else NAME
+
+
+def wrap(func, given, written, result):
+    """Return the result as tensors of the device; what was written to, as it was given."""
+    known = {id(raw_of(t)): t for t in tensors_of(given)}
     for key in written:
-        for t in tensors_of([given.get(key)]):
+        for t in tensors_of(given.get(key)):
             if isinstance(t, Pretend) and t.stride() != t.raw.stride():
                 raise NotImplementedError(f"{func} changes a shape in place")
-    return change(lambda t: known.get(id(t)) if id(t) in known else Pretend(t), result)
+    return change(lambda t: known[id(t)] if id(t) in known else Pretend(t), result)
 
 
 @functools.cache
@@ -152,16 +162,23 @@ def change(function, value):
     """Return a value with function(tensor) in place of each tensor in it."""
     if isinstance(value, torch.Tensor):
         return function(value)
-    if isinstance(value, dict):
-        return {key: change(function, v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)([change(function, v) for v in value])
+    if isinstance(value, dict):
+        return {key: change(function, v) for key, v in value.items()}
     return value
 
 
-def tensors_of(values):
+def tensors_of(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
     found = []
-    change(found.append, list(values))
+    for v in value:
+        found += tensors_of(v)
     return found
 
 
@@ -183,7 +200,7 @@ def check(func, given, written, indices):
     if generator is not None and generator.device.type != NAME:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator: {func} {where()}")
     for key, value in given.items():
-        for t in tensors_of([value]):
+        for t in tensors_of(value):
             scalar = t is value and t.dim() == 0 and key not in written
             if not (isinstance(t, Pretend) or scalar or value is indices):
                 what = f"{key} {list(t.shape)} of {func} is on {t.device}"
@@ -192,7 +209,7 @@ def check(func, given, written, indices):
 
 def reads_indices(indices):
     """Say whether the host must know numbers of the device first, or the device the host's."""
-    index = tensors_of([indices])
+    index = tensors_of(indices)
     return any(t.dtype == torch.bool or not isinstance(t, Pretend) for t in index)
 
 
@@ -202,7 +219,7 @@ def wait(reason):
     deliver()
 
 
-def deliver(*_):
+def deliver():
     for target, values in ON_THE_WAY:
         target.copy_(values)
     ON_THE_WAY.clear()
@@ -213,6 +230,7 @@ def arrive(target, non_blocking):
     if non_blocking and target.is_floating_point():
         ON_THE_WAY.append((target, target.clone()))
         target.fill_(float("nan"))
+    return target
 
 
 def where():
@@ -228,9 +246,9 @@ def where():
 
 def count(func, name, given, written, result):
     """Count the launch of an operation, and what it moves and computes."""
-    inputs = [raw_of(t) for t in tensors_of(given.values())]
-    changed = [raw_of(t) for key in written for t in tensors_of([given.get(key)])]
-    outputs = tensors_of([result])
+    inputs = [raw_of(t) for t in tensors_of(given)]
+    changed = [raw_of(t) for key in written for t in tensors_of(given.get(key))]
+    outputs = tensors_of(result)
     memory = {key_of(t) for t in inputs}
     view = not written and any(key_of(t) in memory for t in outputs)
     if view or name.startswith(("empty", "new_empty")):
