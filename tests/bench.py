@@ -787,7 +787,10 @@ def settings_and_stage(flags, device, sana=SANA_1_6B):
 
 
 def count_parts(parts):
-    """Run the parts of a step on the pretend GPU -> {part: [launches, GB, TFLOP, waits]}, peak GB."""
+    """Run the parts of a step on the pretend GPU.
+
+    -> {part: [launches, GB, TFLOP, waits]}, GB held at most
+    """
     import pretend
 
     counted = {}
@@ -808,7 +811,7 @@ def print_counts(counted):
 
 
 def count_recipes():
-    """Print the table of launches, GB and TFLOP. The milliseconds are arithmetic: GB / bandwidth."""
+    """Print the table of launches, GB and TFLOP. The milliseconds are arithmetic."""
     import pretend
 
     pretend.USE.raw = "meta"
@@ -858,18 +861,21 @@ def measure_parts(step, rounds=5):
 def measure_recipes():
     """Print the rows of count_recipes in milliseconds, measured on a card."""
     print("SANA 1.5 1.6B, random weights: ms, measured")
-    args, stage = settings_and_stage("", "cuda")
-    restorer = stage.build_restorer()
-    restorer.sana.bfloat16()
-    restorer.to("cuda")
-    print_milliseconds(measure_parts(lambda: sampling_step(restorer, stage)))
-    del restorer
+    measure_sampling()
     for name, flags in RECIPES.items():
         print(f"{name}: four pictures of 512 px")
         try:
             measure_recipe(flags)
         except torch.OutOfMemoryError:
             print("more than this card's memory")
+
+
+def measure_sampling():
+    _, stage = settings_and_stage("", "cuda")
+    restorer = stage.build_restorer()
+    restorer.sana.bfloat16()
+    restorer.to("cuda")
+    print_milliseconds(measure_parts(lambda: sampling_step(restorer, stage)))
 
 
 def measure_recipe(flags):

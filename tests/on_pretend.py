@@ -335,7 +335,7 @@ def test_fid(published, photos):
 
 @functools.cache
 def full_step(flags, layers):
-    """Do a training step -> launches, waits, bytes held at most; and what memory.py says of them."""
+    """Do a training step -> launches, waits, bytes held at most, and what memory.py says of these."""
     gc.collect()  # what earlier tests have left
     before = MEMORY.now
     sana = bench.SANA_1_6B | {"num_layers": layers}
