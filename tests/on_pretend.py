@@ -31,7 +31,7 @@ from vae import PixelAE
 
 DEVICES = ["cpu", NAME]
 FP32 = 1e-4  # of the largest number
-BF16 = 0.2  # where the CPU computes in fp32
+BF16 = 0.1  # where the CPU computes in fp32
 MOST_WAITS = 4  # of the host in a training step
 LAUNCHES_A_BLOCK = 320  # forward and backward, norm, update
 FAST = ["--batch_size", 4, "--steps", 2, "--val_every", 2, "--save_every", 1, "--resolution", 32]
@@ -73,23 +73,36 @@ def error(ours, exact):
     return ((ours.float().cpu() - exact.float()).norm() / exact.float().norm()).item()
 
 
-def assert_same_run(runs, tolerance=FP32):
-    """Losses, scores, first moments (so gradients), and in fp32 weights are those of the CPU.
-
-    Adam's first steps are of one size, however small a gradient: in bf16 some go another way.
-    """
+def assert_same_losses(runs, tolerance):
     exact, ours = runs
     for a, b in zip(read_log(ours), read_log(exact), strict=True):
         for key in {"loss", "norm"} & b.keys():
             assert a[key] == pytest.approx(b[key], rel=tolerance), key
         for key in {"restored_psnr", "roundtrip_psnr"} & b.keys():
             assert a[key] == pytest.approx(b[key], abs=0.05)
-    for name in ["optimizer", "model", "ema"] if tolerance == FP32 else ["optimizer"]:
+
+
+def assert_same_run(runs):
+    """In fp32 each weight, average and first moment (so gradient) is that of the CPU."""
+    assert_same_losses(runs, FP32)
+    exact, ours = runs
+    for name in ("optimizer", "model", "ema"):
         a, b = load_newest(ours, name), load_newest(exact, name)
         assert a.keys() == b.keys()
         for key in a:
-            if not key.startswith(("low.", "exp_avg_sq.")) and b[key].float().norm() > 1e-6:
-                assert error(a[key], b[key]) < tolerance, (name, key)
+            if not key.startswith("exp_avg_sq.") and b[key].norm() > 1e-6:
+                assert error(a[key], b[key]) < FP32, (name, key)
+
+
+def assert_nearly_same_run(runs):
+    """In bf16 the gradients, all together, are nearly those of the CPU."""
+    assert_same_losses(runs, BF16)
+    moments = []
+    for run in reversed(runs):
+        tensors = load_newest(run, "optimizer").items()
+        some = [t.float().flatten() for key, t in sorted(tensors) if key.startswith("exp_avg.")]
+        moments.append(torch.cat(some))
+    assert error(*moments) < BF16
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,7 +157,7 @@ def test_sana(way, photos_csv, pipeline_folder, tmp_path):
     flags += ["--accumulate", 2, "--checkpointing"]
     assert_same_run(train_on_both(tmp_path, way, *flags, "--optimizer", "adamw", stop=1))
     bf16 = train_on_both(tmp_path, "bf16", *flags, "--optimizer", "adamw_bf16", stop=1)
-    assert_same_run(bf16, BF16)
+    assert_nearly_same_run(bf16)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
@@ -167,7 +180,7 @@ def test_the_average_on_the_cpu(optimizer, photos_csv, pipeline_folder, tmp_path
 
 def test_lora(photos_csv, pipeline_folder, tmp_path):
     flags = ["--data", photos_csv, "--model", pipeline_folder, "--lora", 2, "--checkpointing"]
-    assert_same_run(train_on_both(tmp_path, "lora", *flags), BF16)
+    assert_nearly_same_run(train_on_both(tmp_path, "lora", *flags))
 
 
 def test_a_cache(photos_csv, pipeline_folder, tmp_path):
@@ -206,7 +219,7 @@ def test_the_decoder_of_sana(photos_csv, pipeline_folder, tmp_path):
     flags = ["--data", photos_csv, "--batch_size", 2, "--steps", 1]
     train_on_both(tmp_path, "sana", *flags, "--model", pipeline_folder)
     flags += ["--model", "sana DEVICE", "--stage", "decoder", "--latent_steps", 2]
-    assert_same_run(train_on_both(tmp_path, "decoder", *flags), BF16)
+    assert_nearly_same_run(train_on_both(tmp_path, "decoder", *flags))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -335,7 +348,7 @@ def test_fid(published, photos):
 
 @functools.cache
 def full_step(flags, layers):
-    """Do a training step -> launches, waits, bytes held at most, and what memory.py says of these."""
+    """Do a training step -> launches, waits, bytes held at most, and what memory.py says."""
     gc.collect()  # what earlier tests have left
     before = MEMORY.now
     sana = bench.SANA_1_6B | {"num_layers": layers}
