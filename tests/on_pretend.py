@@ -11,7 +11,6 @@ from argparse import Namespace
 import pretend  # before the code under test
 import pytest
 import torch
-from PIL import Image
 from pretend import LAUNCHES, MEMORY, NAME, WAITS
 from safetensors.torch import load_file
 
@@ -20,7 +19,7 @@ import evaluate
 import model
 import train
 import vae
-from data import to_tensor
+from data import CsvPairs, PairedDataset, to_tensor
 from evaluate import Pipeline
 from memory import restorer_memory
 from model import PRESETS, Prompts
@@ -329,17 +328,19 @@ def test_the_table_of_scores(presets, photos, published, tmp_path):
             assert value == pytest.approx(expected, rel=1e-3), (method, metric)
 
 
-def test_fid(published, photos):
-    """The statistics of Inception's features, of which the distance is made on the CPU."""
-    pictures = [to_tensor(Image.open(photos / f"0{i}.png")) for i in range(2)]
-    sets = []
+def test_fid(photos, published, tmp_path):
+    """Inception's features of a picture and its condition; what follows is on the CPU."""
+    table = tmp_path / "one.csv"
+    table.write_text(f"image_path\n{photos / '00.png'}\n")
+    dataset = PairedDataset(CsvPairs(table), None, training=False)
+    means = []
     for device in DEVICES:
         metrics = evaluate.Metrics(["fid"], fid_weights=published["inception"], device=device)
-        for picture in pictures:
-            metrics(picture, picture, "some")
-        sets.append(metrics.fid.sets["some"])
-    for a, b in zip(*sets):
-        assert error(torch.as_tensor(a), torch.as_tensor(b)) < FP32
+        evaluate.evaluate_pairs(dataset, {}, metrics, quiet=True)
+        means.append({name: mean for name, (_, mean, _) in metrics.fid.sets.items()})
+    assert list(means[1]) == ["input", "clean"]
+    for name, mean in means[1].items():
+        assert error(mean, means[0][name]) < FP32
 
 
 # --------------------------------------------------------------------------------------------------
