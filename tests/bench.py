@@ -862,12 +862,38 @@ def measure_recipes():
     """Print the rows of count_recipes in milliseconds, measured on a card."""
     print("SANA 1.5 1.6B, random weights: ms, measured")
     measure_sampling()
+    measure_ceiling()
     for name, flags in RECIPES.items():
         print(f"{name}: four pictures of 512 px")
         try:
             measure_recipe(flags)
         except torch.OutOfMemoryError:
             print("more than this card's memory")
+
+
+@torch.no_grad()
+def measure_ceiling():
+    """Time the ceiling, a picture of 1024 px there and back through DC-AE.
+
+    With TF32 in its Linears and without (its convolutions have it either way, as torch has them).
+    """
+    torch.manual_seed(0)
+    autoencoder = DCAE(DC_AE_F32C32).eval().to("cuda")
+    pixels = torch.rand(1, 3, 1024, 1024, device="cuda") * 2 - 1
+    restored = {}
+    before = torch.backends.cuda.matmul.allow_tf32
+    for tf32 in (True, False):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        name = f"DC-AE there and back, TF32 in Linears: {'yes' if tf32 else 'no'}"
+
+        def step():
+            restored[tf32] = autoencoder.decode(autoencoder.encode(pixels))
+            yield name
+
+        print_milliseconds(measure_parts(step))
+    torch.backends.cuda.matmul.allow_tf32 = before
+    agree = psnr(restored[True].clamp(-1, 1), restored[False].clamp(-1, 1)).item()
+    print(f"the two pictures agree to {agree:.1f} dB", flush=True)
 
 
 def measure_sampling():

@@ -249,6 +249,23 @@ def pipelines(run):
     return exact, ours
 
 
+def test_prompts(sana_run):
+    """Gemma reads them on the device. One more is no more waits."""
+    prompts = [Pipeline.load(sana_run, device).prompts for device in DEVICES]
+    some = ["Remove noise.", "", "Remove jpeg artifacts.", "Sharpen."]
+    waits = []
+    for captions in (some, ["Restore."]):
+        pretend.reset()
+        prompts[1].prepare(captions)
+        waits.append(WAITS.total())
+    assert LAUNCHES["embedding"] == 1
+    exact, exact_mask = prompts[0](some)
+    ours, mask = prompts[1](some)
+    assert error(ours, exact) < FP32
+    assert torch.equal(mask.cpu(), exact_mask)
+    assert waits[0] == waits[1]
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
