@@ -436,20 +436,47 @@ def adamw_bf16(weight, low, grad, exp_avg, exp_avg_sq, average, seed, start, num
     which a step often moves by less than half a unit. numbers: five tensors [], so that the
     function can be compiled (a Python number would be a constant): 1 - lr * weight decay,
     -lr / (1 - BETA1^t), sqrt(1 - BETA2^t), the factor of the gradient, the weight of the new in
-    the average."""
+    the average.
+
+    The operations are those that give the same bits eager and compiled, on a CPU. lerp and addcmul
+    do not, nor does sqrt (eager torch calls MKL's, a fifth of whose results are rounded wrong)."""
     decay, rate, correction, scale, share = numbers
     w = join_fp32(weight, low)
     g = grad.float() * scale
-    m = exp_avg.float().lerp(g, 1 - BETA1)
-    v = (exp_avg_sq.float() * BETA2).addcmul(g, g, value=1 - BETA2)
-    w = w * decay + rate * m / (v.sqrt() / correction + EPS)
+    m = exp_avg.float()
+    m = m + (g - m) * (1 - BETA1)
+    v = exp_avg_sq.float() * BETA2 + g * g * (1 - BETA2)
+    root = 1 / v.rsqrt()
+    w = w * decay + rate * m / (root / correction + EPS)
     high, rest = split_fp32(w)
     weight.copy_(high)
     low.copy_(rest)
     exp_avg.copy_(m)
     exp_avg_sq.copy_(round_stochastically(v, seed, start))
     if average is not None:
-        average.lerp_(w, share)
+        average.copy_(average + (w - average) * share)
+
+
+@torch.no_grad()
+def compile_update(device):
+    """Return adamw_bf16 compiled into one pass over the memory; as it is if there is no compiler.
+
+    Compiled it moves 26 bytes a weight with the average; eager, operation by operation, 442. One
+    graph serves tensors of any length. If too many are needed, fullgraph makes that an error, where
+    torch would go on eager without a word."""
+    update = torch.compile(adamw_bf16, dynamic=True, fullgraph=True)
+    average = torch.zeros(16, device=device)
+    weight, low = split_fp32(average)
+    grad, exp_avg, exp_avg_sq = weight.clone(), weight.clone(), weight.clone()
+    seed, start = torch.zeros(2).int()
+    numbers = torch.ones(5).unbind()
+    try:
+        update(weight, low, grad, exp_avg, exp_avg_sq, average, seed, start, numbers)
+    except RuntimeError as error:  # no Triton, no C compiler
+        reason = str(error).strip().splitlines()[0]
+        print(f"adamw_bf16 cannot be compiled here ({reason}): its update takes 17 times as long")
+        return adamw_bf16
+    return update
 
 
 # --------------------------------------------------------------------------------------------------
@@ -492,6 +519,9 @@ class State:
         self.average = {name: t.to(args.ema_device) for name, t in fp32.items()}
         self.average_every = 1 if args.ema_device == args.device else 50  # weights have to travel
         self.moments = {}
+        self.adamw_bf16 = adamw_bf16
+        if args.optimizer == "adamw_bf16" and args.device != "cpu":
+            self.adamw_bf16 = compile_update(args.device)
         pretrained = {"params": [], "peak": args.lr}
         new = {"params": [], "peak": args.proj_lr}
         # the optimizer keeps these dicts, in which update sets "lr", also for bf16 weights
@@ -556,6 +586,8 @@ class State:
 
     def update_bf16(self, name, p, lr, scale, share):
         """Do the update of one bf16 weight; with its average, if that lies on the same device."""
+        if p.numel() == 0:  # several processes: more than the weight has rows
+            return
         t = self.step
         numbers = [
             1 - lr * self.args.weight_decay,
@@ -567,16 +599,15 @@ class State:
         seed = seed_for(self.args.seed, t, f"rounding of {name}")
         whole = self.weights[name]
         start = RANK * rows_of_each(whole) * math.prod(whole.shape[1:])
-        adamw_bf16(
-            p.view(-1),
+        self.adamw_bf16(
+            p.detach().view(-1),
             self.moments[name]["low"].view(-1),
             p.grad.contiguous().view(-1),
             self.moments[name]["exp_avg"].view(-1),
             self.moments[name]["exp_avg_sq"].view(-1),
             self.average[name].view(-1) if self.average_every == 1 else None,
-            torch.tensor(seed).int(),  # of 63 bits, the lower 32
-            torch.tensor(start).int(),
-            [torch.tensor(number) for number in numbers],
+            *torch.tensor([seed, start]).int(),  # of 63 bits, the lower 32
+            torch.tensor(numbers).unbind(),
         )
 
     def collect_gradients(self):

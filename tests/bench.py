@@ -14,6 +14,8 @@ metrics       PSNR, SSIM, LPIPS, FID
 tiny          the preset: training, and restoring a photo, beside plain convolutions
 convolutions  they, trained for --minutes: what they reach (not part of all)
 memory        the table by card, derived from the shapes; with --gpu measured too
+cost          a training step at full size, part by part: on a pretend GPU counted from the shapes
+              (not part of all); with --gpu measured
 
 Milliseconds are medians. On Linux set MALLOC_MMAP_THRESHOLD_=1073741824 and
 MALLOC_TRIM_THRESHOLD_=1073741824: without them both sides wait for the system's memory.
@@ -42,7 +44,7 @@ from data import dead_leaves, to_tensor
 from degrade import DEGRADATIONS, parse_degradations, random_degradation
 from evaluate import LPIPS, Metrics, Pipeline, evaluate_pairs, frechet_distance, means
 from evaluate import psnr, ssim
-from memory import decoder_memory, restorer_memory
+from memory import TOKENS, decoder_memory, restorer_memory
 from model import PRESETS, Prompts, Sana, build_restorer, flow_loss, sample_euler
 from train import adamw_bf16, join_fp32
 from vae import DCAE, PixelAE, decoder_loss, trained_weights
@@ -711,6 +713,223 @@ def train_row(config, args):
     return state
 
 
+# --------------------------------------------------------------------------------------------------
+# What a step costs on a card, part by part: counted from the shapes, or measured there.
+
+BANDWIDTHS = 3.35, 2.0, 1.0  # TB/s: H100, A100, RTX 4090
+RECIPES = {  # flags of train.py, the cheapest first
+    "LoRA 16 with checkpointing": "--lora 16 --checkpointing",
+    "all weights in bf16, AdamW, the average on the card": "",
+}
+
+
+class FullSizeStage(train.RestorerStage):
+    """The stage restorer of train.py, with DC-AE's random weights and a caption of zeros."""
+
+    def __init__(self, config, args):
+        self.config = config
+        self.args = args
+        with torch.device(args.device):
+            self.autoencoder = DCAE(DC_AE_F32C32).eval().requires_grad_(False)
+        self.prompts = Prompts(config, args.device)
+        self.prompts.known = {"": torch.zeros(TOKENS, config["sana"]["caption_channels"])}
+        self.mean_weight = 1.0
+
+    def build_restorer(self):
+        """Return it on the CPU, with random weights (for a pretend GPU with none)."""
+        with torch.device("meta"):
+            restorer = self.build()
+        if self.args.device == "cuda":
+            restorer.to_empty(device="cpu")
+        for p in restorer.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+            if self.config["lora"] and not p.requires_grad:
+                p.data = p.data.bfloat16()  # as load does
+        restorer.sana.checkpointing = self.args.checkpointing
+        return restorer
+
+    def batch(self):
+        args = self.args
+        pixels = torch.zeros(args.batch_size, 3, args.resolution, args.resolution)
+        draws = list(range(args.batch_size))
+        captions = [""] * args.batch_size
+        return {"clean": pixels, "condition": pixels, "caption": captions, "draw": draws}
+
+
+def training_step(state, stage):
+    """Do a training step as train.train_step does. Yield the name of each part when it is done."""
+    losses = stage.objective(state.module, stage.batch(), state.step)
+    yield f"DC-AE encodes {2 * state.args.batch_size} pictures, fp32"
+    loss = losses(slice(None)).sum() / state.args.batch_size
+    yield "forward"
+    loss.backward()
+    yield "backward"
+    state.collect_gradients()
+    yield "gradient norm"
+    state.update(1.0)
+    yield "update and average"
+    state.clear_gradients()
+
+
+@torch.no_grad()
+def sampling_step(restorer, stage):
+    """Do a step of sampling, and yield its name."""
+    latents = torch.zeros(1, 32, 32, 32, device=stage.args.device)
+    prompt = stage.prompts([""])
+    yield "the caption, to the card"
+    sample_euler(model.guided(restorer, latents, prompt, None), latents, 1)
+    yield "a sampling step of a picture of 1024 px"
+
+
+def settings_and_stage(flags, device, sana=SANA_1_6B):
+    args = settings_of(flags, device)
+    return args, FullSizeStage(card_config(sana, args.lora), args)
+
+
+def count_parts(parts):
+    """Run the parts of a step on the pretend GPU.
+
+    -> {part: [launches, GB, TFLOP, waits]}, GB held at most
+    """
+    import pretend
+
+    counted = {}
+    most = 0
+    pretend.reset()
+    for part in parts:
+        moved, computed = pretend.BYTES.total() / 1e9, pretend.FLOPS.total() / 1e12
+        counted[part] = [pretend.LAUNCHES.total(), moved, computed, pretend.WAITS.total()]
+        most = max(most, pretend.MEMORY.most)
+        pretend.reset()
+    return counted, most / 1e9
+
+
+def print_counts(counted):
+    for part, (launches, moved, computed, waits) in counted.items():
+        times = "".join(f"{moved / bandwidth:8.0f}" for bandwidth in BANDWIDTHS)
+        print(f"{part:40} {launches:8,} {moved:7.1f} {computed:7.2f} {waits:6} {times}", flush=True)
+
+
+def count_recipes():
+    """Print the table of launches, GB and TFLOP. The milliseconds are arithmetic."""
+    import pretend
+
+    pretend.USE.raw = "meta"
+    titles = "".join(f"{bandwidth:8g}" for bandwidth in BANDWIDTHS)
+    print("SANA 1.5 1.6B, counted from the shapes. Nothing was run on a GPU.")
+    print("ms: arithmetic, GB / bandwidth, for these bandwidths in TB/s")
+    print(f"{'':40} launches      GB   TFLOP  waits {titles}")
+    args, stage = settings_and_stage("", pretend.NAME)
+    restorer = stage.build_restorer()
+    restorer.sana.bfloat16()
+    print_counts(count_parts(sampling_step(restorer.to(args.device), stage))[0])
+    del restorer, stage
+    for name, flags in RECIPES.items():
+        print(f"{name}: four pictures of 512 px")
+        count_recipe(flags, pretend.NAME)
+
+
+def count_recipe(flags, device):
+    args, stage = settings_and_stage(flags, device)
+    state = train.State(stage.build_restorer(), args)
+    counted, most = count_parts(training_step(state, stage))
+    print_counts(counted)
+    print_counts({"sum": [sum(column) for column in zip(*counted.values())]})
+    print(f"peak memory {most:.1f} GB")
+    if args.optimizer == "adamw_bf16":
+        state.adamw_bf16 = adamw_bf16
+        counted, _ = count_parts(training_step(state, stage))
+        print_counts({"the update without a compiler": counted["update and average"]})
+
+
+def measure_parts(step, rounds=5):
+    """Time the parts of a step -> {part: median milliseconds}. The first round only warms up.
+
+    step: a function that returns the generator of parts.
+    """
+    times = {}
+    for _ in range(rounds + 1):
+        synchronize()
+        before = time.perf_counter()
+        for part in step():
+            synchronize()
+            times.setdefault(part, []).append(1000 * (time.perf_counter() - before))
+            before = time.perf_counter()
+    return {part: statistics.median(values[1:]) for part, values in times.items()}
+
+
+def measure_recipes():
+    """Print the rows of count_recipes in milliseconds, measured on a card."""
+    print("SANA 1.5 1.6B, random weights: ms, measured")
+    measure_sampling()
+    measure_ceiling()
+    for name, flags in RECIPES.items():
+        print(f"{name}: four pictures of 512 px")
+        try:
+            measure_recipe(flags)
+        except torch.OutOfMemoryError:
+            print("more than this card's memory")
+
+
+@torch.no_grad()
+def measure_ceiling():
+    """Time the ceiling, a picture of 1024 px there and back through DC-AE.
+
+    With TF32 in its Linears and without (its convolutions have it either way, as torch has them).
+    """
+    torch.manual_seed(0)
+    autoencoder = DCAE(DC_AE_F32C32).eval().to("cuda")
+    pixels = torch.rand(1, 3, 1024, 1024, device="cuda") * 2 - 1
+    restored = {}
+    before = torch.backends.cuda.matmul.allow_tf32
+    for tf32 in (True, False):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        name = f"DC-AE there and back, TF32 in Linears: {'yes' if tf32 else 'no'}"
+
+        def step():
+            restored[tf32] = autoencoder.decode(autoencoder.encode(pixels))
+            yield name
+
+        print_milliseconds(measure_parts(step))
+    torch.backends.cuda.matmul.allow_tf32 = before
+    agree = psnr(restored[True].clamp(-1, 1), restored[False].clamp(-1, 1)).item()
+    print(f"the two pictures agree to {agree:.1f} dB", flush=True)
+
+
+def measure_sampling():
+    _, stage = settings_and_stage("", "cuda")
+    restorer = stage.build_restorer()
+    restorer.sana.bfloat16()
+    restorer.to("cuda")
+    print_milliseconds(measure_parts(lambda: sampling_step(restorer, stage)))
+
+
+def measure_recipe(flags):
+    args, stage = settings_and_stage(flags, "cuda")
+    state = train.State(stage.build_restorer(), args)
+    torch.cuda.reset_peak_memory_stats()
+    times = measure_parts(lambda: training_step(state, stage))
+    print_milliseconds(times)
+    print_milliseconds({"sum": sum(times.values())})
+    print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB", flush=True)
+    if args.optimizer == "adamw_bf16":
+        state.adamw_bf16 = adamw_bf16
+        times = measure_parts(lambda: training_step(state, stage))
+        print_milliseconds({"the update without a compiler": times["update and average"]})
+
+
+def print_milliseconds(times):
+    for part, milliseconds in times.items():
+        print(f"{part:40} {milliseconds:9.1f}", flush=True)
+
+
+def bench_cost(quick):
+    if WHERE.device == "cuda":
+        measure_recipes()
+    else:
+        count_recipes()
+
+
 BENCHES = {
     name.removeprefix("bench_"): function
     for name, function in list(globals().items())
@@ -722,7 +941,7 @@ def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     add = parser.add_argument
-    add("what", nargs="*", choices=[[], *BENCHES], help="default: all; --gpu: five of them")
+    add("what", nargs="*", choices=[[], *BENCHES], help="default: all; --gpu: six of them")
     add("--quick", action="store_true", help="smaller sizes: all of it within five minutes")
     add("--threads", type=int, default=2)
     add("--gpu", action="store_true", help="on a CUDA card")
@@ -738,9 +957,10 @@ def main():
         print(torch.cuda.get_device_name(), "torch", torch.__version__)
     vars(WHERE).update(vars(args))
     torch.set_num_threads(args.threads)
-    print(f"{'':52} {'ours':>9} {'peer':>9}     ratio")
-    on_gpu = ["transformer", "autoencoder", "decoder", "optimizer", "memory"]
-    on_cpu = [name for name in BENCHES if name != "convolutions"]
+    if args.what != ["cost"]:
+        print(f"{'':52} {'ours':>9} {'peer':>9}     ratio")
+    on_gpu = ["cost", "optimizer", "autoencoder", "transformer", "decoder", "memory"]
+    on_cpu = [name for name in BENCHES if name not in ("convolutions", "cost")]
     for name in args.what or (on_gpu if args.gpu else on_cpu):
         BENCHES[name](args.quick)
 
