@@ -4,8 +4,7 @@
     python tests/published.py --photos photos.csv      four of your own, of 1024 pixels or more
 
 Prints a line a part: ok or OFF, its figure, and what is expected. Exit status 1 if one is off. A
-part that raises an error is off, and the others are checked all the same. Two pictures are saved to
-be looked at.
+part that raises an error is off, and the others are checked all the same. Two pictures are saved.
 
 The photos are scikit-image's (pip install scikit-image), enlarged: they lack the finest detail,
 which makes them easier for the autoencoder. --photos names a CSV with the columns image_path and
@@ -23,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import mean
 
 import torch
 from PIL import Image, ImageOps
@@ -154,10 +154,6 @@ class Published:
     def noise(self, latents, purpose="loss"):
         generator = torch.Generator().manual_seed(seed_for(0, 0, f"published {purpose}"))
         return torch.randn(latents.shape, generator=generator).to(self.device)
-
-
-def mean(values):
-    return sum(values) / len(values)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,18 +293,18 @@ def check_model(p, enlarged, out):
         counts = [f"{count}, {numbers:,} ({name})" for name, (count, numbers) in known.items()]
         expected = f"all of config.json, none else; {' or '.join(counts)}"
         results.append(check(part, expected, tensors, p.folder, part))
-    limits = (26, 40, "if not enlarged 26 to 32") if enlarged else (26, 32, "published 29.7")
-    expected = "{} to {} dB ({})".format(*limits)
-    results.append(check("DC-AE, round trip", expected, round_trip, p, *limits[:2]))
+    high = 40 if enlarged else 32
+    expected = f"26 to {high} dB (published 29.7; 26 to 32 for photos that are not enlarged)"
+    results.append(check("DC-AE, round trip", expected, round_trip, p, 26, high))
     results.append(check("latents, standard deviation", "0.7 to 1.3", spread, p))
+    expected = "under 1 (of a network that answers 0: 2)"
     for i, sigma in enumerate(SIGMAS):
-        expected = "under 1 (of a network that answers 0: 2)"
         results.append(check(f"flow loss, sigma {sigma}", expected, true_captions, p, i))
+    expected = "no better than true captions, and they under 1"
     for name in ("empty caption", "no instruction"):
-        expected = "no better than true captions, and they under 1"
         results.append(check(f"flow loss, {name}", expected, no_better, p, name))
+    expected = f"under 1, 0.5 to 1.5; to be looked at: {p.captions[0]}"
     for sampler in SAMPLERS:
-        expected = f"under 1, 0.5 to 1.5; to be looked at: {p.captions[0]}"
         results.append(check(f"picture, {sampler}", expected, picture, p, sampler, out))
     expected = "difference 0, under 1"
     results.append(check("untrained restorer and text-to-image", expected, projection, p))
