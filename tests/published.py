@@ -30,7 +30,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import CsvPairs, check_device, seed_for, to_image, to_tensor
-from degrade import Parser, UserError, between, make_folder, open_image, run_script, save_image
+from degrade import Parser, UserError, between, open_image, run_script, save_image
 from evaluate import psnr
 from model import SAMPLERS, SHIFT, Gemma2, GemmaTokenizer, Restorer, Sana, encode_prompts
 from model import flow_loss, guided, pad_text
@@ -322,7 +322,7 @@ def main():
     add("--out", default="out/published", help="where the pictures go (default out/published)")
     args = parser.parse_args()
     out = Path(args.out)
-    make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     photos = own_photos(args.photos, args.size) if args.photos else bundled_photos(args.size)
     pixels, captions, enlarged = photos
     folder = resolve_model(args.model)

@@ -45,6 +45,7 @@ def lines_of(output):
 
 def test_on_random_weights_every_part_is_off(pipeline_folder, tmp_path):
     command = "tests/published.py", "--model", pipeline_folder, "--device", "cpu", "--size", SIZE
+    (tmp_path / "seen").mkdir()  # of a run before
     output = run(*command, "--out", "seen", cwd=tmp_path, status=1)
     lines = lines_of(output)
     assert len(lines) == 15
