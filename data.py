@@ -695,7 +695,7 @@ def collate(items):
     }
 
 
-def load_batches(dataset, batch_size, draws, workers=1, pin_memory=False):
+def load_batches(dataset, batch_size, draws, workers=1):
     """Yield batches of dataset[n] for n in draws. Raises UserError for an unreadable picture.
 
     workers: how many threads open and degrade the pictures of the next two batches meanwhile.
@@ -716,11 +716,7 @@ def load_batches(dataset, batch_size, draws, workers=1, pin_memory=False):
         while ahead:
             items = [with_tensors(future.result()) for future in ahead.popleft()]
             begin_batch()
-            batch = collate(items)
-            if pin_memory:
-                batch["clean"] = batch["clean"].pin_memory()
-                batch["condition"] = batch["condition"].pin_memory()
-            yield batch
+            yield collate(items)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -775,6 +771,12 @@ def check_device(name):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise argparse.ArgumentTypeError(f"{name}: not on this machine ({error})") from None
     return name
+
+
+def use_device(name):
+    """Make a numbered GPU the current one, which pinned memory belongs to."""
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
 
 
 def default_model(table, device):
@@ -1188,6 +1190,7 @@ def run_cache(args):
     """Do what the command cache asks for. Raises UserError."""
     if not args.data:
         raise UserError("cache needs --data: the CSV of what to encode")
+    use_device(args.device)
     name = args.model or default_model(args.data, args.device)
     config = model.describe_model(name, "restorer")
     resolution = args.resolution or RESOLUTIONS.get(config["name"], RESOLUTION)

@@ -33,7 +33,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from data import CsvPairs, PairedDataset, check_device, list_images
-from data import relative, seed_for, to_image, to_tensor
+from data import relative, seed_for, to_image, to_tensor, use_device
 from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, check_side, choose_output
 from degrade import describe_picture, explain_errors, name_shortage, open_image, parse_degradations
 from degrade import plain_image, read_header, run_script, save_image, say_notices
@@ -480,10 +480,11 @@ class Pipeline:
         "ema", the averaged ones, or "model", the last ones. Pictures are enlarged before they are
         restored as the conditions were in training. On a GPU a pretrained SANA is loaded in bf16.
         """
+        device = str(device)
         folder = find_checkpoint(path)
         restorer, config = load_restorer(folder, weights, model)
         pretrained = config["autoencoder"]["kind"] == "pretrained"
-        if str(device).startswith("cuda") and pretrained:
+        if device.startswith("cuda") and pretrained:
             restorer.sana.to(torch.bfloat16)  # half the memory; the projection stays fp32
         steps = None
         if config["decoder"]:
@@ -1091,6 +1092,7 @@ def sampling_options(args):
 
 def main():
     args = parse_args()
+    use_device(args.device)
     if args.data:
         out = claim_folder(args.output)
         try:

@@ -103,10 +103,14 @@ class Sana(nn.Module):
         modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])
         text = self.caption_projection(text.to(self.proj_out.weight.dtype))
         text = self.caption_norm(text)                              # [B, L, D]
+        if text_mask is not None:
+            added = torch.zeros_like(text_mask, dtype=x.dtype).masked_fill(~text_mask, -math.inf)
+            text_mask = added[:, None, None, :]                     # [B, 1, 1, L], before softmax
         for block in self.transformer_blocks:
             inputs = x, modulation, text, text_mask, grid
             if self.checkpointing:
-                x = checkpoint(block, *inputs, use_reentrant=False)
+                # a block draws no random numbers: their state need not be kept
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*inputs)                                  # [B, N, D]
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
@@ -147,7 +151,9 @@ class SanaBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
     def forward(self, x, modulation, text, text_mask, grid):
-        """x [B, N, D], modulation [B, 6, D], text [B, L, D], its mask or None, grid (H, W)."""
+        """x [B, N, D], modulation [B, 6, D], text [B, L, D], its mask or None, grid (H, W).
+
+        text_mask: see CrossAttention."""
         modulation = self.scale_shift_table + modulation            # [B, 6, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         x = x + gate1 * self.attn1(modulate(x, shift1, scale1, self.eps))
@@ -200,12 +206,12 @@ class CrossAttention(Attention):
     """Softmax attention from image tokens to caption tokens."""
 
     def forward(self, x, text, text_mask):
-        """x [B, N, D], text [B, L, D], text_mask [B, L] or None -> [B, N, D]."""
+        """x [B, N, D], text [B, L, D] -> [B, N, D].
+
+        text_mask: [B, 1, 1, L], 0 or -inf, which is added before the softmax; None: all 0."""
         q = self.split(self.norm_q(self.to_q(x)))                   # [B, h, N, d]
         k = self.split(self.norm_k(self.to_k(text)))                # [B, h, L, d]
         v = self.split(self.to_v(text))                             # [B, h, L, d]
-        if text_mask is not None:
-            text_mask = text_mask[:, None, None, :]                 # [B, 1, 1, L]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask)  # [B, h, N, d]
         return self.to_out[0](out.transpose(1, 2).flatten(2))       # [B, N, D]
 
@@ -410,7 +416,7 @@ class LoRA(nn.Module):
     """A frozen linear map W plus a trained low-rank update (arXiv 2106.09685).
 
     Computes W x + B A x (the paper's alpha is the rank). B starts at zero: before training the
-    output is W x, bit for bit. A [rank, d_in] and B [d_out, rank] are fp32; W may be bf16."""
+    output is W x, bit for bit. A [rank, d_in] and B [d_out, rank]."""
 
     def __init__(self, linear, rank):
         super().__init__()
@@ -420,8 +426,8 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(d_out, rank))
 
     def forward(self, x):                                           # [B, N, d_in]
-        low = F.linear(x, self.A.to(x.dtype))                       # [B, N, rank]
-        return self.linear(x) + F.linear(low, self.B.to(x.dtype))   # [B, N, d_out]
+        low = F.linear(x, self.A)                                   # [B, N, rank]
+        return self.linear(x) + F.linear(low, self.B)               # [B, N, d_out]
 
     @torch.no_grad()
     def merge(self):
@@ -983,10 +989,16 @@ def export(path, out, weights="ema"):
 
 def pad_text(rows):
     """[[L, D], ...] of several lengths -> text [B, longest L, D], text_mask [B, longest L] bool."""
-    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    lengths = torch.tensor([len(row) for row in rows])
     text = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    position = torch.arange(text.shape[1], device=text.device)
-    return text, position < lengths[:, None]
+    return text, torch.arange(text.shape[1]) < lengths[:, None]
+
+
+def to_device(tensor, device):
+    """Copy a tensor of the CPU to a device. From pinned memory, a GPU does not make us wait."""
+    if str(device).startswith("cuda"):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class GemmaTokenizer:
@@ -1265,11 +1277,11 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
             if len(tokens) > longest:
                 cut = f"the prompt {prompt[:40]!r}... is cut to {length - 2} tokens"
                 print(cut, file=sys.stderr)
-            ids.append(torch.tensor(tokens[:longest], device=gemma.norm.weight.device))
-        padded, mask = pad_text(ids)
+            ids.append(torch.tensor(tokens[:longest]))
+        padded, mask = [to_device(t, gemma.norm.weight.device) for t in pad_text(ids)]
         states = gemma(padded, mask).cpu()                          # [B, L, D]
-        for prompt, count, row in zip(batch, mask.sum(1), states):
-            row = row[:count]
+        for prompt, tokens, row in zip(batch, ids, states):
+            row = row[: len(tokens)]
             if prompt:
                 row = torch.cat([row[:1], row[intro - 1 :]])
             rows.append(row)
@@ -1312,7 +1324,7 @@ class Prompts:
     def __init__(self, config, device="cpu"):
         self.config = config
         self.hashed = config["autoencoder"]["kind"] != "pretrained"
-        self.device = device
+        self.device = str(device)
         self.known = {}
 
     def prepare(self, captions):
@@ -1329,15 +1341,20 @@ class Prompts:
         # one by one on a CPU: rounding does not depend on the batch, so resuming is exact
         batch_size = 1 if self.device == "cpu" else 8
         self.known.update(zip(new, encode_prompts(tokenizer, gemma, new, batch_size)))
+        del gemma
+        torch.cuda.empty_cache()  # for the training that follows, also of another process
 
     def __call__(self, captions):
-        """[B] captions -> text [B, L, D], text_mask [B, L] bool, on the device."""
+        """[B] captions -> text [B, L, D], text_mask [B, L] bool or None, on the device.
+
+        None: no caption is padded."""
         if self.hashed:
             text, mask = hash_prompts(captions)
         else:
             self.prepare(captions)
             text, mask = pad_text([self.known[caption] for caption in captions])
-        return text.to(self.device), mask.to(self.device)
+        mask = None if mask.all() else to_device(mask, self.device)
+        return to_device(text, self.device), mask
 
 
 def load_autoencoder(config, path):

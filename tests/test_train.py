@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-<<<<<<< HEAD
-from PIL import Image
-=======
 import torch._inductor.metrics as metrics
->>>>>>> cefabd87c9f4edee273e9750a33de29454193e80
+from PIL import Image
+from pipeline import SANA, randomize
 from safetensors.torch import load_file
+from test_commands import read_log
 
 import data
 import evaluate
@@ -25,8 +24,6 @@ import model
 import train
 from degrade import UserError
 from model import Sana
-from pipeline import SANA, randomize
-from test_commands import read_log
 from train import adamw_bf16, join_fp32, round_stochastically, split_fp32
 from vae import file_digest
 
