@@ -880,8 +880,8 @@ def measure_ceiling():
     With TF32 in its Linears and without (its convolutions have it either way, as torch has them).
     """
     torch.manual_seed(0)
-    autoencoder = DCAE(DC_AE_F32C32).eval().to("cuda")
-    pixels = torch.rand(1, 3, 1024, 1024, device="cuda") * 2 - 1
+    autoencoder = DCAE(DC_AE_F32C32).eval().to(WHERE.device)
+    pixels = torch.rand(1, 3, 1024, 1024, device=WHERE.device) * 2 - 1
     restored = {}
     before = torch.backends.cuda.matmul.allow_tf32
     for tf32 in (True, False):
@@ -899,15 +899,15 @@ def measure_ceiling():
 
 
 def measure_sampling(layers):
-    _, stage = settings_and_stage("", "cuda", layers)
+    _, stage = settings_and_stage("", WHERE.device, layers)
     restorer = stage.build_restorer()
     restorer.sana.bfloat16()
-    restorer.to("cuda")
+    restorer.to(WHERE.device)
     print_milliseconds(measure_parts(lambda: sampling_step(restorer, stage)))
 
 
 def measure_recipe(flags, layers):
-    args, stage = settings_and_stage(flags, "cuda", layers)
+    args, stage = settings_and_stage(flags, WHERE.device, layers)
     state = train.State(stage.build_restorer(), args)
     torch.cuda.reset_peak_memory_stats()
     times = measure_parts(lambda: training_step(state, stage))
