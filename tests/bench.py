@@ -781,8 +781,10 @@ def sampling_step(restorer, stage):
     yield "a sampling step of a picture of 1024 px"
 
 
-def settings_and_stage(flags, device, sana=SANA_1_6B):
+def settings_and_stage(flags, device, layers=None):
+    """layers: of a smaller transformer (default: all)."""
     args = settings_of(flags, device)
+    sana = SANA_1_6B | {"num_layers": layers or model.SANA_DEFAULTS["num_layers"]}
     return args, FullSizeStage(card_config(sana, args.lora), args)
 
 
@@ -810,7 +812,7 @@ def print_counts(counted):
         print(f"{part:40} {launches:8,} {moved:7.1f} {computed:7.2f} {waits:6} {times}", flush=True)
 
 
-def count_recipes():
+def count_recipes(layers):
     """Print the table of launches, GB and TFLOP. The milliseconds are arithmetic."""
     import pretend
 
@@ -819,18 +821,18 @@ def count_recipes():
     print("SANA 1.5 1.6B, counted from the shapes. Nothing was run on a GPU.")
     print("ms: arithmetic, GB / bandwidth, for these bandwidths in TB/s")
     print(f"{'':40} launches      GB   TFLOP  waits {titles}")
-    args, stage = settings_and_stage("", pretend.NAME)
+    args, stage = settings_and_stage("", pretend.NAME, layers)
     restorer = stage.build_restorer()
     restorer.sana.bfloat16()
     print_counts(count_parts(sampling_step(restorer.to(args.device), stage))[0])
     del restorer, stage
     for name, flags in RECIPES.items():
         print(f"{name}: four pictures of 512 px")
-        count_recipe(flags, pretend.NAME)
+        count_recipe(flags, pretend.NAME, layers)
 
 
-def count_recipe(flags, device):
-    args, stage = settings_and_stage(flags, device)
+def count_recipe(flags, device, layers):
+    args, stage = settings_and_stage(flags, device, layers)
     state = train.State(stage.build_restorer(), args)
     counted, most = count_parts(training_step(state, stage))
     print_counts(counted)
@@ -858,15 +860,15 @@ def measure_parts(step, rounds=5):
     return {part: statistics.median(values[1:]) for part, values in times.items()}
 
 
-def measure_recipes():
+def measure_recipes(layers):
     """Print the rows of count_recipes in milliseconds, measured on a card."""
     print("SANA 1.5 1.6B, random weights: ms, measured")
-    measure_sampling()
+    measure_sampling(layers)
     measure_ceiling()
     for name, flags in RECIPES.items():
         print(f"{name}: four pictures of 512 px")
         try:
-            measure_recipe(flags)
+            measure_recipe(flags, layers)
         except torch.OutOfMemoryError:
             print("more than this card's memory")
 
@@ -878,8 +880,8 @@ def measure_ceiling():
     With TF32 in its Linears and without (its convolutions have it either way, as torch has them).
     """
     torch.manual_seed(0)
-    autoencoder = DCAE(DC_AE_F32C32).eval().to("cuda")
-    pixels = torch.rand(1, 3, 1024, 1024, device="cuda") * 2 - 1
+    autoencoder = DCAE(DC_AE_F32C32).eval().to(WHERE.device)
+    pixels = torch.rand(1, 3, 1024, 1024, device=WHERE.device) * 2 - 1
     restored = {}
     before = torch.backends.cuda.matmul.allow_tf32
     for tf32 in (True, False):
@@ -896,16 +898,16 @@ def measure_ceiling():
     print(f"the two pictures agree to {agree:.1f} dB", flush=True)
 
 
-def measure_sampling():
-    _, stage = settings_and_stage("", "cuda")
+def measure_sampling(layers):
+    _, stage = settings_and_stage("", WHERE.device, layers)
     restorer = stage.build_restorer()
     restorer.sana.bfloat16()
-    restorer.to("cuda")
+    restorer.to(WHERE.device)
     print_milliseconds(measure_parts(lambda: sampling_step(restorer, stage)))
 
 
-def measure_recipe(flags):
-    args, stage = settings_and_stage(flags, "cuda")
+def measure_recipe(flags, layers):
+    args, stage = settings_and_stage(flags, WHERE.device, layers)
     state = train.State(stage.build_restorer(), args)
     torch.cuda.reset_peak_memory_stats()
     times = measure_parts(lambda: training_step(state, stage))
@@ -924,10 +926,12 @@ def print_milliseconds(times):
 
 
 def bench_cost(quick):
+    """--quick: of two blocks."""
+    layers = 2 if quick else None
     if WHERE.device == "cuda":
-        measure_recipes()
+        measure_recipes(layers)
     else:
-        count_recipes()
+        count_recipes(layers)
 
 
 BENCHES = {

@@ -371,10 +371,9 @@ def full_step(flags, layers):
     """Do a training step -> launches, waits, bytes held at most, and what memory.py says."""
     gc.collect()  # what earlier tests have left
     before = MEMORY.now
-    sana = bench.SANA_1_6B | {"num_layers": layers}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretend.USE, "raw", "meta")
-        args, stage = bench.settings_and_stage(flags, NAME, sana)
+        args, stage = bench.settings_and_stage(flags, NAME, layers)
         state = train.State(stage.build_restorer(), args)
         pretend.reset()
         train.train_step(state, stage, stage.batch(), Namespace(count=1))

@@ -44,6 +44,7 @@ KNOWN = {
     "python tests/attacks.py": ("tables --draws 20", r"worked, \d+ refused in one line"),
     "python tests/bench.py optimizer": ("--quick --threads 1", r"adamw_bf16: ours, eager +\d"),
     "python tests/bench.py memory": ("", "1,604,6"),
+    "python tests/bench.py cost": ("--quick", r"the update without a compiler +\d"),
     "python tests/bench.py decoder": ("--quick --threads 1", "in skips"),
     "python tests/bench.py convolutions": ("--minutes 0.02", r"minutes, 1 threads: .* s a photo"),
     "python tests/pictures.py": ("", r"assets/\w+.jpg: \d+x\d+"),
