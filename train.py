@@ -459,14 +459,12 @@ def adamw_bf16(weight, low, grad, exp_avg, exp_avg_sq, average, seed, start, num
 
 
 @torch.no_grad()
-def choose_update(optimizer, device):
-    """Return adamw_bf16; for a GPU compiled into one pass over the memory, if there is a compiler.
+def compile_update(device):
+    """Return adamw_bf16 compiled into one pass over the memory; as it is if there is no compiler.
 
     Compiled it moves 26 bytes a weight with the average; eager, operation by operation, 442. One
     graph serves tensors of any length. If too many are needed, fullgraph makes that an error, where
     torch would go on eager without a word."""
-    if optimizer != "adamw_bf16" or device == "cpu":
-        return adamw_bf16
     update = torch.compile(adamw_bf16, dynamic=True, fullgraph=True)
     average = torch.zeros(16, device=device)
     weight, low = split_fp32(average)
@@ -510,8 +508,11 @@ class State:
         self.module = module
         weights = vae.trained_weights(module)
         fp32 = {name: shard(p.detach()).float().clone() for name, p in weights.items()}
+        self.adamw_bf16 = adamw_bf16
         if args.optimizer == "adamw_bf16":
             module.sana.to(torch.bfloat16)
+            if args.device != "cpu":
+                self.adamw_bf16 = compile_update(args.device)
         module.to(args.device)
         if WORLD > 1:
             shard_module(module, args.device)
@@ -522,7 +523,6 @@ class State:
         self.average = {name: t.to(args.ema_device) for name, t in fp32.items()}
         self.average_every = 1 if args.ema_device == args.device else 50  # weights have to travel
         self.moments = {}
-        self.adamw_bf16 = choose_update(args.optimizer, args.device)
         pretrained = {"params": [], "peak": args.lr}
         new = {"params": [], "peak": args.proj_lr}
         # the optimizer keeps these dicts, in which update sets "lr", also for bf16 weights

@@ -119,7 +119,7 @@ def test_cuda_optimizer_takes_the_steps_of_the_cpu(compiled, monkeypatch):
         bf16_step(exact, gradient, step, 1e-3, decay=0.01, share=0.01)
         with monkeypatch.context() as patch:
             if compiled:
-                update = train.choose_update("adamw_bf16", DEVICE)
+                update = train.compile_update(DEVICE)
                 patch.setattr(test_train, "adamw_bf16", update)
             bf16_step(ours, gradient.to(DEVICE), step, 1e-3, decay=0.01, share=0.01)
     joined = train.join_fp32(ours["weight"], ours["low"]).cpu()

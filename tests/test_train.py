@@ -644,7 +644,7 @@ def test_the_compiled_update_is_the_eager_one_bit_for_bit_in_few_graphs():
         state.module.one = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
         states.append(train.State(state.module, state.args))
     compiled, eager = states
-    compiled.adamw_bf16 = train.choose_update("adamw_bf16", "cpu")
+    compiled.adamw_bf16 = train.compile_update("cpu")
     assert compiled.adamw_bf16 is not eager.adamw_bf16
     assert len({p.numel() for p in eager.own.values()}) >= 12
     for i in range(50):
@@ -697,7 +697,7 @@ def test_without_a_compiler_the_update_is_eager_and_says_so(monkeypatch, capsys)
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert train.choose_update("adamw_bf16", "cpu") is train.adamw_bf16
+    assert train.compile_update("cpu") is train.adamw_bf16
     line = capsys.readouterr().out
     assert "compiled here (Cannot find a working triton installation.): its update takes" in line
 
@@ -705,7 +705,7 @@ def test_without_a_compiler_the_update_is_eager_and_says_so(monkeypatch, capsys)
 def test_too_many_graphs_of_the_update_are_an_error():
     """Where torch would go on eager without a word."""
     torch._dynamo.reset()
-    update = train.choose_update("adamw_bf16", "cpu")
+    update = train.compile_update("cpu")
     state = bf16_state(torch.ones(16))
     with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(recompile_limit=1):
         patch.setattr(sys.modules[__name__], "adamw_bf16", update)
