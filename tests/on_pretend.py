@@ -300,6 +300,22 @@ def test_tiles(sana_run, photo, monkeypatch):
     assert in_tiles == waits
 
 
+def test_only_dc_ae_computes_in_tf32(sana_run, photo, monkeypatch):
+    linear = torch.nn.functional.linear
+    found = set()
+
+    def look(x, weight, bias=None):
+        if x.device.type == NAME:
+            caller = "DC-AE" if any(weight is p for p in ours.autoencoder.parameters()) else "SANA"
+            found.add((caller, torch.backends.cuda.matmul.allow_tf32))
+        return linear(x, weight, bias)
+
+    _, ours = pipelines(sana_run)
+    monkeypatch.setattr(torch.nn.functional, "linear", look)
+    restored(ours, to_tensor(photo.resize((64, 32)))[None].to(NAME), steps=1)
+    assert found == {("DC-AE", True), ("SANA", False)}
+
+
 def test_tiles_of_a_preset_on_pixels(photo, monkeypatch):
     """They are blended. One more tile is no more waits."""
     monkeypatch.setattr(evaluate, "PIXEL_TILE", 96)
