@@ -13,6 +13,7 @@ more columns are read: degradation says what was done; if a row of a group is he
 validation, no row of that group is trained on.
 """
 import argparse
+import codecs
 import contextlib
 import csv
 import hashlib
@@ -93,8 +94,9 @@ def list_images(folder):
                 files = found if path.suffix.lower() in extensions else others
                 files.append(path)
     if others:
-        some = f"{len(others)} files such as {min(others).name}"
-        print(f"{folder}: left out as no pictures: {some}", file=sys.stderr)
+        example = min(others, key=lambda path: (path.suffix.lower() != ".heic", path))
+        some = f"{len(others)} files that are no pictures for Pillow, such as {example.name}"
+        print(f"{folder}: left out: {some}; save photos as JPEG or PNG", file=sys.stderr)
     if not found:
         raise UserError(f"{folder}: no pictures in this folder")
     return sorted(found)
@@ -103,6 +105,7 @@ def list_images(folder):
 # --------------------------------------------------------------------------------------------------
 # Sources of pairs. A source has .rows, a length, .enlarge and
 #   load(i) -> (clean, condition or None, the row's name in error messages)
+#   about_conditions() -> {key: value} of config.json that follow from its conditions
 
 # of decoded pictures that each process keeps in memory; others are read again at each draw
 CACHE_BYTES = 512 * 2**20
@@ -166,13 +169,15 @@ class CsvPairs:
         self.keep_rows(self.check_sizes)
 
     @contextlib.contextmanager
-    def bad_row(self, line):
-        """Add the line to a UserError of the block. With skip_bad print the error and go on."""
+    def bad_row(self, line, always=False):
+        """Add the line to a UserError of the block. With skip_bad print the error and go on.
+
+        always: raise it even so."""
         try:
             yield
         except UserError as error:
             message = f"{self.path}, line {line}: {error}"
-            if not self.skip_bad:
+            if always or not self.skip_bad:
                 raise UserError(message) from None
             tqdm.write(f"left out: {message}", file=sys.stderr)
 
@@ -188,45 +193,77 @@ class CsvPairs:
         self.rows = kept
 
     def read_lines(self):
-        """Read the CSV -> [(line number, {column: field})]."""
+        """Yield (line number, {column: field}) of each row; one that is no CSV is a bad row."""
+        lines = self.read_file().splitlines(keepends=True)
+        at = 0
+        columns = None
+        while at < len(lines):
+            line = at + 1
+            # read anew from each line: an open quote does not take the rest of the file with it
+            rest = (lines[i].decode() for i in range(at, len(lines)))
+            reader = csv.reader(rest, strict=True)
+            at += 1
+            with self.bad_row(line, always=columns is None), explain_csv():
+                fields = next(reader)
+                at = line - 1 + reader.line_num  # a caption may have several lines
+                if columns is None:
+                    columns = self.check_header([field.strip() for field in fields])
+                elif len(fields) > len(columns):
+                    raise UserError("more fields than columns")
+                elif fields:
+                    yield line, dict(zip(columns, fields))
+
+    def read_file(self):
+        """Return the bytes of the CSV. Raises UserError for a file that cannot be one."""
         path = self.path
         if path.is_dir():
             advice = "python data.py match makes one of two folders, python data.py pairs of one"
             raise UserError(f"{path} is a folder, a CSV is needed: {advice}")
-        with explain_errors(path, "this CSV"), open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            lines = [(reader.line_num, fields) for fields in reader]
-        header = ",".join(reader.fieldnames)
-        if "image_path" not in reader.fieldnames:
-            wanted = "image_path,condition_image_path,caption"
-            raise UserError(f"{path}: no column image_path in {header!r}; the header is {wanted}")
+        with explain_errors(path, "this CSV"):
+            content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:99]:
+            raise UserError(f"{path}: this is UTF-16, or no text; save it as CSV UTF-8")
+        if not content.strip():
+            raise UserError(f"{path}: an empty file; the header is {','.join(COLUMNS[:3])}")
+        return content
+
+    def check_header(self, columns):
+        """Return the names of the columns. Raises UserError."""
+        header = ",".join(columns)
+        if "image_path" not in columns:
+            for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+                if mark in header:
+                    raise UserError(f"{name} stand between the fields; save it with commas")
+            raise UserError(f"no column image_path in {header!r}; it is {','.join(COLUMNS[:3])}")
         for name in COLUMNS:
-            if reader.fieldnames.count(name) > 1:
-                raise UserError(f"{path}: two columns {name} in {header!r}")
-        unused = [name for name in reader.fieldnames if name and name not in COLUMNS]
+            if columns.count(name) > 1:
+                raise UserError(f"two columns {name} in {header!r}")
+        unused = [name for name in columns if name and name not in COLUMNS]
         if unused:
             names = ", ".join(repr(name) for name in unused)
-            print(f"{path}: not used: column {names}; known are {', '.join(COLUMNS)}")
-        return lines
+            print(f"{self.path}: not used: column {names}; known are {', '.join(COLUMNS)}")
+        return columns
 
     def read_row(self, line, fields):
         """Make a Row. Raises UserError."""
-        if None in fields:
-            raise UserError("more fields than columns")
         name, degraded, *texts = [(fields.get(column) or "").strip() for column in COLUMNS]
         if not name:
             raise UserError("image_path is empty")
-        clean = self.path.parent / name
+        clean = self.find_file(name)
         condition = None
         if degraded:
             name += "," + degraded
-            condition = self.path.parent / degraded
+            condition = self.find_file(degraded)
         row = Row(line, name, clean, condition, *texts)
         for path in row.paths():
             if not os.path.isfile(path):  # False, no error, if too long or with a NUL
                 raise UserError(f"no file {path}")
         return row
+
+    def find_file(self, name):
+        """Return the path of a file that the CSV names. Windows writes folders\\like\\this."""
+        path = self.path.parent / name
+        return path if os.path.exists(path) else self.path.parent / name.replace("\\", "/")
 
     def look_at_pictures(self):
         """Read the headers and digests of all pictures. Leave out, or refuse, rows that fail."""
@@ -266,22 +303,50 @@ class CsvPairs:
             print(f"{self.path}: {smaller}: they are enlarged (bicubic)")
         return factor
 
+    def clean_size(self, row):
+        """Return the size of a clean picture; that of its enlarged condition, which may cut it."""
+        if not row.condition or self.enlarge == 1:
+            return self.headers[row.clean].size
+        width, height = self.headers[row.condition].size
+        return width * self.enlarge, height * self.enlarge
+
+    def about_conditions(self):
+        """Return {key: value} of "model" in config.json: what the conditions are like.
+
+        keeps_grey stands there only if a condition is grey."""
+        about = {"enlarge": self.enlarge}
+        grey = [row for row in self.rows if self.is_grey(row.condition or row.clean)]
+        colored = [row for row in grey if not self.is_grey(row.clean)]
+        if grey:
+            about["keeps_grey"] = not colored
+        if colored:
+            some = f"{len(colored)} of {len(grey)} grey conditions have a coloured clean picture"
+            print(f"{self.path}: {some}: what is restored from grey pictures has colours")
+        return about
+
+    def is_grey(self, path):
+        return self.headers[path].mode.startswith("L")
+
     def check_sizes(self, row):
         """Raise UserError if the pictures of a row do not fit each other, or are too small."""
         clean = self.headers[row.clean].size
-        if min(clean) < self.smallest:
-            raise UserError(too_small(clean, self.smallest))
         condition = row.condition and self.headers[row.condition].size
         if condition and not sizes_fit(clean, condition, self.enlarge):
             sizes = f"{as_text(clean)} and {as_text(condition)}"
             raise UserError(f"a pair of different sizes, once turned upright by EXIF: {sizes}")
+        if min(self.clean_size(row)) < self.smallest:
+            raise UserError(too_small(self.clean_size(row), self.smallest))
 
     def summary(self):
         """Say what is in the rows, in a line."""
+        cut = sum(self.clean_size(row) != self.headers[row.clean].size for row in self.rows)
         paired = sum(row.condition is not None for row in self.rows)
         captions = sum(row.caption != "" for row in self.rows)
         made = f"{paired} with a condition, {len(self) - paired} degraded on the fly"
-        return f"{self.path}: {len(self)} rows, {made}, {captions} with captions"
+        made += f", {captions} with captions"
+        if cut:
+            made += f", {cut} clean pictures cut to a multiple of {self.enlarge} pixels"
+        return f"{self.path}: {len(self)} rows, {made}"
 
     def __len__(self):
         return len(self.rows)
@@ -297,7 +362,9 @@ class CsvPairs:
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if condition and self.enlarge > 1:
-            condition = condition.resize(clean.size, Image.Resampling.BICUBIC)
+            size = self.clean_size(row)
+            clean = clean.crop((0, 0, *size))
+            condition = condition.resize(size, Image.Resampling.BICUBIC)
         return clean, condition, where
 
     def open(self, path):
@@ -309,6 +376,18 @@ class CsvPairs:
             self.pictures[path] = image
             self.bytes += len(image.mode) * image.width * image.height
         return image
+
+
+@contextlib.contextmanager
+def explain_csv():
+    """Turn an error in the text of a CSV into a UserError that says what to do."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{error}; save the table as CSV UTF-8") from None
+    except csv.Error as error:
+        advice = 'close every quote, and write one that stands within a quoted field as ""'
+        raise UserError(f"{error}; {advice}") from None
 
 
 def look_at(path, decode=False):
@@ -323,7 +402,8 @@ def look_at(path, decode=False):
 
 
 def sizes_fit(clean, condition, factor):
-    return clean == (condition[0] * factor, condition[1] * factor)
+    """Say whether a condition is factor times smaller, its sides rounded down."""
+    return condition == (clean[0] // factor, clean[1] // factor)
 
 
 def as_text(size):
@@ -353,6 +433,9 @@ class DeadLeaves:
         for i in range(count):
             name = f"procedural picture {i} of seed {seed}"
             self.rows.append(Row(i, name, None, None, "", "", "", short_hash([name, size])))
+
+    def about_conditions(self):
+        return {"enlarge": 1}
 
     def __len__(self):
         return len(self.rows)
@@ -445,9 +528,11 @@ class Plan(NamedTuple):
 
 
 class PairedDataset:
-    """Crops of pairs: {"clean", "condition": [3, H, W] in [-1, 1], "caption", "grey", "draw"}.
+    """Crops of pairs: {"clean", "condition": [3, H, W] in [-1, 1], "caption", "draw",
+    "grey", "clean_grey"}.
 
-    grey: whether the condition has one channel, repeated three times. draw: the item's number.
+    draw: the item's number. grey, clean_grey: whether the condition, or the clean picture, has one
+    channel, repeated three times.
 
     source: CsvPairs or DeadLeaves. rows: which of its indices to use (default all).
     crop: side in pixels; None: whole pictures; [(n, side), ...]: that side for draws below n.
@@ -523,6 +608,7 @@ class PairedDataset:
             "condition": condition.convert("RGB"),
             "caption": plan.caption,
             "grey": condition.mode == "L",
+            "clean_grey": clean.mode == "L",
             "draw": n,
         }
 
@@ -609,7 +695,7 @@ def collate(items):
     }
 
 
-def load_batches(dataset, batch_size, draws, workers=1, pin_memory=False):
+def load_batches(dataset, batch_size, draws, workers=1):
     """Yield batches of dataset[n] for n in draws. Raises UserError for an unreadable picture.
 
     workers: how many threads open and degrade the pictures of the next two batches meanwhile.
@@ -630,11 +716,7 @@ def load_batches(dataset, batch_size, draws, workers=1, pin_memory=False):
         while ahead:
             items = [with_tensors(future.result()) for future in ahead.popleft()]
             begin_batch()
-            batch = collate(items)
-            if pin_memory:
-                batch["clean"] = batch["clean"].pin_memory()
-                batch["condition"] = batch["condition"].pin_memory()
-            yield batch
+            yield collate(items)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -691,6 +773,12 @@ def check_device(name):
     return name
 
 
+def use_device(name):
+    """Make a numbered GPU the current one, which pinned memory belongs to."""
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
+
+
 def default_model(table, device):
     """Return the model of a command that names none."""
     return "sana1.5-1.6b" if table and device.startswith("cuda") else "tiny"
@@ -744,7 +832,9 @@ def make_datasets(table, val_table, crop, drawing, skip_bad=False, before=(), ke
         print(f"validation: {len(measured)} rows of {val_table}; {shared} rows of {table} share a")
         print("picture or group with them and are not trained on")
     elif held_out:
-        print(f"{shared} rows are held out, {len(measured)} of them measured in validation")
+        groups = f"{shared} rows ({len(taken)} pictures or groups) are held out"
+        others = shared - len(measured)
+        print(f"{groups}: {len(measured)} are measured in validation, {others} only left out")
     else:
         print("no row is held out: validation is on pictures that are trained on")
     val_crop = max(VALIDATION_CROP, largest)
@@ -924,9 +1014,11 @@ def make_cache(out, index, train_set, val_set, autoencoder, prompts, device, wor
     index: what index.json holds: the fingerprint, "epochs", and "rows" as list_rows. Latents are
     kept in half precision: its rounding is a hundredth of what the autoencoder loses. An
     interrupted command goes on where it stopped. Raises UserError."""
-    if (out / "index.json").exists() and read_json(out / "index.json") != index:
+    if not (out / "index.json").exists():
+        degrade.make_folder(out)
+        write_json(out / "index.json", index)
+    elif read_json(out / "index.json") != index:
         raise UserError(f"{out} holds another cache; choose another --out")
-    write_json(out / "index.json", index)
     count = index["epochs"] * len(train_set)
     if not prompts.hashed and not (out / "prompts.safetensors").exists():
         prompts.prepare(captions_of(train_set, range(count), val_set))
@@ -972,16 +1064,18 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
         rng = np.random.default_rng(seed_for(seed, f"{i} {file_digest(path)}", "pairs"))
         recipe = degrade.draw_recipe(choices, rng.integers(counts[0], counts[-1] + 1), rng)
         caption = degrade.make_prompt([name for name, _ in recipe], rng)
-        name = f"{i:05d}_{path.stem}.png"
+        name = degrade.fit_name(f"{i:05d}_{path.stem}", ".png")
         try:
-            clean = open_opaque(path, notices)
+            with degrade.name_shortage(path):
+                clean = open_opaque(path, notices)
+                degraded = degrade.apply_recipe(clean, recipe, rng)
         except UserError as error:
             if not skip_bad:
                 raise
             tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
         save_image(clean, out / "clean" / name)
-        save_image(degrade.apply_recipe(clean, recipe, rng), out / "condition" / name)
+        save_image(degraded, out / "condition" / name)
         rows.append((f"clean/{name}", f"condition/{name}", caption, degrade.describe(recipe)))
     if len(rows) == 1:
         raise UserError(f"{photos}: no picture that can be read")
@@ -1096,6 +1190,7 @@ def run_cache(args):
     """Do what the command cache asks for. Raises UserError."""
     if not args.data:
         raise UserError("cache needs --data: the CSV of what to encode")
+    use_device(args.device)
     name = args.model or default_model(args.data, args.device)
     config = model.describe_model(name, "restorer")
     resolution = args.resolution or RESOLUTIONS.get(config["name"], RESOLUTION)

@@ -12,6 +12,7 @@ From "Errors and command lines" on, this file holds what all others share; skip 
 """
 import argparse
 import contextlib
+import hashlib
 import io
 import math
 import os
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageEnhance, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageEnhance, ImageOps
+from PIL import UnidentifiedImageError
 
 # --------------------------------------------------------------------------------------------------
 # The six degradations: plain functions of a grey ("L") or RGB image.
@@ -307,18 +309,37 @@ class UserError(ValueError):
 def explain_errors(path, what):
     """Turn any error raised while a file is read into a UserError that names its path.
 
-    what: the content, for the message ("this picture"). NameError and MemoryError pass through."""
+    what: the content, for the message ("this picture"). NameError passes through."""
     if not os.path.isfile(path):  # opening a pipe could block forever
         raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
     try:
-        yield
-    except (NameError, MemoryError):  # a mistake in this program, or the machine; not the file
+        with name_shortage(path):
+            yield
+    except NameError:  # a mistake in this program, not in the file
         raise
     except Exception as error:  # damaged files raise a dozen types
         reason = repr(error) if isinstance(error, KeyError) else str(error)
         if not reason.startswith(str(path)):
             reason = f"{path}: cannot read {what}: {reason or type(error).__name__}"
         raise UserError(reason) from None
+
+
+def is_shortage(error):
+    """Say whether an error means that memory is short, of the machine or of a GPU."""
+    shortages = "out of memory", "not enough memory", "allocate memory"
+    message = str(error)
+    return isinstance(error, MemoryError) or any(word in message for word in shortages)
+
+
+@contextlib.contextmanager
+def name_shortage(path):
+    """Turn a lack of memory for a picture or a file into a UserError that names it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        raise UserError(f"{path}: out of memory: this needs more than is free") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -378,10 +399,9 @@ def run_script(main):
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that is not writable
         fail(error)
     except (MemoryError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        shortages = "out of memory", "not enough memory", "allocate memory"
-        if isinstance(error, RuntimeError) and not any(word in reason for word in shortages):
+        if not is_shortage(error):
             raise
+        reason = " ".join(str(error).split())[:200]
         advice = "smaller pictures, crops and batches help; in training --accumulate, "
         advice += "--checkpointing, --ema_device cpu, --cache and --lora spare memory"
         fail(f"out of memory: {advice} ({reason})")
@@ -400,7 +420,11 @@ def fail(message):
 GREY = "1", "L", "LA", "La"  # modes of one channel
 COLOR = "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"  # modes that become RGB without a loss
 NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"}  # what Pillow knows but cannot decode
+MOST_PIXELS = 10**9
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is 179 million; ours is in describe_picture
 ORIENTATION = 0x0112  # EXIF's tag
+SRGB_GAMMA = 1 / 2.2  # as PNG's gAMA has it
+SRGB_PRIMARIES = 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06  # white, red, green, blue
 PNG_EXIF = b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif"  # where a PNG may have EXIF
 
 
@@ -415,15 +439,24 @@ class Header:
 
 def read_header(path):
     """Look at a picture -> Header. Its pixels are not decoded. Raises UserError."""
-    with explain_errors(path, "this picture"), Image.open(path) as image:
+    with explain_errors(path, "this picture"), open_file(path) as image:
         return describe_picture(image)
+
+
+def open_file(path):
+    """Open a file with Pillow, which reads its header alone."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        reason = "damaged, or of a format that Pillow does not read, such as HEIC"
+        raise UserError(f"{reason}; save it as JPEG or PNG") from None
 
 
 def open_image(path, notices=None):
     """Open a picture -> PIL image of mode L, LA, RGB or RGBA, upright and sRGB. Raises UserError.
 
     notices: {text: [paths]}; what is converted is added to it, see say_notices."""
-    with explain_errors(path, "this picture"), Image.open(path) as image:
+    with explain_errors(path, "this picture"), open_file(path) as image:
         header = describe_picture(image)
         plain = plain_image(image, header)
     if notices is not None:
@@ -459,6 +492,8 @@ def describe_picture(image):
     if has_deep_channels(image):
         raise UserError("it has more than 8 bits a channel; save it as PNG with 8 bits a channel")
     size = image.size
+    if size[0] * size[1] > MOST_PIXELS:
+        raise UserError(f"it has {size[0]}x{size[1]} pixels, over {MOST_PIXELS:,}; make it smaller")
     if find_orientation(image) >= 5:  # stored lying on its side
         size = size[::-1]
     mode = "L" if image.mode in GREY else "RGB"
@@ -468,6 +503,8 @@ def describe_picture(image):
     notices = [notice] if notice else []
     if not profile and image.mode not in GREY + COLOR:
         notices.append(f"{image.mode} without a usable colour profile: its colours are approximate")
+    elif not image.info.get("icc_profile") and claims_other_colors(image):
+        notices.append("it says that its colours are not sRGB, without a profile; taken as sRGB")
     return Header(size, mode, notices)
 
 
@@ -489,11 +526,7 @@ def find_orientation(image):
     if image.format == "TIFF":  # Pillow itself turns it
         return orientation
     with contextlib.suppress(Exception):
-        if image.format == "PNG" and "exif" not in image.info and image.filename:
-            content = Path(image.filename).read_bytes()
-            if not any(word in content for word in PNG_EXIF):
-                return orientation  # getexif would decode the pixels, to look behind them
-        orientation = image.getexif().get(ORIENTATION)
+        orientation = read_exif(image).get(ORIENTATION)
     return orientation if orientation in range(1, 9) else 1
 
 
@@ -519,6 +552,41 @@ def find_profile(image):
     return profile, "its colour profile is converted to sRGB"
 
 
+def claims_other_colors(image):
+    """Say whether a file without a profile has a note that its colours are not those of sRGB."""
+    if image.format == "PNG":
+        _, _, numbers = file_content(image).partition(b"IDAT")[0].partition(b"cICP")
+        if numbers:  # of the primaries and of the curve (ITU-T H.273): sRGB has 1 and 13
+            return not numbers.startswith(b"\x01\x0d")
+    gamma = image.info.get("gamma", SRGB_GAMMA)
+    primaries = image.info.get("chromaticity", SRGB_PRIMARIES)
+    if "srgb" not in image.info and abs(gamma - SRGB_GAMMA) > 0.01:
+        return True
+    if "srgb" not in image.info and not np.allclose(primaries, SRGB_PRIMARIES, atol=0.01):
+        return True
+    space = index = None
+    with contextlib.suppress(Exception):
+        exif = read_exif(image)
+        space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
+        index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
+    return space in (2, 65535) or index == "R03"  # Adobe RGB, uncalibrated, Adobe RGB
+
+
+def file_content(image):
+    """Return the bytes of the file that a picture was opened from; none if it was not."""
+    name = getattr(image, "filename", "")
+    return Path(name).read_bytes() if name else b""
+
+
+def read_exif(image):
+    """Return a picture's EXIF. It may stand behind the pixels of a PNG; few are decoded for it."""
+    if image.format == "PNG" and "exif" not in image.info:
+        content = file_content(image)
+        if content and not any(word in content for word in PNG_EXIF):
+            return Image.Exif()
+    return image.getexif()
+
+
 def plain_image(image, header):
     """Convert a PIL image of any mode to what its header says. The result carries no metadata."""
     # by its name Pillow would map a TIFF into memory, and garble one that lies on its side
@@ -542,17 +610,80 @@ def plain_image(image, header):
     return plain
 
 
-def picture_extensions(writable=False):
-    """Return the extensions of the formats that this Pillow reads, or writes: {".png", ...}."""
+def picture_extensions():
+    """Return the extensions of the formats that this Pillow reads: {".png", ...}."""
     by_extension = Image.registered_extensions()
-    formats = (Image.SAVE if writable else Image.OPEN).keys() - NO_PICTURES
+    formats = Image.OPEN.keys() - NO_PICTURES
     return {extension for extension, name in by_extension.items() if name in formats}
 
 
-def save_image(image, path, **options):
-    """Write a picture, its format by extension. Raises UserError."""
+# --------------------------------------------------------------------------------------------------
+# Writing. Only formats are written that keep the size and 8 bits a channel.
+
+
+WRITTEN = {"PNG", "TIFF", "WEBP", "AVIF", "JPEG", "JPEG2000", "BMP", "PPM", "TGA"}
+OPAQUE = {"JPEG", "BMP", "PPM"}
+LARGEST_SIDE = {"WEBP": 16383, "AVIF": 32768, "JPEG": 65500, "TGA": 65535}  # pixels
+LEAST_LOSS = {  # options of Pillow
+    "WEBP": {"lossless": True},
+    "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+    "JPEG": {"quality": 100, "subsampling": 0},
+}
+
+
+def choose_output(path, mode, notices):
+    """Return where a picture of this mode is written: path, or its name with .png.
+
+    Where the format of path would lose something, that is added to notices, see say_notices."""
+    path = Path(path)
+    kind = kind_of(path)
+    transparent = mode.endswith("A")
+    if kind and not (transparent and kind in OPAQUE):
+        return path
+    lost = "transparency" if transparent else "size and colours"
+    text = f"{path.suffix or 'no extension'}: not a format that keeps {lost}; made a .png"
+    notices.setdefault(text, []).append(path)
+    return path.with_name(fit_name(path.stem, ".png"))
+
+
+def kind_of(path):
+    """Return the format that the extension of path means; None if it is not written."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    return kind if kind in WRITTEN & Image.SAVE.keys() else None
+
+
+def check_side(path, size):
+    """Raise UserError if a picture of this size is too large for the format of path."""
+    kind = kind_of(path)
+    if kind is None:
+        raise UserError(f"{path}: not a format that keeps size and colours; name a .png")
+    if max(size) > LARGEST_SIDE.get(kind, math.inf):
+        limit = f"sides of at most {LARGEST_SIDE[kind]:,} pixels, not {max(size):,}"
+        raise UserError(f"{path}: {kind} holds {limit}; name a .png")
+
+
+def save_image(image, path, quality=None):
+    """Write a picture, its format by extension. Raises UserError.
+
+    quality: 1 to 100, of lossy formats; None: the least loss."""
+    check_side(path, image.size)
+    kind = kind_of(path)
+    options = LEAST_LOSS.get(kind, {})
+    if options and quality is not None:
+        options = {"quality": quality}
     with atomic_write(path) as partial:
-        image.save(partial, **options)
+        image.save(partial, kind, **options)
+
+
+def fit_name(stem, ending):
+    """Return the file name stem + ending. Of more than 255 bytes, the stem is cut.
+
+    A digest then stands for what was cut, so that two names stay two."""
+    content = os.fsencode(stem)
+    if len(content) + len(ending) <= 255:
+        return stem + ending
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    return content[: 240 - len(ending)].decode("utf-8", "ignore") + "-" + digest + ending
 
 
 def make_folder(path):
@@ -571,7 +702,8 @@ def atomic_write(path):
     So path never holds half a file, and a failure leaves the old file in place. Raises UserError.
     """
     path = Path(path)
-    partial = path.parent / f".partial.{path.name}"
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]  # a long name stays legal
+    partial = path.parent / f".{name}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -622,6 +754,7 @@ def main():
     rng = np.random.default_rng(args.seed)
     notices = {}
     image = open_opaque(args.image, notices)
+    out = choose_output(args.out, image.mode, notices)
     say_notices(notices)
     if args.preview:
         result = contact_sheet(image, rng)
@@ -629,8 +762,10 @@ def main():
         choices = parse_degradations([args.only] if args.only else DEFAULT_DEGRADATIONS)
         recipe = draw_recipe(choices, args.num_degradations or 2, rng)
         result = apply_recipe(image, recipe, rng)
-        print(f"{args.out}: {describe(recipe)}")
-    save_image(result, args.out)
+        print(f"{out}: {describe(recipe)}")
+    save_image(result, out)
+    if kind_of(out) in ("JPEG", "AVIF"):
+        print(f"{out}: this format loses detail, too, even at its best; a .png does not")
 
 
 if __name__ == "__main__":

@@ -33,10 +33,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from data import CsvPairs, PairedDataset, check_device, list_images
-from data import relative, seed_for, to_image, to_tensor
-from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, describe_picture
-from degrade import explain_errors, open_image, parse_degradations, picture_extensions, plain_image
-from degrade import run_script, save_image, say_notices
+from data import relative, seed_for, to_image, to_tensor, use_device
+from degrade import DEFAULT_DEGRADATIONS, Parser, UserError, between, check_side, choose_output
+from degrade import describe_picture, explain_errors, name_shortage, open_image, parse_degradations
+from degrade import plain_image, read_header, run_script, save_image, say_notices
 from model import SAMPLERS, Prompts, find_checkpoint, guided, load_autoencoder, load_decoder
 from model import load_restorer, read_run, rows_trained_on
 from vae import PixelAE, blend_tiles, pad_to_multiple, write_json
@@ -454,15 +454,16 @@ class Pipeline:
     """A loaded restorer: Pipeline.load("out/demo")("noisy.jpg").save("restored.png").
 
     autoencoder, prompts: made by model.load_autoencoder and model.Prompts. enlarge: by which factor
-    a picture is enlarged first. steps: the sampling steps that restore takes by default; None: 1
-    for a network that predicts the clean image, 20 for SANA; 0: the latents of the degraded picture
-    are decoded."""
+    a picture is enlarged first. keeps_grey: whether a grey picture stays grey. steps: the sampling
+    steps that restore takes by default; None: 1 for a network that predicts the clean image, 20 for
+    SANA; 0: the latents of the degraded picture are decoded."""
 
-    def __init__(self, restorer, autoencoder, prompts, enlarge=1, steps=None):
+    def __init__(self, restorer, autoencoder, prompts, enlarge=1, keeps_grey=True, steps=None):
         self.restorer = restorer
         self.autoencoder = autoencoder
         self.prompts = prompts
         self.enlarge = enlarge
+        self.keeps_grey = keeps_grey
         # where load found it: the step folder, and "model" of its config.json
         self.checkpoint = None
         self.config = None
@@ -479,10 +480,11 @@ class Pipeline:
         "ema", the averaged ones, or "model", the last ones. Pictures are enlarged before they are
         restored as the conditions were in training. On a GPU a pretrained SANA is loaded in bf16.
         """
+        device = str(device)
         folder = find_checkpoint(path)
         restorer, config = load_restorer(folder, weights, model)
         pretrained = config["autoencoder"]["kind"] == "pretrained"
-        if str(device).startswith("cuda") and pretrained:
+        if device.startswith("cuda") and pretrained:
             restorer.sana.to(torch.bfloat16)  # half the memory; the projection stays fp32
         steps = None
         if config["decoder"]:
@@ -491,7 +493,8 @@ class Pipeline:
         else:
             autoencoder = load_autoencoder(config, folder)
         around = autoencoder.to(device), Prompts(config, device)
-        pipeline = cls(restorer.to(device), *around, config["enlarge"], steps)
+        inputs = config["enlarge"], config["keeps_grey"]
+        pipeline = cls(restorer.to(device), *around, *inputs, steps)
         pipeline.checkpoint = folder
         pipeline.config = config
         return pipeline
@@ -499,8 +502,8 @@ class Pipeline:
     def __call__(self, picture, prompt="", **sampling):
         """Restore a path, a PIL image of any mode, or a uint8 array [H, W] or [H, W, 3].
 
-        -> PIL image, sRGB, grey if it was grey, with its transparency. sampling: the arguments of
-        restore. Raises UserError."""
+        -> PIL image, sRGB, with its transparency; grey if it was grey and keeps_grey is set.
+        sampling: the arguments of restore. Raises UserError."""
         if isinstance(picture, np.ndarray):
             picture = Image.fromarray(picture)
         if isinstance(picture, Image.Image):
@@ -513,7 +516,8 @@ class Pipeline:
             picture = ImageOps.scale(picture, self.enlarge, Image.Resampling.BICUBIC)
         pixels = to_tensor(picture)[None].to(next(self.restorer.parameters()).device)
         restored = self.restore(pixels, [prompt], **sampling)[0]
-        restored = finished_image(restored, picture.mode.startswith("L"))
+        grey = self.keeps_grey and picture.mode.startswith("L")
+        restored = finished_image(restored, grey)
         if picture.mode.endswith("A"):
             restored.putalpha(picture.getchannel("A"))
         return restored
@@ -582,8 +586,10 @@ def restore_files(pipeline, work, overwrite=False, quality=95, **options):
     notices = {}
     for path, out in tqdm(todo, unit="img", desc="restore", disable=len(work) == 1):
         try:
-            restored = pipeline(open_image(path, notices), **options)
-            save_restored(restored, out, quality)
+            with name_shortage(path):
+                picture = open_image(path, notices)
+                check_side(out, [side * pipeline.enlarge for side in picture.size])
+                save_image(pipeline(picture, **options), out, quality)
         except UserError as error:
             if len(work) == 1:
                 raise
@@ -599,14 +605,12 @@ def restore_files(pipeline, work, overwrite=False, quality=95, **options):
     return failed
 
 
-def save_restored(image, path, quality):
-    """Save a picture. Drop alpha that its format cannot hold, and print that."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    options = {"quality": quality} if kind in ("JPEG", "MPO", "WEBP", "AVIF") else {}
-    if image.mode.endswith("A") and kind in ("JPEG", "MPO", "BMP", "DIB", "PPM", "PCX"):
-        print(f"{path}: this format holds no transparency; saved without", file=sys.stderr)
-        image = image.convert(image.mode.rstrip("A"))
-    save_image(image, path, **options)
+def name_output(path, out, notices):
+    """Return where the restored picture of a file goes; see choose_output."""
+    mode = "RGB"
+    with contextlib.suppress(UserError):  # it is damaged, which is said when it is its turn
+        mode = read_header(path).mode
+    return choose_output(out, mode, notices)
 
 
 def list_work(sources, target):
@@ -626,9 +630,10 @@ def list_work(sources, target):
             work.append((path, target / path.name))
         else:
             work.append((path, target))
+    notices = {}
+    work = [(path, name_output(path, out, notices)) for path, out in work]
+    say_notices(notices)
     for path, out in work:
-        if out.suffix.lower() not in picture_extensions(writable=True):
-            raise UserError(f"{out}: no format that can be written; restore it apart, as a .png")
         if out.resolve() == path.resolve():
             raise UserError(f"--output {out} would write over the input; choose another")
     if len({out for _, out in work}) < len(work):
@@ -786,7 +791,7 @@ def ceiling_method(autoencoder, device):
         with torch.no_grad():
             pixels = autoencoder.decode(autoencoder.encode(clean))
         pixels = pixels[0, :, : clean.shape[2], : clean.shape[3]]
-        return to_tensor(finished_image(pixels, item["grey"]))
+        return to_tensor(finished_image(pixels, item["clean_grey"]))
 
     return method
 
@@ -797,7 +802,7 @@ def restoring_method(pipeline, captions, device, **sampling):
     def method(i, item):
         pixels = item["condition"][None].to(device)
         restored = pipeline.restore(pixels, [captions[i]], **sampling)[0]
-        return to_tensor(finished_image(restored, item["grey"]))
+        return to_tensor(finished_image(restored, item["grey"] and pipeline.keeps_grey))
 
     return method
 
@@ -848,6 +853,7 @@ def make_methods(args, pipeline, dataset):
     if pipeline.seeing:
         original = load_autoencoder(pipeline.config, pipeline.checkpoint)
         plain = Pipeline(pipeline.restorer, original.to(args.device), pipeline.prompts)
+        plain.keeps_grey = pipeline.keeps_grey
         methods = {
             "ceiling": ceiling_method(original, args.device),
             "control": restoring(pipeline, 0),
@@ -1086,6 +1092,7 @@ def sampling_options(args):
 
 def main():
     args = parse_args()
+    use_device(args.device)
     if args.data:
         out = claim_folder(args.output)
         try:

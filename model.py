@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -102,10 +103,14 @@ class Sana(nn.Module):
         modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])
         text = self.caption_projection(text.to(self.proj_out.weight.dtype))
         text = self.caption_norm(text)                              # [B, L, D]
+        if text_mask is not None:
+            added = torch.zeros_like(text_mask, dtype=x.dtype).masked_fill(~text_mask, -math.inf)
+            text_mask = added[:, None, None, :]                     # [B, 1, 1, L], before softmax
         for block in self.transformer_blocks:
             inputs = x, modulation, text, text_mask, grid
             if self.checkpointing:
-                x = checkpoint(block, *inputs, use_reentrant=False)
+                # a block draws no random numbers: their state need not be kept
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*inputs)                                  # [B, N, D]
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
@@ -146,7 +151,9 @@ class SanaBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
     def forward(self, x, modulation, text, text_mask, grid):
-        """x [B, N, D], modulation [B, 6, D], text [B, L, D], its mask or None, grid (H, W)."""
+        """x [B, N, D], modulation [B, 6, D], text [B, L, D], its mask or None, grid (H, W).
+
+        text_mask: see CrossAttention."""
         modulation = self.scale_shift_table + modulation            # [B, 6, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         x = x + gate1 * self.attn1(modulate(x, shift1, scale1, self.eps))
@@ -199,12 +206,12 @@ class CrossAttention(Attention):
     """Softmax attention from image tokens to caption tokens."""
 
     def forward(self, x, text, text_mask):
-        """x [B, N, D], text [B, L, D], text_mask [B, L] or None -> [B, N, D]."""
+        """x [B, N, D], text [B, L, D] -> [B, N, D].
+
+        text_mask: [B, 1, 1, L], 0 or -inf, which is added before the softmax; None: all 0."""
         q = self.split(self.norm_q(self.to_q(x)))                   # [B, h, N, d]
         k = self.split(self.norm_k(self.to_k(text)))                # [B, h, L, d]
         v = self.split(self.to_v(text))                             # [B, h, L, d]
-        if text_mask is not None:
-            text_mask = text_mask[:, None, None, :]                 # [B, 1, 1, L]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask)  # [B, h, N, d]
         return self.to_out[0](out.transpose(1, 2).flatten(2))       # [B, N, D]
 
@@ -409,7 +416,7 @@ class LoRA(nn.Module):
     """A frozen linear map W plus a trained low-rank update (arXiv 2106.09685).
 
     Computes W x + B A x (the paper's alpha is the rank). B starts at zero: before training the
-    output is W x, bit for bit. A [rank, d_in] and B [d_out, rank] are fp32; W may be bf16."""
+    output is W x, bit for bit. A [rank, d_in] and B [d_out, rank]."""
 
     def __init__(self, linear, rank):
         super().__init__()
@@ -419,8 +426,8 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(d_out, rank))
 
     def forward(self, x):                                           # [B, N, d_in]
-        low = F.linear(x, self.A.to(x.dtype))                       # [B, N, rank]
-        return self.linear(x) + F.linear(low, self.B.to(x.dtype))   # [B, N, d_out]
+        low = F.linear(x, self.A)                                   # [B, N, rank]
+        return self.linear(x) + F.linear(low, self.B)               # [B, N, d_out]
 
     @torch.no_grad()
     def merge(self):
@@ -594,6 +601,7 @@ def guided(restorer, condition, prompt, empty, guidance=1.0, condition_guidance=
 #   digests      {part: SHA-256 of its weights} of a pretrained model, or of an own autoencoder
 #   sana         the transformer's config; conditioning, prediction, shift: Restorer's arguments
 #   enlarge      factor by which pictures are enlarged before they are restored
+#   keeps_grey   whether grey pictures stay grey: the clean pictures of grey conditions were grey
 #   lora         rank, if the trained weights are low-rank updates
 #   base         True: the weights are only changes (LoRA, decoder) to a restorer in RUN/base/
 #   decoder      of the decoder that sees the degraded image: "dcae", its config; "gains", the
@@ -618,6 +626,7 @@ MODEL_DEFAULTS = {
     "shift": SHIFT,
     "sana": {},
     "enlarge": 1,
+    "keeps_grey": True,
     "lora": None,
     "base": False,
     "decoder": None,
@@ -980,10 +989,16 @@ def export(path, out, weights="ema"):
 
 def pad_text(rows):
     """[[L, D], ...] of several lengths -> text [B, longest L, D], text_mask [B, longest L] bool."""
-    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    lengths = torch.tensor([len(row) for row in rows])
     text = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    position = torch.arange(text.shape[1], device=text.device)
-    return text, position < lengths[:, None]
+    return text, torch.arange(text.shape[1]) < lengths[:, None]
+
+
+def to_device(tensor, device):
+    """Copy a tensor of the CPU to a device. From pinned memory, a GPU does not make us wait."""
+    if str(device).startswith("cuda"):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class GemmaTokenizer:
@@ -1262,11 +1277,11 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
             if len(tokens) > longest:
                 cut = f"the prompt {prompt[:40]!r}... is cut to {length - 2} tokens"
                 print(cut, file=sys.stderr)
-            ids.append(torch.tensor(tokens[:longest], device=gemma.norm.weight.device))
-        padded, mask = pad_text(ids)
+            ids.append(torch.tensor(tokens[:longest]))
+        padded, mask = [to_device(t, gemma.norm.weight.device) for t in pad_text(ids)]
         states = gemma(padded, mask).cpu()                          # [B, L, D]
-        for prompt, count, row in zip(batch, mask.sum(1), states):
-            row = row[:count]
+        for prompt, tokens, row in zip(batch, ids, states):
+            row = row[: len(tokens)]
             if prompt:
                 row = torch.cat([row[:1], row[intro - 1 :]])
             rows.append(row)
@@ -1277,6 +1292,15 @@ def encode_prompts(tokenizer, gemma, prompts, batch_size=8, length=300):
 # What stands around the transformer, frozen: pixels become latents, captions become embeddings.
 
 
+def split_words(prompt):
+    """Return the words of a prompt: runs of letters, digits and the marks that belong to them.
+
+    They are in lower case and composed (Unicode's NFC): an accent may be typed in two ways."""
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", prompt).lower())
+    kinds = [unicodedata.category(c)[0] for c in text]
+    return "".join(c if kind in "LNM" else " " for c, kind in zip(text, kinds)).split()
+
+
 def hash_prompts(prompts):
     """Embed prompts without a text encoder -> text [B, L, 256], text_mask [B, L] bool.
 
@@ -1284,7 +1308,7 @@ def hash_prompts(prompts):
     the same on every machine. The empty word stands first, as <bos> does elsewhere."""
     rows = []
     for prompt in prompts:
-        words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
+        words = split_words(prompt)
         digests = b"".join(hashlib.sha256(word.encode()).digest() for word in ["", *words])
         bits = np.unpackbits(np.frombuffer(digests, np.uint8), bitorder="little")
         rows.append(torch.from_numpy(bits).view(-1, 256).float() * 2 - 1)   # [L, 256]
@@ -1300,7 +1324,7 @@ class Prompts:
     def __init__(self, config, device="cpu"):
         self.config = config
         self.hashed = config["autoencoder"]["kind"] != "pretrained"
-        self.device = device
+        self.device = str(device)
         self.known = {}
 
     def prepare(self, captions):
@@ -1317,15 +1341,20 @@ class Prompts:
         # one by one on a CPU: rounding does not depend on the batch, so resuming is exact
         batch_size = 1 if self.device == "cpu" else 8
         self.known.update(zip(new, encode_prompts(tokenizer, gemma, new, batch_size)))
+        del gemma
+        torch.cuda.empty_cache()  # for the training that follows, also of another process
 
     def __call__(self, captions):
-        """[B] captions -> text [B, L, D], text_mask [B, L] bool, on the device."""
+        """[B] captions -> text [B, L, D], text_mask [B, L] bool or None, on the device.
+
+        None: no caption is padded."""
         if self.hashed:
             text, mask = hash_prompts(captions)
         else:
             self.prepare(captions)
             text, mask = pad_text([self.known[caption] for caption in captions])
-        return text.to(self.device), mask.to(self.device)
+        mask = None if mask.all() else to_device(mask, self.device)
+        return to_device(text, self.device), mask
 
 
 def load_autoencoder(config, path):

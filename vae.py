@@ -429,7 +429,8 @@ class DCAE(nn.Module):
 
     def encode(self, pixels):
         """[B, 3, H, W] in [-1, 1] -> [B, C, H/f, W/f], fp32. Deterministic: nothing is sampled."""
-        z = self.encoder(self.prepare_pixels(pixels))
+        with tf32(pixels.device):
+            z = self.encoder(self.prepare_pixels(pixels))
         return z.float() * self.scaling
 
     def prepare_pixels(self, pixels):
@@ -445,7 +446,8 @@ class DCAE(nn.Module):
         size fH x fW. weight: factor of the skips in [0, 1], a number or, per image, [B, 1, 1, 1].
         Raises ValueError for degraded pixels of another size, or if there are no skips."""
         z = (latents / self.scaling).to(self.decoder.conv_in.weight.dtype)
-        x = self.decoder.attention_stages(z.contiguous(memory_format=torch.channels_last))
+        with tf32(latents.device):
+            x = self.decoder.attention_stages(z.contiguous(memory_format=torch.channels_last))
         factor, halo = self.decoder.factor, self.decoder.halo
         if self.gains:  # the same tiles with and without degraded pixels: the same rounding
             halo += self.encoder.halo
@@ -542,6 +544,18 @@ def rms(x):
 
 
 PERCEPTUAL = 0.1  # weight of LPIPS relative to L1, where LPIPS is used
+
+
+@contextlib.contextmanager
+def tf32(device):
+    """Let matrix products on a GPU round fp32 to TF32's 11 bits, as convolutions do by default."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = before or device.type != "cpu"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def reconstruction_loss(autoencoder, clean, perceptual=None):
@@ -660,8 +674,7 @@ def blend_tiles(function, size, tile, overlap):
         if total is None:
             total = y.new_zeros(y.shape[:2] + tuple(size))
             weights = y.new_zeros(size)
-        weight = ramp(y.shape[2], overlap)[:, None] * ramp(y.shape[3], overlap)
-        weight = weight.to(y)
+        weight = ramp(y.shape[2], overlap, y.device)[:, None] * ramp(y.shape[3], overlap, y.device)
         total[..., rows, columns] += weight * y
         weights[rows, columns] += weight
     return total.div_(weights)
@@ -674,9 +687,9 @@ def tile_starts(length, tile, overlap):
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 
-def ramp(length, overlap):
+def ramp(length, overlap, device):
     """Return weights [length] that rise to 1 from both ends, linearly over the overlap."""
-    i = torch.arange(length)
+    i = torch.arange(length, device=device)
     return torch.minimum(i + 1, length - i).clamp(max=overlap) / overlap
 
 

@@ -344,4 +344,6 @@ def install():
 
 LIBRARY = install()
 torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()
+EMPTY_LIKE = torch.empty_like
+torch.empty_like = lambda tensor, pin_memory=False, **options: EMPTY_LIKE(tensor, **options)
 torch.compile = lambda function, **options: one_kernel(function)

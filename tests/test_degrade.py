@@ -2,11 +2,12 @@
 
 import io
 import struct
+import zlib
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageEnhance, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageEnhance, ImageOps
 from tifffile import imwrite
 
 import degrade
@@ -407,3 +408,168 @@ def test_a_picture_that_is_made_plain_keeps_its_name(photo, tmp_path):
     with Image.open(tmp_path / "a.tif") as image:
         degrade.plain_image(image, degrade.describe_picture(image))
         assert str(image.filename) == str(tmp_path / "a.tif")
+
+
+def png_chunk(kind, content):
+    checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def add_chunks(path, *chunks):
+    """Put chunks into a PNG, behind its header."""
+    content = path.read_bytes()
+    path.write_bytes(content[:33] + b"".join(chunks) + content[33:])
+
+
+CHROMATICITY = [31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000]
+ADOBE = [31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000]
+CLAIMS = {  # what stands in a PNG: (chunks, whether something is said)
+    "nothing": ([], False),
+    "gAMA of sRGB": ([(b"gAMA", struct.pack(">I", 45455))], False),
+    "gAMA 1.0": ([(b"gAMA", struct.pack(">I", 100000))], True),
+    "cHRM of sRGB": ([(b"cHRM", struct.pack(">8I", *CHROMATICITY))], False),
+    "cHRM of Adobe RGB": ([(b"cHRM", struct.pack(">8I", *ADOBE))], True),
+    "sRGB goes before gAMA": ([(b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 100000))], False),
+    "cICP of sRGB": ([(b"cICP", b"\x01\x0d\0\1")], False),
+    "cICP of Display P3": ([(b"cICP", b"\x0c\x0d\0\1")], True),
+    "cICP of BT.2100 PQ": ([(b"cICP", b"\x09\x10\0\1")], True),
+    "cICP goes before gAMA": (
+        [(b"cICP", b"\x01\x0d\0\1"), (b"gAMA", struct.pack(">I", 100000))],
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_what_a_png_says_about_its_colours_is_not_ignored(tmp_path, name):
+    chunks, said = CLAIMS[name]
+    path = tmp_path / "a.png"
+    coordinates().save(path)
+    add_chunks(path, *[png_chunk(*chunk) for chunk in chunks])
+    notices = {}
+    assert np.array_equal(levels(open_image(path, notices)), levels(coordinates()))
+    assert [("not sRGB, without a profile" in text) for text in notices] == [True] * said
+    assert read_header(path).notices == list(notices)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("space, index, said", [(1, "R98", False), (65535, "R03", True)])
+def test_exif_says_adobe_rgb(tmp_path, extension, space, index, said):
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    ifd = exif.get_ifd(ExifTags.IFD.Exif)
+    ifd[ExifTags.Base.ColorSpace] = space
+    ifd[ExifTags.IFD.Interop] = {1: index}
+    path = tmp_path / f"a.{extension}"
+    coordinates().save(path, exif=exif)
+    assert bool(read_header(path).notices) == said
+
+
+def test_pictures_of_up_to_a_gigapixel_open(tmp_path):
+    """More than Pillow would; what is larger is refused by its header."""
+    path = tmp_path / "a.png"
+    for width, height in ((20_000, 10_000), (40_000, 25_001)):
+        head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+        end = png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + end)
+        if width == 20_000:
+            assert read_header(path).size == (width, height)
+        else:
+            for look in (read_header, open_image):
+                with pytest.raises(UserError, match="40000x25001 pixels, over 1,000,000,000; make"):
+                    look(path)
+
+
+@pytest.mark.parametrize("name", ["photo.heic", "photo.jpg"])
+def test_a_photo_of_another_format_is_refused_with_advice(tmp_path, name):
+    content = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+    (tmp_path / name).write_bytes(content)
+    for look in (read_header, open_image):
+        with pytest.raises(UserError, match=f"{name}: .* HEIC; save it as JPEG or PNG"):
+            look(tmp_path / name)
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing.
+
+KEPT = {  # what each format that is written keeps: {mode}
+    ".png": {"L", "LA", "RGB", "RGBA"},
+    ".tif": {"L", "LA", "RGB", "RGBA"},
+    ".tga": {"L", "LA", "RGB", "RGBA"},
+    ".jp2": {"L", "LA", "RGB", "RGBA"},
+    ".webp": {"L", "LA", "RGB", "RGBA"},
+    ".avif": {"L", "LA", "RGB", "RGBA"},
+    ".bmp": {"L", "RGB"},
+    ".ppm": {"L", "RGB"},
+    ".jpeg": {"L", "RGB"},
+    ".gif": set(),
+    ".ico": set(),
+    ".icns": set(),
+    ".pcx": set(),
+    ".pdf": set(),
+    ".xyz": set(),
+    "": set(),
+}
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+@pytest.mark.parametrize("extension", KEPT)
+def test_what_is_written_keeps_size_levels_and_alpha(tmp_path, photo, extension, mode):
+    image = photo.resize((300, 290)).convert(mode)
+    if mode.endswith("A"):
+        image.putalpha(photo.convert("L").resize((300, 290)))
+    notices = {}
+    path = degrade.choose_output(tmp_path / f"a{extension}", mode, notices)
+    kept = mode in KEPT[extension]
+    assert path.name == (f"a{extension}" if kept else "a.png")
+    assert bool(notices) != kept
+    degrade.save_image(image, path)
+    written = Image.open(path)
+    assert written.size == image.size
+    assert written.has_transparency_data == mode.endswith("A")
+    largest = {".jpeg": 4, ".avif": 4}.get(path.suffix, 0)
+    visible = levels(image)
+    difference = abs(levels(written.convert(mode)) - visible)
+    if mode.endswith("A"):
+        difference = difference[visible[..., -1] > 0]  # what cannot be seen may change
+    assert difference.max() <= largest
+
+
+@pytest.mark.parametrize("name, side", [("a.webp", 16383), ("a.jpg", 65500), ("a.tga", 65535)])
+def test_a_side_that_a_format_does_not_hold_is_refused(tmp_path, name, side):
+    degrade.save_image(Image.new("L", (side, 1)), tmp_path / name)
+    assert Image.open(tmp_path / name).size == (side, 1)
+    with pytest.raises(UserError, match=f"at most {side:,} pixels, not {side + 1:,}; name a .png"):
+        degrade.save_image(Image.new("L", (side + 1, 1)), tmp_path / f"b{name}")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_degrade_adds_no_loss_of_its_own_or_says_so(photo, tmp_path, monkeypatch, capsys):
+    photo.save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    written = {}
+    for name in ("n.png", "n.jpg", "n.webp", "n.avif", "n.gif"):
+        words = [name, "--only", "gaussian_noise:sigma=25"]
+        monkeypatch.setattr("sys.argv", ["degrade.py", "a.png", *words])
+        degrade.main()
+        said = capsys.readouterr()
+        assert ("loses detail" in said.out) == (name in ("n.jpg", "n.avif"))
+        assert (".gif: not a format" in said.err) == (name == "n.gif")
+        if name == "n.gif":
+            name = "n.png"
+        written[name] = levels(Image.open(tmp_path / name))
+    assert not (tmp_path / "n.gif").exists()
+    for name, picture in written.items():
+        error = np.sqrt(np.mean((picture - written["n.png"]) ** 2.0))
+        assert error < (0 if name == "n.webp" else 1) + 1e-9
+
+
+@pytest.mark.parametrize("name", ["x" * 251 + ".png", "é" * 125 + ".json"])
+def test_a_name_at_the_limit_is_written(tmp_path, name):
+    assert len(name.encode()) == 255
+    with degrade.atomic_write(tmp_path / name) as partial:
+        partial.write_text("a")
+    assert (tmp_path / name).read_text() == "a"
+    with pytest.raises(UserError, match="cannot write"), degrade.atomic_write(tmp_path / name):
+        raise OSError("no space left")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
-from data import CsvPairs, PairedDataset, seed_for
+from data import CsvPairs, PairedDataset, seed_for, to_tensor
+from degrade import UserError
 from evaluate import Pipeline, draw_grid, psnr, restore_files, ssim
 from model import PRESETS, Prompts, build_restorer
 from test_degrade import display_p3
+from test_train import call
 from vae import PixelAE, blend_tiles, save_weights, tile_starts
 
 
@@ -199,6 +201,15 @@ def test_paths_images_and_arrays_are_restored_as_evaluate_does(photo, tmp_path, 
             assert np.array_equal(levels(restored), levels(expected))
 
 
+def test_a_device_may_be_an_object(pipeline_folder, photos_csv, photo, tmp_path):
+    flags = ["--data", photos_csv, "--model", pipeline_folder, "--resolution", 32, "--steps", 1]
+    call("train.py", *flags, "--batch_size", 1, "--device", "cpu", "--out", "run", cwd=tmp_path)
+    by_name, by_object = (Pipeline.load(tmp_path / "run", d) for d in ("cpu", torch.device("cpu")))
+    small = photo.resize((64, 32))
+    restored = [pipeline(small, "Remove noise.", steps=1) for pipeline in (by_name, by_object)]
+    assert restored[0].tobytes() == restored[1].tobytes()
+
+
 def test_what_is_restored_is_srgb_and_upright(tiny, photo, tmp_path, capsys):
     small = photo.resize((20, 14))
     red, green, blue = small.split()
@@ -265,3 +276,76 @@ def test_tiles_fit_blocks_of_three_pixels():
     pipeline = Pipeline(restorer.eval(), PixelAE(3), Prompts(config))
     pixels = torch.rand(1, 3, 1200, 30, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.allclose(pipeline.restore(pixels, [""]), pixels, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files that are restored.
+
+
+def test_a_grey_picture_is_coloured_if_training_did_so(tiny, photo):
+    grey = photo.resize((20, 14)).convert("L")
+    assert tiny(grey).mode == "L"
+    coloring = Pipeline(tiny.restorer, tiny.autoencoder, tiny.prompts, keeps_grey=False)
+    restored = coloring(grey)
+    assert restored.mode == "RGB"
+    assert np.ptp(levels(restored), axis=2).max() > 0
+    grey.putalpha(grey.copy())
+    assert coloring(grey).mode == "RGBA"
+    item = {"condition": to_tensor(grey), "grey": True}
+    for pipeline, channels in ((tiny, 1), (coloring, 3)):
+        restored = evaluate.restoring_method(pipeline, [""], "cpu")(0, item)
+        assert len(restored.flatten(1).unique(dim=0)) == channels
+
+
+def test_out_of_memory_on_one_picture_does_not_stop_the_others(tiny, photo, tmp_path, capsys):
+    work = []
+    for i in range(3):
+        photo.resize((20 + i, 14)).save(tmp_path / f"{i}.png")
+        work.append((tmp_path / f"{i}.png", tmp_path / f"out/{i}.png"))
+
+    class Short(Pipeline):
+        error = None
+
+        def __call__(self, picture, **sampling):
+            if picture.width == 21:
+                raise self.error
+            return super().__call__(picture, **sampling)
+
+    pipeline = Short(tiny.restorer, tiny.autoencoder, tiny.prompts)
+    for pipeline.error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        assert restore_files(pipeline, work, overwrite=True) == 1
+        assert f"failed: {work[1][0]}: out of memory" in capsys.readouterr().err
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "2.png"]
+        with pytest.raises(UserError, match="1.png: out of memory"):
+            restore_files(pipeline, work[1:2])
+    pipeline.error = RuntimeError("a mistake in this program")
+    with pytest.raises(RuntimeError):
+        restore_files(pipeline, work, overwrite=True)
+
+
+def test_where_restored_pictures_go(photo, tmp_path, capsys):
+    """Formats that would lose something become PNG; two files never become one."""
+    small = photo.resize((20, 14))
+    (tmp_path / "in").mkdir()
+    small.save(tmp_path / "in/a.gif")
+    small.save(tmp_path / "in/b.jpg")
+    small.convert("LA").save(tmp_path / "c.png")
+    (tmp_path / "in/d.png").write_bytes(b"damaged")
+    out = tmp_path / "out"
+    work = evaluate.list_work([tmp_path / "in", tmp_path / "c.png"], out)
+    assert [path.name for _, path in work] == ["a.png", "b.jpg", "d.png", "c.png"]
+    assert f"{out / 'a.gif'}: .gif: not a format" in capsys.readouterr().err
+    for target, name in (("o.jpg", "o.png"), ("o", "o.png"), ("o.webp", "o.webp")):
+        [(_, path)] = evaluate.list_work([tmp_path / "c.png"], tmp_path / target)
+        assert path == tmp_path / name
+    small.save(tmp_path / "in/a.png")
+    with pytest.raises(UserError, match="two inputs have the same name"):
+        evaluate.list_work([tmp_path / "in"], out)
+
+
+def test_a_picture_too_large_for_its_format_is_refused_before_the_work(tiny, tmp_path, monkeypatch):
+    Image.new("L", (8200, 2)).save(tmp_path / "a.png")
+    pipeline = Pipeline(tiny.restorer, tiny.autoencoder, tiny.prompts, enlarge=2)
+    monkeypatch.setattr(pipeline, "restore", None)
+    with pytest.raises(UserError, match="o.webp: WEBP holds sides of at most 16,383 pixels, not"):
+        restore_files(pipeline, [(tmp_path / "a.png", tmp_path / "o.webp")])

@@ -112,7 +112,7 @@ WRONG = {  # by flag or positional; "file" holds no picture, table or run, "phot
     "model": ["absent", "a/b/c", "file"],
     "only": NO_DEGRADATION,
     "out": ["file/below"],
-    "output": ["file/below.png", "o.xyz", "noext"],
+    "output": ["file/below.png"],
     "pattern": ["x", "=", "a=", "=b"],
     "quality": [*NO_COUNT, "101"],
     "resolution": [*NO_COUNT, "100000"],
@@ -223,7 +223,7 @@ def cases_of(command):
         if other == command and action.nargs != 0 and action.dest not in FREE:
             values = WRONG[action.dest]
             if (command, action.dest) == ("degrade", "out"):
-                values = ["o.xyz", "noext", "file/o.png"]
+                values = ["file/o.png"]
             cases += [(action.dest, value) for value in values]
     return cases
 

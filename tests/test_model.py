@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from diffusers import SanaTransformer2DModel
 import model
 from degrade import UserError
 from model import PRESETS, SAMPLERS, GLUMBConv, Restorer, Sana, add_noise, build_restorer
-from model import draw_sigma, flow_loss, guided, hash_prompts, sample_euler
+from model import draw_sigma, flow_loss, guided, hash_prompts, sample_euler, split_words
 
 SMALL = {
     "in_channels": 8,
@@ -330,6 +331,21 @@ def test_sigmas_are_shifted_logit_normal():
 
 # --------------------------------------------------------------------------------------------------
 # Captions without a text encoder.
+
+
+@pytest.mark.parametrize("text", ["Débruiter", "İyi", "हिन्दी में", "ở đâu", "e\u0301\u0323"])
+def test_words_do_not_depend_on_how_accents_are_typed(text):
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+    both, _ = hash_prompts([*forms, "Debruiter"])
+    assert torch.equal(both[0], both[1])
+    assert not torch.equal(both[0], both[2])
+    assert len(split_words(text)) == len(text.split())  # marks belong to their word
+
+
+def test_a_mask_is_given_only_where_something_is_padded():
+    prompts = model.Prompts(PRESETS["tiny"])
+    assert prompts(["remove noise", "less grain"])[1] is None
+    assert prompts(["remove noise", "grain"])[1].tolist() == [[True] * 3, [True, True, False]]
 
 
 def test_hash_prompts():

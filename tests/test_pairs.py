@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_data import coordinates, levels, write_csv
 
 import data
@@ -95,11 +96,133 @@ def test_transparent_pixels_are_refused_and_opaque_ones_are_not(tmp_path, capsys
     make_pairs(tmp_path, tmp_path.parent / f"{out.name}2", NOISE, [1], 0, skip_bad=True)
     said = capsys.readouterr()
     assert "1 pairs in" in said.out and "1 pictures left out" in said.out
-    assert said.err.count("left out: ") == 2  # a row and a picture
+    assert said.err.count("hidden.png has transparent pixels") == 2  # a row and a picture
+
+
+@pytest.mark.parametrize("clean, expected", [("LLL", True), ("LLR", False), ("RRR", False)])
+def test_grey_conditions_with_coloured_clean_pictures_do_not_keep_grey(
+    tmp_path, clean, expected, capsys
+):
+    rows = []
+    for i, mode in enumerate(clean):
+        picture = noise_picture((20, 20), i)
+        if mode == "L":
+            picture = picture.convert("L")
+        picture.save(tmp_path / f"c{i}.png")
+        noise_picture((20, 20), i).convert("L").save(tmp_path / f"g{i}.png")
+        rows.append((f"c{i}.png", f"g{i}.png", ""))
+    source = CsvPairs(write_csv(tmp_path / "p.csv", rows))
+    assert source.about_conditions() == {"enlarge": 1, "keeps_grey": expected}
+    said = capsys.readouterr().out
+    count = clean.count("R")
+    assert (f"{count} of 3 grey conditions have a coloured clean picture" in said) == bool(count)
+    item = PairedDataset(source, None, training=False)[2]
+    assert (item["grey"], item["clean_grey"]) == (True, clean[2] == "L")
+    for i, mode in enumerate(clean):  # degraded on the fly
+        about = CsvPairs(write_csv(tmp_path / "p.csv", [(f"c{i}.png", "", "")])).about_conditions()
+        assert about == {"enlarge": 1} | ({"keeps_grey": True} if mode == "L" else {})
+
+
+def test_out_of_memory_on_one_picture_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    made_of(tmp_path / "in", 3)
+    apply_recipe = degrade.apply_recipe
+    for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")):
+        calls = itertools.count()
+
+        def apply(image, recipe, rng):
+            if next(calls) == 1:
+                raise error
+            return apply_recipe(image, recipe, rng)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(degrade, "apply_recipe", apply)
+            out = tmp_path / type(error).__name__
+            make_pairs(tmp_path / "in", out, NOISE, [1], seed=0, skip_bad=True)
+        said = capsys.readouterr()
+        assert "01.png: out of memory" in said.err
+        assert "2 pairs in" in said.out and "1 pictures left out" in said.out
+
+
+# --------------------------------------------------------------------------------------------------
+# The text of a CSV.
+
+HEADER = b"image_path,condition_image_path,caption\n"
+BAD_LINES = {  # name: (the line, what is said)
+    "stray quote": (b'01.png,,"Remove "noise" please."\n', "expected after.* close every quote"),
+    "open quote": (b'01.png,,"Remove noise.\n', "close every quote"),
+    "open quote before others": (b'01.png,,"Remove\n02.png,,"a"\n', "close every quote"),
+    "Latin-1": ("01.png,,Körnung\n".encode("latin-1"), "0xf6.* save the table as CSV UTF-8"),
+    "Windows-1252": ("01.png,,“noise”\n".encode("cp1252"), "save the table as CSV UTF-8"),
+    "endless cell": (b"01.png,," + 140_000 * b"x" + b"\n", "larger than field limit"),
+    "too many fields": (b"01.png,,a,b\n", "more fields than columns"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_what_is_no_csv_is_refused_with_its_line_and_left_out(tmp_path, name, capsys):
+    made_of(tmp_path, 4)
+    line, says = BAD_LINES[name]
+    end = b'03.png,,"two\nlines"\n'
+    (tmp_path / "p.csv").write_bytes(HEADER + b"00.png,,\n" + line + end)
+    with pytest.raises(UserError, match=f"p.csv, line 3: .*{says}"):
+        CsvPairs(tmp_path / "p.csv")
+    source = CsvPairs(tmp_path / "p.csv", skip_bad=True)
+    kept = ["00.png", "02.png", "03.png"] if b"02.png" in line else ["00.png", "03.png"]
+    assert [row.name for row in source.rows] == kept
+    assert source.rows[-1].caption == "two\nlines"
+    assert source.rows[-1].line == 2 + line.count(b"\n") + 1
+    assert "p.csv, line 3:" in capsys.readouterr().err
+
+
+NO_CSV = {
+    "semicolons": (HEADER.replace(b",", b";") + b"00.png;;\n", "line 1: semicolons stand between"),
+    "tabs": (HEADER.replace(b",", b"\t") + b"00.png\t\t\n", "line 1: tabs stand between"),
+    "UTF-16": ("image_path\n00.png\n".encode("utf-16"), "UTF-16.* save it as CSV UTF-8"),
+    "UTF-16 without a mark": ("image_path\n00.png\n".encode("utf-16-be"), "UTF-16"),
+    "nothing": (b"", "an empty file"),
+    "an open quote in the header": (b'"image_path\n00.png\n', "line 1: .* close every quote"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CSV)
+def test_a_table_of_another_kind_is_named(tmp_path, name):
+    made_of(tmp_path, 1)
+    content, says = NO_CSV[name]
+    (tmp_path / "p.csv").write_bytes(content)
+    for skip_bad in (False, True):
+        with pytest.raises(UserError, match=says):
+            CsvPairs(tmp_path / "p.csv", skip_bad)
+
+
+def test_a_csv_made_on_windows_is_read(tmp_path):
+    """Its separators, its line ends; a backslash may also be part of a name."""
+    (tmp_path / "a").mkdir()
+    made_of(tmp_path / "a", 2)
+    noise_picture((20, 20), 2).save(tmp_path / "b\\c.png")
+    rows = b"image_path,condition_image_path\r\na\\00.png,.\\a\\01.png\r\nb\\c.png,\r\n"
+    (tmp_path / "p.csv").write_bytes(rows)
+    first, second = CsvPairs(tmp_path / "p.csv").rows
+    assert first.paths() == [tmp_path / "a/00.png", tmp_path / "a/01.png"]
+    assert second.clean == tmp_path / "b\\c.png"
 
 
 # --------------------------------------------------------------------------------------------------
 # Folders and names.
+
+
+def test_long_names_stay_legal_and_two_stay_two(tmp_path):
+    names = ["x" * 250 + "a.png", "x" * 250 + "b.png", "é" * 125 + ".png", "y" * 240 + ".png"]
+    assert max(len(os.fsencode(name)) for name in names) == 255
+    write_pictures(tmp_path / "in", *names)
+    make_pairs(tmp_path / "in", tmp_path / "out", NOISE, [1], seed=0)
+    made = sorted(path.name for path in (tmp_path / "out/clean").iterdir())
+    assert len(made) == 4 and all(len(os.fsencode(name)) <= 255 for name in made)
+    source = CsvPairs(tmp_path / "out/pairs.csv")
+    assert [path.name for row in source.rows for path in row.paths()] == [
+        name for name in made for _ in range(2)
+    ]
+    stems = [degrade.fit_name(name.removesuffix(".png"), ".jpeg") for name in names[:2]]
+    assert len(set(stems)) == 2 and all(name.endswith(".jpeg") for name in stems)
 
 
 def test_which_files_of_a_folder_are_pictures(tmp_path, capsys):
@@ -113,7 +236,13 @@ def test_which_files_of_a_folder_are_pictures(tmp_path, capsys):
     found = list_images(tmp_path / "photos")
     below = [path.relative_to(tmp_path / "photos").as_posix() for path in found]
     assert below == [*shown, "link/e.png"]
-    assert "left out as no pictures: 3 files such as film.mov" in capsys.readouterr().err
+    assert "left out: 3 files that are no pictures for Pillow, such as film.mov" in (
+        capsys.readouterr().err
+    )
+    (tmp_path / "photos/img.heic").write_text("x")
+    list_images(tmp_path / "photos")
+    assert "4 files" in (said := capsys.readouterr().err)
+    assert "such as img.heic; save photos as JPEG or PNG" in said
 
 
 LAYOUTS = {
@@ -205,6 +334,23 @@ def test_a_pair_that_exif_turns_says_so(tmp_path):
         CsvPairs(write_csv(tmp_path / "p.csv", [("plain.png", "turned.jpg", "")]))
 
 
+@pytest.mark.parametrize("factor, odd", [(2, (1, 0)), (3, (2, 1)), (4, (0, 3)), (8, (7, 7))])
+def test_a_clean_picture_is_cut_to_a_multiple(tmp_path, factor, odd, capsys):
+    """Small pictures are often made with their sides rounded down."""
+    size = 10 * factor + odd[0], 12 * factor + odd[1]
+    coordinates(*size).save(tmp_path / "a.png")
+    noise_picture((10, 12), 0).save(tmp_path / "b.png")
+    path = write_csv(tmp_path / "p.csv", [("a.png", "b.png", "")])
+    source = CsvPairs(path, smallest=10 * factor)
+    assert source.enlarge == factor
+    assert f"1 clean pictures cut to a multiple of {factor} pixels" in source.summary()
+    clean, condition, _ = source.load(0)
+    assert clean.size == condition.size == (10 * factor, 12 * factor)
+    assert np.array_equal(levels(clean), levels(coordinates(*clean.size)))
+    with pytest.raises(UserError, match=f"the picture is {10 * factor}x{12 * factor}, smaller"):
+        CsvPairs(path, smallest=10 * factor + 1)
+
+
 @pytest.mark.parametrize("factor", [2, 3, 4, 8])
 def test_smaller_conditions_are_enlarged(tmp_path, factor, capsys):
     small = noise_picture((10, 12), 0)
@@ -220,6 +366,15 @@ def test_smaller_conditions_are_enlarged(tmp_path, factor, capsys):
     whole = write_csv(tmp_path / "v.csv", [("a.png", "a.png", "")])
     with pytest.raises(UserError, match=f"1 and {factor} times smaller conditions"):
         datasets(path, whole, crop=8)
+
+
+def test_other_sizes_are_not_taken_for_rounded_ones(tmp_path):
+    """Rounded up, or one pixel off without a factor."""
+    coordinates(41, 31).save(tmp_path / "a.png")
+    for size in ((21, 16), (40, 31), (41, 30)):
+        noise_picture(size, 0).save(tmp_path / "b.png")
+        with pytest.raises(UserError, match="a pair of different sizes"):
+            CsvPairs(write_csv(tmp_path / "p.csv", [("a.png", "b.png", "")]))
 
 
 def test_a_row_of_another_factor_is_refused(tmp_path):
@@ -401,6 +556,26 @@ def test_a_cache_has_the_draws_that_training_would_make(table, tmp_path):
     plans = [cached.plan(n) for n in range(24, 48)]
     assert sorted(plans) == list(range(24)) != plans
     assert torch.equal(cached[24]["clean"], cached[plans[0]]["clean"])
+
+
+def test_a_cache_folder_is_new_or_an_unfinished_cache(table, tmp_path):
+    train_set = PairedDataset(CsvPairs(table), 16, **DRAWING)
+    for folder in (tmp_path / "letters", tmp_path / "empty"):
+        folder.mkdir()
+        if folder.name == "letters":
+            (folder / "dear.txt").write_text("mine")
+        with pytest.raises(UserError, match=f"{folder.name}: it exists already"):
+            fill_cache(folder, train_set)
+    assert [path.name for path in (tmp_path / "letters").iterdir()] == ["dear.txt"]
+    folder = tmp_path / "cache"
+    expected = fill_cache(folder, train_set)
+    whole = {path: load_file(path) for path in folder.rglob("*/*.safetensors")}
+    for path in sorted(whole)[5:]:
+        path.unlink()
+    fill_cache(folder, train_set)
+    for path, latents in whole.items():
+        assert all(torch.equal(x, latents[key]) for key, x in load_file(path).items())
+    data.CachedDataset(folder, expected, train_set)
 
 
 def test_a_cache_of_other_flags_or_pictures_is_refused(table, tmp_path):

@@ -315,12 +315,9 @@ def test_a_flag_without_an_effect_is_refused(command, tmp_path, run_folder):
 # Restoring folders.
 
 
-def test_formats_that_cannot_be_written_and_missing_inputs_are_refused(tmp_path):
+def test_missing_inputs_and_dangerous_outputs_are_refused(tmp_path):
     save(picture(0), tmp_path / "in/b.jpg")
-    (tmp_path / "in/star.psd").write_bytes(b"8BPS")  # Pillow reads these and writes none
     refused = [
-        ([tmp_path / "in"], tmp_path / "out", r"out/star.psd: no format that can be written"),
-        ([tmp_path / "in/b.jpg"], "o", r"o: no format"),
         ([tmp_path / "in/*.jpg"], "o.png", r"\*.jpg: no such file"),
         ([tmp_path / "in"], tmp_path / "in/x", "lies inside"),
         ([tmp_path / "in/b.jpg"], tmp_path / "in", "write over the input"),
