@@ -22,6 +22,7 @@ MALLOC_TRIM_THRESHOLD_=1073741824: without them both sides wait for the system's
 """
 
 import argparse
+import contextlib
 import ctypes
 import math
 import os
@@ -31,6 +32,7 @@ import threading
 import time
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import conftest  # noqa: F401, first: puts the project on the path, and torchvision needs it
 import numpy as np
@@ -40,6 +42,7 @@ from PIL import Image
 import data
 import model
 import train
+import vae
 from data import dead_leaves, to_tensor
 from degrade import DEGRADATIONS, parse_degradations, random_degradation
 from evaluate import LPIPS, Metrics, Pipeline, evaluate_pairs, frechet_distance, means
@@ -883,18 +886,15 @@ def measure_ceiling():
     autoencoder = DCAE(DC_AE_F32C32).eval().to(WHERE.device)
     pixels = torch.rand(1, 3, 1024, 1024, device=WHERE.device) * 2 - 1
     restored = {}
-    before = torch.backends.cuda.matmul.allow_tf32
-    for tf32 in (True, False):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        name = f"DC-AE there and back, TF32 in Linears: {'yes' if tf32 else 'no'}"
+    for name, context in {"TF32": vae.tf32, "fp32": contextlib.nullcontext}.items():
 
         def step():
-            restored[tf32] = autoencoder.decode(autoencoder.encode(pixels))
-            yield name
+            with mock.patch.object(vae, "tf32", context):
+                restored[name] = autoencoder.decode(autoencoder.encode(pixels))
+            yield f"DC-AE there and back, Linears in {name}"
 
         print_milliseconds(measure_parts(step))
-    torch.backends.cuda.matmul.allow_tf32 = before
-    agree = psnr(restored[True].clamp(-1, 1), restored[False].clamp(-1, 1)).item()
+    agree = psnr(restored["TF32"].clamp(-1, 1), restored["fp32"].clamp(-1, 1)).item()
     print(f"the two pictures agree to {agree:.1f} dB", flush=True)
 
 
