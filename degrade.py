@@ -636,6 +636,8 @@ def choose_output(path, mode, notices):
 
     Where the format of path would lose something, that is added to notices, see say_notices."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a picture in it")
     kind = kind_of(path)
     transparent = mode.endswith("A")
     if kind and not (transparent and kind in OPAQUE):

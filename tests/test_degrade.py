@@ -559,6 +559,9 @@ def test_degrade_adds_no_loss_of_its_own_or_says_so(photo, tmp_path, monkeypatch
             name = "n.png"
         written[name] = levels(Image.open(tmp_path / name))
     assert not (tmp_path / "n.gif").exists()
+    monkeypatch.setattr("sys.argv", ["degrade.py", "a.png", "."])
+    with pytest.raises(UserError, match="a folder; name a picture in it"):
+        degrade.main()
     for name, picture in written.items():
         error = np.sqrt(np.mean((picture - written["n.png"]) ** 2.0))
         assert error < (0 if name == "n.webp" else 1) + 1e-9

@@ -210,6 +210,32 @@ def test_a_csv_made_on_windows_is_read(tmp_path):
 # Folders and names.
 
 
+def test_names_that_are_no_utf8_get_a_table(tmp_path):
+    write_pictures(tmp_path / "in", "a.png")
+    os.rename(tmp_path / "in/a.png", os.fsencode(tmp_path) + b"/in/K\xf6rn.png")
+    make_pairs(tmp_path / "in", tmp_path / "out", NOISE, [1], seed=0)
+    assert CsvPairs(tmp_path / "out/pairs.csv").rows[0].clean.name == "00000_K?rn.png"
+
+
+def test_accents_are_matched_and_grouped_however_they_are_typed(tmp_path, capsys):
+    write_pictures(tmp_path / "clean", "K\u00f6rn.png")
+    write_pictures(tmp_path / "noisy", "Ko\u0308rn.png")
+    match_folders(tmp_path / "clean", tmp_path / "noisy", tmp_path / "m.csv")
+    assert "1 pairs in" in capsys.readouterr().out
+    names = [f"{i:02d}.png" for i in range(2)]
+    made_of(tmp_path, 2)
+    lines = [f"{names[0]},Zo\u00eb", f"{names[1]},Zoe\u0308"]
+    (tmp_path / "g.csv").write_text("\n".join(["image_path,group", *lines]), encoding="utf-8")
+    assert len(set(data.find_units(CsvPairs(tmp_path / "g.csv")).values())) == 1
+
+
+def test_a_link_that_leads_nowhere_is_counted(tmp_path, capsys):
+    write_pictures(tmp_path / "in", "a.png")
+    (tmp_path / "in/b.png").symlink_to("gone.png")
+    assert [path.name for path in list_images(tmp_path / "in")] == ["a.png"]
+    assert "left out: 1 files that are no pictures" in capsys.readouterr().err
+
+
 def test_long_names_stay_legal_and_two_stay_two(tmp_path):
     names = ["x" * 250 + "a.png", "x" * 250 + "b.png", "é" * 125 + ".png", "y" * 240 + ".png"]
     assert max(len(os.fsencode(name)) for name in names) == 255
