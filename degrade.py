@@ -515,6 +515,10 @@ def has_deep_channels(image):
         return True
     if image.format == "TIFF":
         return max(image.tag_v2.get(258, (8,))) > 8  # bits a sample
+    if image.format == "AVIF":
+        return file_content(image).partition(b"pixi")[2][5:6] > b"\x08"
+    if image.format == "JPEG2000":  # the depth of its first component, less one
+        return file_content(image).partition(b"\xff\x4f\xff\x51")[2][38:39] > b"\x07"
     if image.format == "PPM" and stored and isinstance(stored[0].args, tuple):
         return stored[0].args[1] > 255  # the largest level
     return False
@@ -533,6 +537,8 @@ def find_orientation(image):
 def find_profile(image):
     """Return (the colour profile to convert from, what to say); None for each if there is none."""
     content = image.info.get("icc_profile")
+    if image.format == "JPEG2000":  # Pillow leaves it
+        content = file_content(image).partition(b"colr\2")[2][2:]
     if not content:
         return None, None
     channels = "CMYK" if image.mode == "CMYK" else "RGB "
@@ -556,13 +562,18 @@ def claims_other_colors(image):
     """Say whether a file without a profile has a note that its colours are not those of sRGB."""
     if image.format == "PNG":
         _, _, numbers = file_content(image).partition(b"IDAT")[0].partition(b"cICP")
-        if numbers:  # of the primaries and of the curve (ITU-T H.273): sRGB has 1 and 13
-            return not numbers.startswith(b"\x01\x0d")
+        if numbers:  # of primaries, curve, matrix and range (ITU-T H.273): these are sRGB's
+            return not numbers.startswith(b"\x01\x0d\0\1")
+    if image.format == "AVIF":  # primaries and curve; 2: not said
+        numbers = file_content(image).partition(b"nclx")[2][1:4:2]
+        if numbers.translate(None, b"\1\2\x0d"):
+            return True
     gamma = image.info.get("gamma", SRGB_GAMMA)
     primaries = image.info.get("chromaticity", SRGB_PRIMARIES)
-    if "srgb" not in image.info and abs(gamma - SRGB_GAMMA) > 0.01:
-        return True
-    if "srgb" not in image.info and not np.allclose(primaries, SRGB_PRIMARIES, atol=0.01):
+    if image.format == "TIFF" and 319 in image.tag_v2:
+        primaries = SRGB_PRIMARIES[:2] + image.tag_v2[319]
+    said = [gamma, *primaries]
+    if "srgb" not in image.info and not np.allclose(said, [SRGB_GAMMA, *SRGB_PRIMARIES], atol=0.01):
         return True
     space = index = None
     with contextlib.suppress(Exception):
