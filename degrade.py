@@ -546,16 +546,23 @@ def find_profile(image):
         channels = "GRAY"
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
-        name = ImageCms.getProfileDescription(profile)
         usable = profile.profile.xcolor_space == channels
+        if usable and channels == "RGB " and is_srgb(profile):
+            return None, None
     except (ImageCms.PyCMSError, OSError):
         usable = False
     if not usable:
         return None, "its colour profile is damaged or not of its kind of picture; taken as sRGB"
-    linear = "linear" in name.lower() or "g10" in name  # "Linear sRGB" is not sRGB
-    if "sRGB" in name and not linear:
-        return None, None
     return profile, "its colour profile is converted to sRGB"
+
+
+def is_srgb(profile):
+    """Say whether a profile leaves colours as they are. (Names lie: "sRGB, linear".)"""
+    steps = np.linspace(0, 255, 6).astype(np.uint8)
+    colors = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+    srgb = ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(Image.fromarray(colors), profile, srgb)
+    return np.allclose(converted, colors, atol=2)
 
 
 def claims_other_colors(image):
