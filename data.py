@@ -317,7 +317,10 @@ class CsvPairs:
 
         keeps_grey stands there only if a condition is grey."""
         about = {"enlarge": self.enlarge}
-        grey = [row for row in self.rows if self.is_grey(row.condition or row.clean)]
+        stored = [row for row in self.rows if self.stored_grey(row.condition or row.clean)]
+        rows = stored or self.rows
+        sample = rows[:: len(rows) // 50 + 1]  # others have to be decoded to see
+        grey = [row for row in sample if self.is_grey(row.condition or row.clean)]
         colored = [row for row in grey if not self.is_grey(row.clean)]
         if grey:
             about["keeps_grey"] = not colored
@@ -326,8 +329,17 @@ class CsvPairs:
             print(f"{self.path}: {some}: what is restored from grey pictures has colours")
         return about
 
-    def is_grey(self, path):
+    def stored_grey(self, path):
         return self.headers[path].mode.startswith("L")
+
+    def is_grey(self, path):
+        """Say whether a picture has no colours. Many grey ones are stored as RGB."""
+        if self.stored_grey(path):
+            return True
+        with contextlib.suppress(UserError):  # damage is said when it is drawn
+            red, green, blue = open_opaque(path).split()
+            return red == green == blue
+        return False
 
     def check_sizes(self, row):
         """Raise UserError if the pictures of a row do not fit each other, or are too small."""

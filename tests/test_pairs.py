@@ -99,6 +99,22 @@ def test_transparent_pixels_are_refused_and_opaque_ones_are_not(tmp_path, capsys
     assert said.err.count("hidden.png has transparent pixels") == 2  # a row and a picture
 
 
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+def test_grey_pictures_may_be_stored_as_rgb(tmp_path, extension):
+    color, grey = tmp_path / f"c.{extension}", tmp_path / f"g.{extension}"
+    noise_picture((20, 20), 0).save(color)
+    noise_picture((20, 20), 0).convert("L").convert("RGB").save(grey)
+    noise_picture((20, 20), 0).convert("L").save(tmp_path / "l.png")
+    for clean, condition, expected in (
+        (color.name, grey.name, False),
+        (grey.name, "l.png", True),
+        (grey.name, grey.name, True),
+        (color.name, color.name, None),
+    ):
+        source = CsvPairs(write_csv(tmp_path / "p.csv", [(clean, condition, "")]))
+        assert source.about_conditions().get("keeps_grey") == expected
+
+
 @pytest.mark.parametrize("clean, expected", [("LLL", True), ("LLR", False), ("RRR", False)])
 def test_grey_conditions_with_coloured_clean_pictures_do_not_keep_grey(
     tmp_path, clean, expected, capsys
