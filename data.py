@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import sys
+import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -90,8 +91,9 @@ def list_images(folder):
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         for name in names:
             path = Path(place, name)
-            if path.is_file() and not name.startswith(HIDDEN):
-                files = found if path.suffix.lower() in extensions else others
+            if not name.startswith(HIDDEN):
+                usable = path.suffix.lower() in extensions and path.is_file()
+                files = found if usable else others  # a link may lead nowhere
                 files.append(path)
     if others:
         example = min(others, key=lambda path: (path.suffix.lower() != ".heic", path))
@@ -315,7 +317,10 @@ class CsvPairs:
 
         keeps_grey stands there only if a condition is grey."""
         about = {"enlarge": self.enlarge}
-        grey = [row for row in self.rows if self.is_grey(row.condition or row.clean)]
+        stored = [row for row in self.rows if self.stored_grey(row.condition or row.clean)]
+        rows = stored or self.rows
+        sample = rows[:: len(rows) // 50 + 1]  # others have to be decoded to see
+        grey = [row for row in sample if self.is_grey(row.condition or row.clean)]
         colored = [row for row in grey if not self.is_grey(row.clean)]
         if grey:
             about["keeps_grey"] = not colored
@@ -324,8 +329,17 @@ class CsvPairs:
             print(f"{self.path}: {some}: what is restored from grey pictures has colours")
         return about
 
-    def is_grey(self, path):
+    def stored_grey(self, path):
         return self.headers[path].mode.startswith("L")
+
+    def is_grey(self, path):
+        """Say whether a picture has no colours. Many grey ones are stored as RGB."""
+        if self.stored_grey(path):
+            return True
+        with contextlib.suppress(UserError):  # damage is said when it is drawn
+            red, green, blue = open_opaque(path).split()
+            return red == green == blue
+        return False
 
     def check_sizes(self, row):
         """Raise UserError if the pictures of a row do not fit each other, or are too small."""
@@ -860,7 +874,8 @@ def find_units(*sources):
         for row in source.rows:
             root = find(("picture", row.digest))
             if row.group:
-                name = hashlib.sha256(row.group.encode()).hexdigest()
+                composed = unicodedata.normalize("NFC", row.group)  # an accent has two spellings
+                name = hashlib.sha256(composed.encode()).hexdigest()
                 other = find(("group", name))
                 parent[max(root, other)] = min(root, other)
     return {name: find((kind, name))[1] for kind, name in parent if kind == "picture"}
@@ -1064,7 +1079,8 @@ def make_pairs(photos, out, choices, counts, seed, skip_bad=False):
         rng = np.random.default_rng(seed_for(seed, f"{i} {file_digest(path)}", "pairs"))
         recipe = degrade.draw_recipe(choices, rng.integers(counts[0], counts[-1] + 1), rng)
         caption = degrade.make_prompt([name for name, _ in recipe], rng)
-        name = degrade.fit_name(f"{i:05d}_{path.stem}", ".png")
+        stem = path.stem.encode("utf-8", "replace").decode()  # the CSV is UTF-8, a name may not be
+        name = degrade.fit_name(f"{i:05d}_{stem}", ".png")
         try:
             with degrade.name_shortage(path):
                 clean = open_opaque(path, notices)
@@ -1131,7 +1147,7 @@ def pictures_by_name(folder, here="", there="", skip_others=False):
             continue
         if here:
             name = there.join(name.rsplit(here, 1))
-        name = Path(name).with_suffix("").as_posix()
+        name = unicodedata.normalize("NFC", Path(name).with_suffix("").as_posix())
         if name in found:
             raise UserError(f"{path} and {found[name]} have one name, {name}; leave one out")
         found[name] = path

@@ -424,7 +424,7 @@ MOST_PIXELS = 10**9
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is 179 million; ours is in describe_picture
 ORIENTATION = 0x0112  # EXIF's tag
 SRGB_GAMMA = 1 / 2.2  # as PNG's gAMA has it
-SRGB_PRIMARIES = 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06  # white, red, green, blue
+SRGB_PRIMARIES = 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06  # x, y of white, red, green, blue
 PNG_EXIF = b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif"  # where a PNG may have EXIF
 
 
@@ -515,6 +515,10 @@ def has_deep_channels(image):
         return True
     if image.format == "TIFF":
         return max(image.tag_v2.get(258, (8,))) > 8  # bits a sample
+    if image.format == "AVIF":
+        return file_content(image).partition(b"pixi")[2][5:6] > b"\x08"
+    if image.format == "JPEG2000":  # the depth of its first component, less one
+        return file_content(image).partition(b"\xff\x4f\xff\x51")[2][38:39] > b"\x07"
     if image.format == "PPM" and stored and isinstance(stored[0].args, tuple):
         return stored[0].args[1] > 255  # the largest level
     return False
@@ -533,6 +537,8 @@ def find_orientation(image):
 def find_profile(image):
     """Return (the colour profile to convert from, what to say); None for each if there is none."""
     content = image.info.get("icc_profile")
+    if image.format == "JPEG2000":  # Pillow leaves it
+        content = file_content(image).partition(b"colr\2")[2][2:]
     if not content:
         return None, None
     channels = "CMYK" if image.mode == "CMYK" else "RGB "
@@ -540,29 +546,42 @@ def find_profile(image):
         channels = "GRAY"
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
-        name = ImageCms.getProfileDescription(profile)
         usable = profile.profile.xcolor_space == channels
+        if usable and channels == "RGB " and is_srgb(profile):
+            return None, None
     except (ImageCms.PyCMSError, OSError):
         usable = False
     if not usable:
         return None, "its colour profile is damaged or not of its kind of picture; taken as sRGB"
-    linear = "linear" in name.lower() or "g10" in name  # "Linear sRGB" is not sRGB
-    if "sRGB" in name and not linear:
-        return None, None
     return profile, "its colour profile is converted to sRGB"
+
+
+def is_srgb(profile):
+    """Say whether a profile leaves colours as they are. (Names lie: "sRGB, linear".)"""
+    steps = np.linspace(0, 255, 6).astype(np.uint8)
+    colors = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+    srgb = ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(Image.fromarray(colors), profile, srgb)
+    return np.allclose(converted, colors, atol=2)
 
 
 def claims_other_colors(image):
     """Say whether a file without a profile has a note that its colours are not those of sRGB."""
     if image.format == "PNG":
         _, _, numbers = file_content(image).partition(b"IDAT")[0].partition(b"cICP")
-        if numbers:  # of the primaries and of the curve (ITU-T H.273): sRGB has 1 and 13
-            return not numbers.startswith(b"\x01\x0d")
+        if numbers:  # of primaries, curve, matrix and range (ITU-T H.273): these are sRGB's
+            return not numbers.startswith(b"\x01\x0d\0\1")
+    if image.format == "AVIF":  # primaries and curve; 2: not said
+        numbers = file_content(image).partition(b"nclx")[2][1:4:2]
+        if numbers.translate(None, b"\1\2\x0d"):
+            return True
     if "srgb" in image.info:
         return False
     gamma = image.info.get("gamma", SRGB_GAMMA)
     primaries = image.info.get("chromaticity", SRGB_PRIMARIES)
-    if abs(gamma - SRGB_GAMMA) > 0.01 or not np.allclose(primaries, SRGB_PRIMARIES, atol=0.01):
+    if image.format == "TIFF" and 319 in image.tag_v2:
+        primaries = SRGB_PRIMARIES[:2] + image.tag_v2[319]
+    if not np.allclose([gamma, *primaries], [SRGB_GAMMA, *SRGB_PRIMARIES], atol=0.01):
         return True
     space = index = None
     with contextlib.suppress(Exception):
@@ -636,6 +655,8 @@ def choose_output(path, mode, notices):
 
     Where the format of path would lose something, that is added to notices, see say_notices."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a picture in it")
     kind = kind_of(path)
     transparent = mode.endswith("A")
     if kind and not (transparent and kind in OPAQUE):

@@ -658,7 +658,8 @@ def evaluate_pairs(dataset, methods, metrics, quiet=False, save=None, unrestored
         item = dataset[i]
         outputs = {unrestored: item["condition"]}
         for name, method in methods.items():
-            outputs[name] = method(i, item)
+            with name_shortage(dataset.source.rows[dataset.rows[i]].name):
+                outputs[name] = method(i, item)
         row = {"image": i, "condition": "", "degradation": dataset.name_degradations(i)}
         labelled = []
         for name, output in outputs.items():

@@ -891,7 +891,7 @@ def link_checkpoint(source, target):
         link(source / file, target / file)
     for part in ("base", "autoencoder"):
         if (run_of(source) / part).is_dir():
-            shutil.copytree(run_of(source) / part, target / part, copy_function=link)
+            link_checkpoint(run_of(source) / part, target / part)
 
 
 def initial_restorer(name, config, generator):

@@ -1312,6 +1312,7 @@ def claim_run(args):
 def try_folder(run):
     """Write, rename and remove a folder, as each checkpoint will. Raises UserError."""
     written, renamed = run / ".step_try.partial", run / ".step_tried.partial"
+    shutil.rmtree(renamed, ignore_errors=True)  # of a start that was killed
     vae.write_json(written / "config.json", {})
     try:
         written.rename(renamed)
@@ -1366,7 +1367,7 @@ def introduce(args, state, images):
 
 def report(state, method, run, count):
     """Print the last lines: what was reached, and where it lies."""
-    v = state.validation
+    v = {key: math.nan if value is None else value for key, value in state.validation.items()}
     psnr, ssim = f"{v[f'{method}_psnr']:.2f} dB", f"{v[f'{method}_ssim']:.3f}"
     if method == "restored":
         psnr = f"{v['input_psnr']:.2f} -> {psnr}"

@@ -371,12 +371,14 @@ def test_a_profile_is_converted_to_srgb(tmp_path, photo, kind, capsys):
 
 
 def test_which_profiles_are_converted(tmp_path):
-    """Not sRGB's own; a linear one is another."""
+    """Not sRGB's own, whatever its name; another may have sRGB's name."""
     path = tmp_path / "a.png"
     grey = coordinates().convert("L")
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     cases = [
-        (coordinates(), display_p3("sRGB"), ""),
-        (coordinates(), display_p3("g10x"), "is converted to sRGB"),
+        (coordinates(), srgb, ""),
+        (coordinates(), srgb.replace("sRGB".encode("utf-16-be"), "any ".encode("utf-16-be")), ""),
+        (coordinates(), display_p3("sRGB"), "is converted to sRGB"),
         (coordinates(), b"nothing", "damaged"),
         (grey, display_p3(), "not of its kind of picture"),
     ]
@@ -432,6 +434,7 @@ CLAIMS = {  # what stands in a PNG: (chunks, whether something is said)
     "sRGB goes before gAMA": ([(b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 100000))], False),
     "cICP of sRGB": ([(b"cICP", b"\x01\x0d\0\1")], False),
     "cICP of Display P3": ([(b"cICP", b"\x0c\x0d\0\1")], True),
+    "cICP of a narrow range": ([(b"cICP", b"\x01\x0d\0\0")], True),
     "cICP of BT.2100 PQ": ([(b"cICP", b"\x09\x10\0\1")], True),
     "cICP goes before gAMA": (
         [(b"cICP", b"\x01\x0d\0\1"), (b"gAMA", struct.pack(">I", 100000))],
@@ -450,6 +453,59 @@ def test_what_a_png_says_about_its_colours_is_not_ignored(tmp_path, name):
     assert np.array_equal(levels(open_image(path, notices)), levels(coordinates()))
     assert [("not sRGB, without a profile" in text) for text in notices] == [True] * said
     assert read_header(path).notices == list(notices)
+
+
+@pytest.mark.parametrize("codes, said", [((1, 13), False), ((2, 2), False), ((12, 13), True)])
+def test_what_an_avif_says_about_its_colours_is_not_ignored(tmp_path, codes, said):
+    path = tmp_path / "a.avif"
+    coordinates().save(path)
+    content = path.read_bytes()
+    at = content.index(b"nclx") + 4
+    path.write_bytes(content[:at] + struct.pack(">HH", *codes) + content[at + 4 :])
+    assert bool(read_header(path).notices) == said
+
+
+def test_what_a_tiff_says_about_its_colours_is_not_ignored(tmp_path):
+    for primaries, said in ((CHROMATICITY, False), (ADOBE, True)):
+        tags = {319: tuple(number / 100_000 for number in primaries[2:])}
+        coordinates().save(tmp_path / "a.tif", tiffinfo=tags)
+        assert 319 in Image.open(tmp_path / "a.tif").tag_v2
+        assert bool(read_header(tmp_path / "a.tif").notices) == said
+
+
+def test_the_profile_of_a_jpeg2000_is_converted(tmp_path):
+    path = tmp_path / "a.jp2"
+    coordinates().save(path)
+    content = path.read_bytes()
+    head, color = content.index(b"jp2h"), content.index(b"colr")  # a box is its length, its name...
+    profile = b"colr\2\0\0" + display_p3()
+    longer = int.from_bytes(content[head - 4 : head], "big") - 15 + len(profile) + 4
+    start = content[: head - 4] + struct.pack(">I", longer) + content[head : color - 4]
+    path.write_bytes(start + struct.pack(">I", len(profile) + 4) + profile + content[color + 11 :])
+    red, green, blue = coordinates().split()
+    assert "converted to sRGB" in read_header(path).notices[0]
+    expected = levels(Image.merge("RGB", (green, red, blue)))
+    assert abs(levels(open_image(path)) - expected).max() <= 1
+
+
+DEEP = {  # of a format that Pillow cuts to 8 bits: {where a depth stands: what is added to it}
+    "jp2": {(b"\xff\x51", 38): 4, (b"\xff\x51", 41): 4, (b"\xff\x51", 44): 4},
+    "avif": {(b"pixi", 5): 2, (b"pixi", 6): 2, (b"pixi", 7): 2, (b"av1C", 2): 64},
+}
+
+
+@pytest.mark.parametrize("extension", DEEP)
+def test_more_than_8_bits_are_told_where_pillow_cuts_them(tmp_path, extension):
+    path = tmp_path / f"a.{extension}"
+    coordinates().save(path)
+    content = bytearray(path.read_bytes())
+    assert read_header(path).mode == "RGB"
+    for (mark, offset), more in DEEP[extension].items():
+        content[content.index(mark) + len(mark) + offset] += more
+    path.write_bytes(content)
+    for look in (read_header, open_image):
+        with pytest.raises(UserError, match="more than 8 bits a channel"):
+            look(path)
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
@@ -559,6 +615,9 @@ def test_degrade_adds_no_loss_of_its_own_or_says_so(photo, tmp_path, monkeypatch
             name = "n.png"
         written[name] = levels(Image.open(tmp_path / name))
     assert not (tmp_path / "n.gif").exists()
+    monkeypatch.setattr("sys.argv", ["degrade.py", "a.png", "."])
+    with pytest.raises(UserError, match="a folder; name a picture in it"):
+        degrade.main()
     for name, picture in written.items():
         error = np.sqrt(np.mean((picture - written["n.png"]) ** 2.0))
         assert error < (0 if name == "n.webp" else 1) + 1e-9

@@ -99,6 +99,22 @@ def test_transparent_pixels_are_refused_and_opaque_ones_are_not(tmp_path, capsys
     assert said.err.count("hidden.png has transparent pixels") == 2  # a row and a picture
 
 
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+def test_grey_pictures_may_be_stored_as_rgb(tmp_path, extension):
+    color, grey = tmp_path / f"c.{extension}", tmp_path / f"g.{extension}"
+    noise_picture((20, 20), 0).save(color)
+    noise_picture((20, 20), 0).convert("L").convert("RGB").save(grey)
+    noise_picture((20, 20), 0).convert("L").save(tmp_path / "l.png")
+    for clean, condition, expected in (
+        (color.name, grey.name, False),
+        (grey.name, "l.png", True),
+        (grey.name, grey.name, True),
+        (color.name, color.name, None),
+    ):
+        source = CsvPairs(write_csv(tmp_path / "p.csv", [(clean, condition, "")]))
+        assert source.about_conditions().get("keeps_grey") == expected
+
+
 @pytest.mark.parametrize("clean, expected", [("LLL", True), ("LLR", False), ("RRR", False)])
 def test_grey_conditions_with_coloured_clean_pictures_do_not_keep_grey(
     tmp_path, clean, expected, capsys
@@ -208,6 +224,32 @@ def test_a_csv_made_on_windows_is_read(tmp_path):
 
 # --------------------------------------------------------------------------------------------------
 # Folders and names.
+
+
+def test_names_that_are_no_utf8_get_a_table(tmp_path):
+    write_pictures(tmp_path / "in", "a.png")
+    os.rename(tmp_path / "in/a.png", os.fsencode(tmp_path) + b"/in/K\xf6rn.png")
+    make_pairs(tmp_path / "in", tmp_path / "out", NOISE, [1], seed=0)
+    assert CsvPairs(tmp_path / "out/pairs.csv").rows[0].clean.name == "00000_K?rn.png"
+
+
+def test_accents_are_matched_and_grouped_however_they_are_typed(tmp_path, capsys):
+    write_pictures(tmp_path / "clean", "K\u00f6rn.png")
+    write_pictures(tmp_path / "noisy", "Ko\u0308rn.png")
+    match_folders(tmp_path / "clean", tmp_path / "noisy", tmp_path / "m.csv")
+    assert "1 pairs in" in capsys.readouterr().out
+    names = [f"{i:02d}.png" for i in range(2)]
+    made_of(tmp_path, 2)
+    lines = [f"{names[0]},Zo\u00eb", f"{names[1]},Zoe\u0308"]
+    (tmp_path / "g.csv").write_text("\n".join(["image_path,group", *lines]), encoding="utf-8")
+    assert len(set(data.find_units(CsvPairs(tmp_path / "g.csv")).values())) == 1
+
+
+def test_a_link_that_leads_nowhere_is_counted(tmp_path, capsys):
+    write_pictures(tmp_path / "in", "a.png")
+    (tmp_path / "in/b.png").symlink_to("gone.png")
+    assert [path.name for path in list_images(tmp_path / "in")] == ["a.png"]
+    assert "left out: 1 files that are no pictures" in capsys.readouterr().err
 
 
 def test_long_names_stay_legal_and_two_stay_two(tmp_path):

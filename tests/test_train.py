@@ -292,6 +292,41 @@ def test_what_a_checkpoint_needs_is_tried_at_the_start(whole, photos_csv, tmp_pa
     assert (tmp_path / "run/latest").read_text() == "step_000010"
 
 
+@pytest.mark.parametrize("function", ["chmod", "utime", "link"])
+def test_what_a_run_stands_on_is_copied_without_more(whole, tmp_path, function):
+    """A mount may refuse times and modes. Its parts have parts: a base, that of a LoRA."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(whole / "step_000010", tmp_path / "run/base")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(path, *_, **__):
+            raise PermissionError(1, "Operation not permitted", str(path))
+
+        patch.setattr(os, function, refuse)
+        model.link_checkpoint(tmp_path / "run/step_000010", tmp_path / "new")
+    kept = ["config.json", "ema.safetensors", "rows.json"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["base", *kept]
+    assert sorted(path.name for path in (tmp_path / "new/base").iterdir()) == kept
+
+
+def test_what_a_killed_trial_of_the_folder_has_left_is_no_obstacle(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    train.vae.write_json(tmp_path / "run/.step_tried.partial/config.json", {})
+    train.try_folder(tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_score_that_small_pictures_lack_does_not_end_a_stopped_run(whole, tmp_path, monkeypatch):
+    """It is null in the checkpoint, and a stop before the next validation reports it."""
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run/step_000010/config.json"
+    saved = json.loads(path.read_text())
+    saved["validation"] |= {"input_ssim": None, "restored_ssim": None}
+    path.write_text(json.dumps(saved))
+    output = call("train.py", "--resume", "run", "--steps", 99, cwd=tmp_path, stop=12)
+    assert "last validated at step 10" in output and "SSIM nan -> nan" in output
+
+
 def test_a_run_knows_whether_grey_stays_grey(photos, tmp_path):
     lines = ["image_path,condition_image_path,caption"]
     for i, path in enumerate(sorted(photos.glob("*.png"))):
