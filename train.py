@@ -1340,7 +1340,7 @@ def run_training(args, config, train_set, val_set, rows, draws):
     if RANK == 0:
         begin_files(run, state, stage, rows)
     introduce(args, state, len(train_set))
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()  # from here on it is that of training
     batches = data.load_batches(train_set, args.batch_size // WORLD, draws, args.workers)
     try:
