@@ -3,6 +3,7 @@
 import hashlib
 import json
 import unicodedata
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -382,3 +383,13 @@ def test_a_run_is_named_by_its_files_too_and_of_this_version(tmp_path):
     (step / "config.json").write_text(json.dumps({"model": {"name": "x"}}))
     with pytest.raises(UserError, match="made by another version of this program"):
         model.stage_of(step)
+
+
+def test_only_a_copy_from_pinned_memory_goes_on_meanwhile():
+    """On other devices the memory of a tensor that is not kept may be read too late."""
+    tensor = Mock()
+    model.to_device(tensor, torch.device("cuda", 1))
+    assert tensor.pin_memory().to.call_args == call(torch.device("cuda", 1), non_blocking=True)
+    for device in ("mps", "cpu"):
+        model.to_device(tensor, device)
+        assert tensor.to.call_args == call(device)

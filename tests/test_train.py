@@ -764,6 +764,26 @@ def test_without_a_compiler_the_update_is_eager_and_says_so(monkeypatch, capsys)
     assert "compiled here (Cannot find a working triton installation.): its update takes" in line
 
 
+def test_norms_are_summed_in_fp32_of_one_type_at_a_time(monkeypatch):
+    """A GPU computes the norms of tensors of one type together."""
+    state = make_state("adamw_bf16")
+    for n, p in enumerate(state.own.values()):
+        p.grad = torch.randn(p.shape, generator=seeded(n)).to(p.dtype)
+    foreach_norm = torch._foreach_norm
+    calls = []
+
+    def watched(tensors, **options):
+        calls.append({tensor.dtype for tensor in tensors})
+        return foreach_norm(tensors, **options)
+
+    monkeypatch.setattr(torch, "_foreach_norm", watched)
+    norms = state.collect_gradients()
+    assert calls == [{torch.bfloat16}, {torch.float32}]
+    assert {norm.dtype for norm in norms} == {torch.float32}
+    exact = sum(p.grad.double().square().sum() for p in state.own.values()) ** 0.5
+    assert torch.stack(norms).norm().item() == pytest.approx(exact.item(), rel=1e-6)
+
+
 def test_too_many_graphs_of_the_update_are_an_error():
     """Where torch would go on eager without a word."""
     torch._dynamo.reset()
@@ -826,8 +846,8 @@ def test_gradients_of_lanes_have_the_weights_layout():
         torch.set_num_threads(1)
     assert lanes.count == 2
     pieces = [slice(0, None, 2), slice(1, None, 2)]
-    total = lanes.add_gradients(lambda some: (x[some] @ weight.T).sum(1), [weight], pieces, 8)
-    assert total == pytest.approx((x @ weight.T).sum().item(), rel=1e-5)
+    sums = lanes.add_gradients(lambda some: (x[some] @ weight.T).sum(1), [weight], pieces, 8)
+    assert sum(sums).item() == pytest.approx((x @ weight.T).sum().item(), rel=1e-5)
     assert weight.grad.stride() == weight.stride() == (1, 4)
     assert torch.allclose(weight.grad, x.mean(0).expand(4, 3))
 
