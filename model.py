@@ -997,7 +997,7 @@ def pad_text(rows):
 def to_device(tensor, device):
     """Copy a tensor of the CPU to a device. From pinned memory, a GPU does not make us wait."""
     if str(device).startswith("cuda"):
-        tensor = tensor.pin_memory()
+        tensor = tensor.contiguous().pin_memory()  # with gaps, it would be copied once more
     return tensor.to(device, non_blocking=True)
 
 

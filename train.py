@@ -463,10 +463,10 @@ def compile_update(device):
     """Return adamw_bf16 compiled into one pass over the memory; as it is if there is no compiler.
 
     Compiled it moves 26 bytes a weight with the average; eager, operation by operation, 442. One
-    graph serves tensors of any length. If too many are needed, fullgraph makes that an error, where
-    torch would go on eager without a word."""
+    graph serves tensors of any length, in blocks that fit the first: a large one. If too many are
+    needed, fullgraph makes that an error, where torch would go on eager without a word."""
     update = torch.compile(adamw_bf16, dynamic=True, fullgraph=True)
-    average = torch.zeros(16, device=device)
+    average = torch.zeros(2**20, device=device)
     weight, low = split_fp32(average)
     grad, exp_avg, exp_avg_sq = weight.clone(), weight.clone(), weight.clone()
     seed, start = torch.zeros(2).int()
@@ -584,9 +584,9 @@ class State:
                 if p.dtype == torch.bfloat16:
                     weight = join_fp32(p, self.moments[name]["low"])
                 average = self.average[name]
-                pinned = args.ema_device == "cpu" and args.device.startswith("cuda")  # it is faster
-                moved = torch.empty_like(average, pin_memory=pinned).copy_(weight)
-                average.lerp_(moved, 1 - decay)
+                if args.ema_device == "cpu" and args.device != "cpu":  # to pinned memory: faster
+                    weight = torch.empty_like(average, pin_memory=True).copy_(weight)
+                average.lerp_(weight.to(args.ema_device), 1 - decay)
 
     def update_bf16(self, name, p, lr, scale, share):
         """Do the update of one bf16 weight; with its average, if that lies on the same device."""
@@ -1332,7 +1332,7 @@ def run_training(args, config, train_set, val_set, rows, draws):
     if RANK == 0:
         begin_files(run, state, stage, rows)
     introduce(args, state, len(train_set))
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # it is if --device is a GPU
         torch.cuda.reset_peak_memory_stats()  # from here on it is that of training
     batches = data.load_batches(train_set, args.batch_size // WORLD, draws, args.workers)
     try:

@@ -22,6 +22,7 @@ MALLOC_TRIM_THRESHOLD_=1073741824: without them both sides wait for the system's
 """
 
 import argparse
+import contextlib
 import ctypes
 import math
 import os
@@ -40,6 +41,7 @@ from PIL import Image
 import data
 import model
 import train
+import vae
 from data import dead_leaves, to_tensor
 from degrade import DEGRADATIONS, parse_degradations, random_degradation
 from evaluate import LPIPS, Metrics, Pipeline, evaluate_pairs, frechet_distance, means
@@ -744,7 +746,7 @@ class FullSizeStage(train.RestorerStage):
         for p in restorer.parameters():
             torch.nn.init.normal_(p, std=0.02)
             if self.config["lora"] and not p.requires_grad:
-                p.data = p.data.bfloat16()  # as load does
+                p.data = p.data.bfloat16()  # as State does
         restorer.sana.checkpointing = self.args.checkpointing
         return restorer
 
@@ -883,9 +885,9 @@ def measure_ceiling():
     autoencoder = DCAE(DC_AE_F32C32).eval().to(WHERE.device)
     pixels = torch.rand(1, 3, 1024, 1024, device=WHERE.device) * 2 - 1
     restored = {}
-    before = torch.backends.cuda.matmul.allow_tf32
+    with_tf32 = vae.tf32
     for tf32 in (True, False):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        vae.tf32 = with_tf32 if tf32 else contextlib.nullcontext
         name = f"DC-AE there and back, TF32 in Linears: {'yes' if tf32 else 'no'}"
 
         def step():
@@ -893,7 +895,7 @@ def measure_ceiling():
             yield name
 
         print_milliseconds(measure_parts(step))
-    torch.backends.cuda.matmul.allow_tf32 = before
+    vae.tf32 = with_tf32
     agree = psnr(restored[True].clamp(-1, 1), restored[False].clamp(-1, 1)).item()
     print(f"the two pictures agree to {agree:.1f} dB", flush=True)
 

@@ -193,6 +193,23 @@ def test_a_halo_that_is_too_small_would_be_noticed(photo, monkeypatch):
     assert (ours.encode(pixels) - latents).abs().max() > 1e-3 * latents.abs().max()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+def test_tf32_is_set_on_a_gpu_and_taken_back(device, before):
+    """Also after an error, and where the caller has set it: torch refuses to mix its two APIs."""
+    matmul = torch.backends.cuda.matmul
+    assert matmul.fp32_precision == "none"
+    try:
+        matmul.fp32_precision = before
+        with pytest.raises(KeyError), vae.tf32(torch.device(device)):
+            assert matmul.fp32_precision == (before if device == "cpu" else "tf32")
+            raise KeyError
+        assert matmul.fp32_precision == before
+    finally:
+        matmul.fp32_precision = "none"
+    assert not matmul.allow_tf32  # the old API can be read
+
+
 # --------------------------------------------------------------------------------------------------
 # The autoencoder of the tiny preset.
 
