@@ -245,8 +245,7 @@ def choose_settings(known, family, stage, further=False):
         "ema_device": values["device"],
         "proj_lr": projection_lr(values["lr"], stage, values["lora"]),
     }
-    pretrained_restorer = family == "pretrained" and stage == "restorer"
-    if pretrained_restorer and values["device"].startswith("cuda"):
+    if (family, stage) == ("pretrained", "restorer") and values["device"].startswith("cuda"):
         derived["optimizer"] = "adamw_bf16"
     if (family, row) == ("pretrained", "decoder"):  # 4.6 GB an image of 512 pixels
         derived["accumulate"] = max(1, values["batch_size"] // WORLD)
@@ -384,13 +383,6 @@ def gather(own, weight):
     return whole.cpu() if RANK == 0 else None
 
 
-def sum_over_processes(numbers):
-    """Tensor of this process -> [float]: the sums over all processes. Waits for the GPU."""
-    if WORLD > 1:
-        dist.all_reduce(numbers)
-    return numbers.tolist()
-
-
 # --------------------------------------------------------------------------------------------------
 # AdamW in bf16. At a learning rate of 1e-5 a step is far below half a unit in the last place of a
 # bf16 weight: rounded to the nearest, nearly all of it would be lost. So the weight's low 16 bits
@@ -508,11 +500,10 @@ class State:
         self.module = module
         weights = vae.trained_weights(module)
         fp32 = {name: shard(p.detach()).float().clone() for name, p in weights.items()}
-        self.adamw_bf16 = adamw_bf16
         if args.optimizer == "adamw_bf16":
             module.sana.to(torch.bfloat16)
-            if args.device != "cpu":
-                self.adamw_bf16 = compile_update(args.device)
+            on_cpu = args.device == "cpu"
+            self.adamw_bf16 = adamw_bf16 if on_cpu else compile_update(args.device)
         module.to(args.device)
         if WORLD > 1:
             shard_module(module, args.device)
@@ -800,9 +791,8 @@ class RestorerStage:
         return losses
 
     def make_method(self, module, dataset):
-        grey = self.config["keeps_grey"]
         around = self.autoencoder, self.prompts
-        pipeline = evaluate.Pipeline(module, *around, keeps_grey=grey)
+        pipeline = evaluate.Pipeline(module, *around, keeps_grey=self.config["keeps_grey"])
         return restoring(pipeline, dataset, self.args)
 
 
@@ -922,10 +912,9 @@ class DecoderStage:
         return losses
 
     def make_method(self, module, dataset):
-        steps = self.args.latent_steps
-        grey = self.config["keeps_grey"]
         around = module, self.prompts
-        pipeline = evaluate.Pipeline(self.restorer, *around, keeps_grey=grey, steps=steps)
+        about = {"keeps_grey": self.config["keeps_grey"], "steps": self.args.latent_steps}
+        pipeline = evaluate.Pipeline(self.restorer, *around, **about)
         return restoring(pipeline, dataset, self.args)
 
 
@@ -1077,7 +1066,9 @@ def train_step(state, stage, batch, lanes, stop=()):
     total = compute_gradients(state, stage, batch, lanes)
     stopped = torch.full_like(total, bool(stop))
     numbers = torch.stack([total, state.collect_gradients(), stopped])
-    total, square, stopped = sum_over_processes(numbers)  # the only wait of a step
+    if WORLD > 1:
+        dist.all_reduce(numbers)
+    total, square, stopped = numbers.tolist()  # the only wait of a step
     loss, norm = total / args.batch_size, math.sqrt(square)
     if math.isfinite(loss + norm):
         state.update(min(1.0, args.clip / (norm + 1e-6)) if args.clip else 1.0)
