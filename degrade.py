@@ -558,11 +558,11 @@ def claims_other_colors(image):
         _, _, numbers = file_content(image).partition(b"IDAT")[0].partition(b"cICP")
         if numbers:  # of the primaries and of the curve (ITU-T H.273): sRGB has 1 and 13
             return not numbers.startswith(b"\x01\x0d")
+    if "srgb" in image.info:
+        return False
     gamma = image.info.get("gamma", SRGB_GAMMA)
     primaries = image.info.get("chromaticity", SRGB_PRIMARIES)
-    if "srgb" not in image.info and abs(gamma - SRGB_GAMMA) > 0.01:
-        return True
-    if "srgb" not in image.info and not np.allclose(primaries, SRGB_PRIMARIES, atol=0.01):
+    if abs(gamma - SRGB_GAMMA) > 0.01 or not np.allclose(primaries, SRGB_PRIMARIES, atol=0.01):
         return True
     space = index = None
     with contextlib.suppress(Exception):

@@ -289,7 +289,7 @@ def test_prompts(sana_run):
 def test_sampling(sampling, sana_run):
     """It equals the CPU, in tiles too, and no step and no tile makes the host wait."""
     exact, ours = pipelines(sana_run)
-    pixels = torch.rand(2, 3, 40, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = torch.rand(2, 3, 38, 61, generator=torch.Generator().manual_seed(0)) * 2 - 1
     expected, _ = restored(exact, pixels, steps=3, **sampling)
     found, waits = restored(ours, pixels.to(NAME), steps=3, **sampling)
     assert error(found, expected) < FP32
@@ -308,6 +308,22 @@ def test_tiles(sana_run, photo, monkeypatch):
     found, in_tiles = restored(ours, pixels.to(NAME), steps=1)
     assert error(found, expected) < FP32
     assert in_tiles == waits
+
+
+def test_only_dc_ae_computes_in_tf32(sana_run, photo, monkeypatch):
+    linear = torch.nn.functional.linear
+    found = set()
+
+    def look(x, weight, bias=None):
+        if x.device.type == NAME:
+            caller = "DC-AE" if any(weight is p for p in ours.autoencoder.parameters()) else "SANA"
+            found.add((caller, torch.backends.cuda.matmul.allow_tf32))
+        return linear(x, weight, bias)
+
+    _, ours = pipelines(sana_run)
+    monkeypatch.setattr(torch.nn.functional, "linear", look)
+    restored(ours, to_tensor(photo.resize((64, 32)))[None].to(NAME), steps=1)
+    assert found == {("DC-AE", True), ("SANA", False)}
 
 
 def test_tiles_of_a_preset_on_pixels(photo, monkeypatch):

@@ -16,6 +16,7 @@ from degrade import UserError
 from evaluate import Pipeline, draw_grid, psnr, restore_files, ssim
 from model import PRESETS, Prompts, build_restorer
 from test_degrade import display_p3
+from test_train import call
 from vae import PixelAE, blend_tiles, save_weights, tile_starts
 
 
@@ -198,6 +199,15 @@ def test_paths_images_and_arrays_are_restored_as_evaluate_does(photo, tmp_path, 
             restored = pipeline(one, "Remove JPEG artifacts.", steps=2)
             assert restored.mode == mode
             assert np.array_equal(levels(restored), levels(expected))
+
+
+def test_a_device_may_be_an_object(pipeline_folder, photos_csv, photo, tmp_path):
+    flags = ["--data", photos_csv, "--model", pipeline_folder, "--resolution", 32, "--steps", 1]
+    call("train.py", *flags, "--batch_size", 1, "--device", "cpu", "--out", "run", cwd=tmp_path)
+    by_name, by_object = (Pipeline.load(tmp_path / "run", d) for d in ("cpu", torch.device("cpu")))
+    small = photo.resize((64, 32))
+    restored = [pipeline(small, "Remove noise.", steps=1) for pipeline in (by_name, by_object)]
+    assert restored[0].tobytes() == restored[1].tobytes()
 
 
 def test_what_is_restored_is_srgb_and_upright(tiny, photo, tmp_path, capsys):

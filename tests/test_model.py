@@ -342,6 +342,12 @@ def test_words_do_not_depend_on_how_accents_are_typed(text):
     assert len(split_words(text)) == len(text.split())  # marks belong to their word
 
 
+def test_a_mask_is_given_only_where_something_is_padded():
+    prompts = model.Prompts(PRESETS["tiny"])
+    assert prompts(["remove noise", "less grain"])[1] is None
+    assert prompts(["remove noise", "grain"])[1].tolist() == [[True] * 3, [True, True, False]]
+
+
 def test_hash_prompts():
     text, mask = hash_prompts(["", "Remove JPEG artifacts.", "remove  jpeg"])
     assert text.shape == (3, 4, 256)

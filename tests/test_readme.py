@@ -3,6 +3,7 @@
 As it is printed, but for flags that make it small. And every link.
 """
 
+import ast
 import os
 import re
 import shlex
@@ -246,9 +247,25 @@ def test_every_link_leads_somewhere(page):
             assert part in map(anchor, headings), target
 
 
-def test_the_lines_to_start_at_are_where_the_readme_says():
-    starts = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", PAGES["README.md"])
-    assert {file for _, file, _ in starts} == {f"{name}.py" for name in FILES}
-    for name, file, number in starts:
-        line = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(number) - 1]
-        assert re.match(rf"(def |class )?{name}\b", line), (file, number, line)
+def test_the_reading_path_leads_where_the_readme_says():
+    """Each stop begins at its line and is as long as printed."""
+    length = {}  # of what begins at a line of a file
+    for file in FILES:
+        for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                name = node.name
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = node.targets[0].id
+            else:
+                continue
+            length[name, f"{file}.py", node.lineno] = node.end_lineno - node.lineno + 1
+    total = 0
+    for line in PAGES["README.md"].splitlines():
+        links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", line)
+        lengths = [length[name, file, int(number)] for name, file, number in links]
+        printed = re.match(r"\| (\[`.*) \| (\d+) \| ", line)
+        if printed:
+            stops = len(re.findall(r"\]\(", printed.group(1)))
+            assert sum(lengths[:stops]) == int(printed.group(2)), line
+            total += sum(lengths[:stops])
+    assert 350 < total < 450

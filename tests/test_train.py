@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -372,6 +373,32 @@ def test_an_average_on_another_device_holds_the_last_weights(photos_csv, tmp_pat
     weights, averages = load_newest(tmp_path / "run"), load_newest(tmp_path / "run", "ema")
     assert all(torch.allclose(averages[name], weights[name], atol=1e-3) for name in weights)
     assert averages["sana.proj_out.weight"].abs().sum() > 0  # it began as 0
+
+
+def test_a_stop_before_the_average_has_moved_says_so(photos_csv, tmp_path):
+    flags = ["--data", photos_csv, *SMALL, "--steps", 60]
+    for out, device, stop, said in (("a", "cpu:0", 2, True), ("b", "cpu", 2, False)):
+        words = [*flags, "--ema_device", device, "--out", out]
+        output = call("train.py", *words, cwd=tmp_path, stop=stop)
+        assert ("what restores are the initial weights" in output) == said
+    output = call("train.py", "--resume", "a", cwd=tmp_path, stop=51)
+    assert "initial weights" not in output
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "LOCAL_RANK", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="1 GPUs for more processes"):
+        train.start_processes(Namespace(device="cuda"))
+
+
+def test_a_numbered_gpu_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        data.use_device(name)
+    assert chosen == ["cuda:1"]
 
 
 def test_the_second_of_two_that_resume_one_run_stops(run_folder, tmp_path):
