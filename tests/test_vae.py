@@ -271,13 +271,3 @@ def test_weights_that_cannot_be_written_are_one_line(tmp_path):
     modes = [(tmp_path / name).stat().st_mode for name in ("a.safetensors", "file")]
     assert modes[0] == modes[1]  # who may read it
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "file"]
-
-
-def test_matrix_products_of_dc_ae_are_tf32_on_a_gpu_and_nothing_else():
-    flag = torch.backends.cuda.matmul
-    assert not flag.allow_tf32
-    for device, inside in (("cuda", True), ("cpu", False)):
-        with pytest.raises(KeyError), vae.tf32(torch.device(device)):
-            assert flag.allow_tf32 == inside
-            raise KeyError
-        assert not flag.allow_tf32
