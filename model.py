@@ -997,7 +997,8 @@ def pad_text(rows):
 def to_device(tensor, device):
     """Copy a tensor of the CPU to a device. From pinned memory, a GPU does not make us wait."""
     if str(device).startswith("cuda"):
-        return tensor.pin_memory().to(device, non_blocking=True)
+        tensor = tensor.contiguous().pin_memory()  # with gaps, it would be copied once more
+        return tensor.to(device, non_blocking=True)
     return tensor.to(device)  # an Apple GPU would read freed memory: pytorch issue 189690
 
 

@@ -245,8 +245,7 @@ def choose_settings(known, family, stage, further=False):
         "ema_device": values["device"],
         "proj_lr": projection_lr(values["lr"], stage, values["lora"]),
     }
-    pretrained_restorer = family == "pretrained" and stage == "restorer"
-    if pretrained_restorer and values["device"].startswith("cuda"):
+    if (family, stage) == ("pretrained", "restorer") and values["device"].startswith("cuda"):
         derived["optimizer"] = "adamw_bf16"
     if (family, row) == ("pretrained", "decoder"):  # 4.6 GB an image of 512 pixels
         derived["accumulate"] = max(1, values["batch_size"] // WORLD)
@@ -465,10 +464,10 @@ def compile_update(device):
     """Return adamw_bf16 compiled into one pass over the memory; as it is if there is no compiler.
 
     Compiled it moves 26 bytes a weight with the average; eager, operation by operation, 442. One
-    graph serves tensors of any length. If too many are needed, fullgraph makes that an error, where
-    torch would go on eager without a word."""
+    graph serves tensors of any length, in blocks that fit the first: a large one. If too many are
+    needed, fullgraph makes that an error, where torch would go on eager without a word."""
     update = torch.compile(adamw_bf16, dynamic=True, fullgraph=True)
-    average = torch.zeros(16, device=device)
+    average = torch.zeros(2**20, device=device)
     weight, low = split_fp32(average)
     grad, exp_avg, exp_avg_sq = weight.clone(), weight.clone(), weight.clone()
     seed, start = torch.zeros(2).int()
@@ -510,11 +509,10 @@ class State:
         self.module = module
         weights = vae.trained_weights(module)
         fp32 = {name: shard(p.detach()).float().clone() for name, p in weights.items()}
-        self.adamw_bf16 = adamw_bf16
         if args.optimizer == "adamw_bf16":
             module.sana.to(torch.bfloat16)
-            if args.device != "cpu":
-                self.adamw_bf16 = compile_update(args.device)
+            on_cpu = args.device == "cpu"
+            self.adamw_bf16 = adamw_bf16 if on_cpu else compile_update(args.device)
         module.to(args.device)
         if WORLD > 1:
             shard_module(module, args.device)
@@ -586,9 +584,9 @@ class State:
                 if p.dtype == torch.bfloat16:
                     weight = join_fp32(p, self.moments[name]["low"])
                 average = self.average[name]
-                pinned = args.ema_device == "cpu" and args.device.startswith("cuda")  # it is faster
-                moved = torch.empty_like(average, pin_memory=pinned).copy_(weight)
-                average.lerp_(moved, 1 - decay)
+                if args.ema_device == "cpu" and args.device != "cpu":  # to pinned memory: faster
+                    weight = torch.empty_like(average, pin_memory=True).copy_(weight)
+                average.lerp_(weight.to(args.ema_device), 1 - decay)
 
     def update_bf16(self, name, p, lr, scale, share):
         """Do the update of one bf16 weight; with its average, if that lies on the same device."""
@@ -805,9 +803,8 @@ class RestorerStage:
         return losses
 
     def make_method(self, module, dataset):
-        grey = self.config["keeps_grey"]
         around = self.autoencoder, self.prompts
-        pipeline = evaluate.Pipeline(module, *around, keeps_grey=grey)
+        pipeline = evaluate.Pipeline(module, *around, keeps_grey=self.config["keeps_grey"])
         return restoring(pipeline, dataset, self.args)
 
 
@@ -927,10 +924,9 @@ class DecoderStage:
         return losses
 
     def make_method(self, module, dataset):
-        steps = self.args.latent_steps
-        grey = self.config["keeps_grey"]
         around = module, self.prompts
-        pipeline = evaluate.Pipeline(self.restorer, *around, keeps_grey=grey, steps=steps)
+        about = {"keeps_grey": self.config["keeps_grey"], "steps": self.args.latent_steps}
+        pipeline = evaluate.Pipeline(self.restorer, *around, **about)
         return restoring(pipeline, dataset, self.args)
 
 
@@ -1053,7 +1049,8 @@ def compute_gradients(state, stage, batch, lanes):
     """Add the gradients of a batch to the weights -> the summed loss of each part, [].
 
     bf16 gradients of parts are summed in bf16. With 4 parts that changes them by 0.25%, with 16 by
-    0.4%; those of bf16 are off by 1.2% anyway."""
+    0.4%; those of bf16 are off by 1.2% anyway. (With several processes FSDP sums them in fp32, and
+    each holds them whole: 4 bytes a weight.)"""
     args = state.args
     losses = stage.objective(state.module, batch, state.step)
     count = args.accumulate * lanes.count
@@ -1341,7 +1338,7 @@ def run_training(args, config, train_set, val_set, rows, draws):
     if RANK == 0:
         begin_files(run, state, stage, rows)
     introduce(args, state, len(train_set))
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # it is if --device is a GPU
         torch.cuda.reset_peak_memory_stats()  # from here on it is that of training
     batches = data.load_batches(train_set, args.batch_size // WORLD, draws, args.workers)
     try:

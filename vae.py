@@ -550,12 +550,13 @@ PERCEPTUAL = 0.1  # weight of LPIPS relative to L1, where LPIPS is used
 def tf32(device):
     """Let matrix products on a GPU round fp32 to TF32's 11 bits, as convolutions do by default."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = before or device.type != "cpu"
+    before = matmul.fp32_precision
+    if device.type != "cpu":
+        matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
-        matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 def reconstruction_loss(autoencoder, clean, perceptual=None):

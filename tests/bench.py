@@ -747,7 +747,7 @@ class FullSizeStage(train.RestorerStage):
         for p in restorer.parameters():
             torch.nn.init.normal_(p, std=0.02)
             if self.config["lora"] and not p.requires_grad:
-                p.data = p.data.bfloat16()  # as load does
+                p.data = p.data.bfloat16()  # as State does
         restorer.sana.checkpointing = self.args.checkpointing
         return restorer
 

@@ -147,6 +147,16 @@ def test_it_counts_launches_bytes_waits_and_memory():
     assert pretend.MEMORY.now - before == 4000
 
 
+@pytest.mark.parametrize("process", [slice(0, None, 2), slice(1, None, 2)])
+def test_a_share_of_the_batch_goes_to_the_device_without_a_wait(process):
+    """Every second picture, as the second of two processes has them."""
+    pretend.reset()
+    noise = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    ours = model.to_device(noise[process], NAME)
+    assert not WAITS
+    assert torch.equal(ours.cpu(), noise[process])
+
+
 # --------------------------------------------------------------------------------------------------
 # Training.
 

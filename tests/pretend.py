@@ -114,8 +114,8 @@ def execute(func, args, kwargs):
 
     if name in READS:
         wait(name)
-    elif crossing and not given.get("non_blocking"):
-        wait(crossing)
+    elif crossing and not (given.get("non_blocking") and raw_of(source).is_contiguous()):
+        wait(crossing)  # other numbers go through memory that is not pinned
     elif reads_indices(indices):
         wait("index by bool or from the CPU")
 
@@ -342,8 +342,14 @@ def install():
     return library
 
 
+def pinned(tensor, device=None):
+    """Copy a tensor as pin_memory does, gaps between its numbers included."""
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return copy.copy_(tensor)
+
+
 LIBRARY = install()
-torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()
+torch.Tensor.pin_memory = pinned
 EMPTY_LIKE = torch.empty_like
 torch.empty_like = lambda tensor, pin_memory=False, **options: EMPTY_LIKE(tensor, **options)
 torch.compile = lambda function, **options: one_kernel(function)

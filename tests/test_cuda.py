@@ -3,6 +3,8 @@
     python -m pytest tests -k cuda
 """
 
+import contextlib
+
 import pytest
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
@@ -12,6 +14,7 @@ import bench
 import model
 import test_train
 import train
+import vae
 from data import to_tensor
 from evaluate import Pipeline
 from memory import restorer_memory
@@ -27,8 +30,9 @@ FP32 = 1e-4
 
 
 @pytest.fixture(autouse=True)
-def full_precision():
-    """No TF32 in convolutions (nor in matrix products, as torch has it by itself)."""
+def full_precision(monkeypatch):
+    """No TF32 in convolutions, nor in DC-AE's Linears (in others there is none)."""
+    monkeypatch.setattr(vae, "tf32", contextlib.nullcontext)
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield

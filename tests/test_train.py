@@ -784,6 +784,29 @@ def test_norms_are_summed_in_fp32_of_one_type_at_a_time(monkeypatch):
     assert torch.stack(norms).norm().item() == pytest.approx(exact.item(), rel=1e-6)
 
 
+def test_the_update_is_compiled_for_blocks_of_full_size(monkeypatch):
+    """Triton's pointwise kernels have 1,024 numbers a block, fewer if the first tensor is small."""
+    lengths = []
+
+    def compiled(function, **options):
+        def call(weight, *others):
+            lengths.append(weight.numel())
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    train.compile_update("cpu")
+    assert lengths[0] // 128 >= 1024  # so many blocks are for all multiprocessors of a GPU
+
+
+def test_a_run_on_the_cpu_leaves_the_gpu_alone(photos_csv, tmp_path, monkeypatch):
+    """Asking a GPU for its statistics opens it, and takes some of its memory."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", None)
+    flags = ["--data", photos_csv, *SMALL, "--steps", 1, "--device", "cpu", "--out", "run"]
+    call("train.py", *flags, cwd=tmp_path)
+
+
 def test_too_many_graphs_of_the_update_are_an_error():
     """Where torch would go on eager without a word."""
     torch._dynamo.reset()

@@ -193,6 +193,23 @@ def test_a_halo_that_is_too_small_would_be_noticed(photo, monkeypatch):
     assert (ours.encode(pixels) - latents).abs().max() > 1e-3 * latents.abs().max()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+def test_tf32_is_set_on_a_gpu_and_taken_back(device, before):
+    """Also after an error, and where the caller has set it: torch refuses to mix its two APIs."""
+    matmul = torch.backends.cuda.matmul
+    assert matmul.fp32_precision == "none"
+    try:
+        matmul.fp32_precision = before
+        with pytest.raises(KeyError), vae.tf32(torch.device(device)):
+            assert matmul.fp32_precision == (before if device == "cpu" else "tf32")
+            raise KeyError
+        assert matmul.fp32_precision == before
+    finally:
+        matmul.fp32_precision = "none"
+    assert not matmul.allow_tf32  # the old API can be read
+
+
 # --------------------------------------------------------------------------------------------------
 # The autoencoder of the tiny preset.
 
@@ -254,13 +271,3 @@ def test_weights_that_cannot_be_written_are_one_line(tmp_path):
     modes = [(tmp_path / name).stat().st_mode for name in ("a.safetensors", "file")]
     assert modes[0] == modes[1]  # who may read it
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "file"]
-
-
-def test_matrix_products_of_dc_ae_are_tf32_on_a_gpu_and_nothing_else():
-    flag = torch.backends.cuda.matmul
-    assert not flag.allow_tf32
-    for device, inside in (("cuda", True), ("cpu", False)):
-        with pytest.raises(KeyError), vae.tf32(torch.device(device)):
-            assert flag.allow_tf32 == inside
-            raise KeyError
-        assert not flag.allow_tf32
