@@ -317,7 +317,7 @@ def test_only_dc_ae_computes_in_tf32(sana_run, photo, monkeypatch):
     def look(x, weight, bias=None):
         if x.device.type == NAME:
             caller = "DC-AE" if any(weight is p for p in ours.autoencoder.parameters()) else "SANA"
-            found.add((caller, torch.backends.cuda.matmul.allow_tf32))
+            found.add((caller, torch.backends.cuda.matmul.fp32_precision == "tf32"))
         return linear(x, weight, bias)
 
     _, ours = pipelines(sana_run)

@@ -389,7 +389,8 @@ def test_only_a_copy_from_pinned_memory_goes_on_meanwhile():
     """On other devices the memory of a tensor that is not kept may be read too late."""
     tensor = Mock()
     model.to_device(tensor, torch.device("cuda", 1))
-    assert tensor.pin_memory().to.call_args == call(torch.device("cuda", 1), non_blocking=True)
+    pinned = tensor.contiguous().pin_memory()
+    assert pinned.to.call_args == call(torch.device("cuda", 1), non_blocking=True)
     for device in ("mps", "cpu"):
         model.to_device(tensor, device)
         assert tensor.to.call_args == call(device)
