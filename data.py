@@ -197,7 +197,7 @@ class CsvPairs:
     def read_lines(self):
         """Yield (line number, {column: field}) of each row; one that is no CSV is a bad row."""
         lines = self.read_file().splitlines(keepends=True)
-        at = 0
+        at = 0  # index of the next line to read
         columns = None
         while at < len(lines):
             line = at + 1
@@ -315,7 +315,7 @@ class CsvPairs:
     def about_conditions(self):
         """Return {key: value} of "model" in config.json: what the conditions are like.
 
-        keeps_grey stands there only if a condition is grey."""
+        keeps_grey stands there only if a condition (or a clean picture to be degraded) is grey."""
         about = {"enlarge": self.enlarge}
         stored = [row for row in self.rows if self.stored_grey(row.condition or row.clean)]
         rows = stored or self.rows

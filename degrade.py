@@ -639,7 +639,6 @@ def picture_extensions():
 # --------------------------------------------------------------------------------------------------
 # Writing. Only formats are written that keep the size and 8 bits a channel.
 
-
 WRITTEN = {"PNG", "TIFF", "WEBP", "AVIF", "JPEG", "JPEG2000", "BMP", "PPM", "TGA"}
 OPAQUE = {"JPEG", "BMP", "PPM"}
 LARGEST_SIDE = {"WEBP": 16383, "AVIF": 32768, "JPEG": 65500, "TGA": 65535}  # pixels
@@ -676,8 +675,6 @@ def kind_of(path):
 def check_side(path, size):
     """Raise UserError if a picture of this size is too large for the format of path."""
     kind = kind_of(path)
-    if kind is None:
-        raise UserError(f"{path}: not a format that keeps size and colours; name a .png")
     if max(size) > LARGEST_SIDE.get(kind, math.inf):
         limit = f"sides of at most {LARGEST_SIDE[kind]:,} pixels, not {max(size):,}"
         raise UserError(f"{path}: {kind} holds {limit}; name a .png")

@@ -103,11 +103,12 @@ class Sana(nn.Module):
         modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])
         text = self.caption_projection(text.to(self.proj_out.weight.dtype))
         text = self.caption_norm(text)                              # [B, L, D]
-        if text_mask is not None:
+        added = None
+        if text_mask is not None:  # what the softmax of attention to the caption adds
             added = torch.zeros_like(text_mask, dtype=x.dtype).masked_fill(~text_mask, -math.inf)
-            text_mask = added[:, None, None, :]                     # [B, 1, 1, L], before softmax
+            added = added[:, None, None, :]                         # [B, 1, 1, L]
         for block in self.transformer_blocks:
-            inputs = x, modulation, text, text_mask, grid
+            inputs = x, modulation, text, added, grid
             if self.checkpointing:
                 # a block draws no random numbers: their state need not be kept
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -150,14 +151,12 @@ class SanaBlock(nn.Module):
         self.ff = GLUMBConv(dim, c["mlp_ratio"])
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
-    def forward(self, x, modulation, text, text_mask, grid):
-        """x [B, N, D], modulation [B, 6, D], text [B, L, D], its mask or None, grid (H, W).
-
-        text_mask: see CrossAttention."""
+    def forward(self, x, modulation, text, added, grid):
+        """x [B, N, D], modulation [B, 6, D], text [B, L, D], added: see CrossAttention."""
         modulation = self.scale_shift_table + modulation            # [B, 6, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         x = x + gate1 * self.attn1(modulate(x, shift1, scale1, self.eps))
-        x = x + self.attn2(x, text, text_mask)
+        x = x + self.attn2(x, text, added)
         x = x + gate2 * self.ff(modulate(x, shift2, scale2, self.eps), grid)
         return x                                                    # [B, N, D]
 
@@ -205,14 +204,14 @@ class LinearAttention(Attention):
 class CrossAttention(Attention):
     """Softmax attention from image tokens to caption tokens."""
 
-    def forward(self, x, text, text_mask):
+    def forward(self, x, text, added):
         """x [B, N, D], text [B, L, D] -> [B, N, D].
 
-        text_mask: [B, 1, 1, L], 0 or -inf, which is added before the softmax; None: all 0."""
+        added: [B, 1, 1, L], 0 or (for padding) -inf, added before the softmax; None: all 0."""
         q = self.split(self.norm_q(self.to_q(x)))                   # [B, h, N, d]
         k = self.split(self.norm_k(self.to_k(text)))                # [B, h, L, d]
         v = self.split(self.to_v(text))                             # [B, h, L, d]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask)  # [B, h, N, d]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added)  # [B, h, N, d]
         return self.to_out[0](out.transpose(1, 2).flatten(2))       # [B, N, D]
 
 

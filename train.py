@@ -602,6 +602,7 @@ class State:
         ]
         seed = seed_for(self.args.seed, t, f"rounding of {name}")
         whole = self.weights[name]
+        # the index, in the whole weight, of this process's first number
         start = RANK * rows_of_each(whole) * math.prod(whole.shape[1:])
         self.adamw_bf16(
             p.detach().view(-1),
