@@ -760,7 +760,7 @@ def add_data_flags(parser):
     add("--val_data", metavar="CSV", help="pairs to validate with (default: some of --data)")
     add_degradations_flag(add)
     most = between(int, 1, len(degrade.DEGRADATIONS))
-    add("--max_degradations", type=most, help="1 to this many (default 3)")
+    add("--max_degradations", type=most, help="1 to this many (default 3; the demo 1)")
     add("--skip_bad", action="store_true", help="decode all first, leave out rows that fail")
     side = between(int, 1, 2**14)
     add("--resolution", type=side, help="side of crops (default: tiny 48, mini 96, else 512)")

@@ -81,7 +81,7 @@ DEFAULTS = {
     ("pretrained", "LoRA"): SANA | {"lr": 1e-4, "clip": 0.1},
     ("pretrained", "decoder"): SANA | {"lr": 1e-4, "clip": 1.0},
 }
-DEMO_STEPS = 4000
+DEMO = {"steps": 4000, "max_degradations": 1}  # in its few minutes it learns no mixtures
 KEPT = ["stage", "conditioning", "lora", "optimizer", "shift"]  # a resumed run cannot change them
 # on --resume these follow from the machine and the other flags anew, unless they were typed
 FRESH_ON_RESUME = ["device", "ema_device", "workers", "accumulate", "proj_lr"]
@@ -235,7 +235,7 @@ def choose_settings(known, family, stage, further=False):
     # what has no defaults is refused by describe_model
     values = COMMON | DEFAULTS.get((family, row), DEFAULTS[family, "restorer"])
     if family == "tiny" and not known.get("data"):
-        values["steps"] = DEMO_STEPS
+        values |= DEMO
     if further:
         values["lr"] /= 10  # at the peak it would forget what it has learnt
         if "lr" not in known and RANK == 0:
