@@ -97,7 +97,7 @@ def list_images(folder):
                 files.append(path)
     if others:
         example = min(others, key=lambda path: (path.suffix.lower() != ".heic", path))
-        some = f"{len(others)} files that are no pictures for Pillow, such as {example.name}"
+        some = f"{len(others)} files that cannot be read as pictures, such as {example.name}"
         print(f"{folder}: left out: {some}; save photos as JPEG or PNG", file=sys.stderr)
     if not found:
         raise UserError(f"{folder}: no pictures in this folder")

@@ -661,7 +661,7 @@ def choose_output(path, mode, notices):
     if kind and not (transparent and kind in OPAQUE):
         return path
     lost = "transparency" if transparent else "size and colours"
-    text = f"{path.suffix or 'no extension'}: not a format that keeps {lost}; made a .png"
+    text = f"{path.suffix or 'no extension'}: not a format that keeps {lost}; a .png instead"
     notices.setdefault(text, []).append(path)
     return path.with_name(fit_name(path.stem, ".png"))
 
@@ -774,6 +774,8 @@ def main():
     image = open_opaque(args.image, notices)
     out = choose_output(args.out, image.mode, notices)
     say_notices(notices)
+    if out.resolve() == Path(args.image).resolve() or out.exists() and str(out) != args.out:
+        raise UserError(f"{out} is there already, and is not what you named; name another")
     if args.preview:
         result = contact_sheet(image, rng)
     else:

@@ -604,23 +604,41 @@ def test_degrade_adds_no_loss_of_its_own_or_says_so(photo, tmp_path, monkeypatch
     photo.save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
     written = {}
-    for name in ("n.png", "n.jpg", "n.webp", "n.avif", "n.gif"):
+    for name in ("n.png", "n.jpg", "n.webp", "n.avif", "g.gif"):
         words = [name, "--only", "gaussian_noise:sigma=25"]
         monkeypatch.setattr("sys.argv", ["degrade.py", "a.png", *words])
         degrade.main()
         said = capsys.readouterr()
         assert ("loses detail" in said.out) == (name in ("n.jpg", "n.avif"))
-        assert (".gif: not a format" in said.err) == (name == "n.gif")
-        if name == "n.gif":
-            name = "n.png"
+        assert (".gif: not a format" in said.err) == (name == "g.gif")
+        if name == "g.gif":
+            assert not (tmp_path / name).exists()
+            name = "g.png"
         written[name] = levels(Image.open(tmp_path / name))
-    assert not (tmp_path / "n.gif").exists()
     monkeypatch.setattr("sys.argv", ["degrade.py", "a.png", "."])
     with pytest.raises(UserError, match="a folder; name a picture in it"):
         degrade.main()
     for name, picture in written.items():
         error = np.sqrt(np.mean((picture - written["n.png"]) ** 2.0))
-        assert error < (0 if name == "n.webp" else 1) + 1e-9
+        assert error < (1 if name in ("n.jpg", "n.avif") else 1e-9)
+
+
+TAKEN = [("a.png", "a.png"), ("a.jpg", "./a.jpg"), ("a.png", "b.gif")]
+
+
+@pytest.mark.parametrize("given, out", TAKEN)
+def test_degrade_writes_over_nothing_that_was_not_named(tmp_path, monkeypatch, given, out):
+    for name in (given, "b.png"):
+        coordinates().save(tmp_path / name)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["degrade.py", given, out])
+    with pytest.raises(UserError, match="is there already"):
+        degrade.main()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.setattr("sys.argv", ["degrade.py", given, "b.png"])
+    degrade.main()  # that was named
+    assert (tmp_path / "b.png").read_bytes() != before["b.png"]
 
 
 @pytest.mark.parametrize("name", ["x" * 251 + ".png", "é" * 125 + ".json"])

@@ -278,7 +278,7 @@ def test_which_files_of_a_folder_are_pictures(tmp_path, capsys):
     found = list_images(tmp_path / "photos")
     below = [path.relative_to(tmp_path / "photos").as_posix() for path in found]
     assert below == [*shown, "link/e.png"]
-    assert "left out: 3 files that are no pictures for Pillow, such as film.mov" in (
+    assert "left out: 3 files that cannot be read as pictures, such as film.mov" in (
         capsys.readouterr().err
     )
     (tmp_path / "photos/img.heic").write_text("x")
