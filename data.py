@@ -591,7 +591,7 @@ class PairedDataset:
         Its random numbers are separate from those of prepare."""
         purpose = "train plan" if self.training else "validation plan"
         rng = np.random.default_rng(seed_for(self.seed, n, purpose))
-        index = self.order[n] if self.training else self.rows[n]
+        index = self.order[n] if self.training else self.rows[n]  # training: shuffled
         row = self.source.rows[index]
         caption = row.caption
         recipe = None

@@ -557,7 +557,7 @@ class Pipeline:
         def restore_tile(index):
             condition = autoencoder.encode(pixels[index])           # [B, C, h, w]
             latents = condition
-            if steps > 0:
+            if steps > 0:  # the restorer, with condition and prompt filled in
                 velocity = guided(restorer, condition, prompt, empty, guidance, condition_guidance)
                 rows = slice(index[1].start // f, index[1].stop // f)
                 columns = slice(index[2].start // f, index[2].stop // f)

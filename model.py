@@ -100,6 +100,7 @@ class Sana(nn.Module):
             raise ValueError(f"text_mask is {text_mask.dtype}: give bool, True = a real token")
         grid = latents.shape[2:]
         x = self.patch_embed(latents).to(self.proj_out.weight.dtype)  # [B, N, D]
+        # [B, 6, D] and [B, D]
         modulation, embedding = self.time_embed(timestep * self.config["timestep_scale"])
         text = self.caption_projection(text.to(self.proj_out.weight.dtype))
         text = self.caption_norm(text)                              # [B, L, D]
@@ -139,6 +140,8 @@ class Sana(nn.Module):
 
 
 class SanaBlock(nn.Module):
+    """Linear attention among image tokens, attention to the caption, a convolutional network."""
+
     def __init__(self, c):
         super().__init__()
         dim = c["num_attention_heads"] * c["attention_head_dim"]
@@ -152,7 +155,7 @@ class SanaBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
     def forward(self, x, modulation, text, added, grid):
-        """x [B, N, D], modulation [B, 6, D], text [B, L, D], added: see CrossAttention."""
+        """x [B, N, D], modulation [B, 6, D], text [B, L, D], added: the mask, see Sana.forward."""
         modulation = self.scale_shift_table + modulation            # [B, 6, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         x = x + gate1 * self.attn1(modulate(x, shift1, scale1, self.eps))
@@ -345,8 +348,8 @@ class Restorer(nn.Module):
       "none"        not at all: a text-to-image model, to start a restorer from.
     prediction: what the network's output means.
       "velocity"    noise - x0, as SANA's weights were trained.
-      "residual"    x0 - condition, for training from scratch: a network that answers 0 returns its
-                    input, not noise.
+      "residual"    x0 - condition, for training from scratch: a network that answers 0 returns the
+                    condition, not noise.
     Raises ValueError."""
 
     def __init__(self, sana, conditioning="projection", prediction="velocity", shift=SHIFT):
@@ -507,10 +510,10 @@ def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise, mean_weigh
       prediction is judged by its x0.
     - The square root divides each image's gradient by its error. Otherwise images that stay far
       from clean, whatever the network does, would dominate.
-    - mean_weight scales the error's mean over each channel of an image, which is brightness. The
-      image gives no clue to how its brightness was changed. At full weight this error drowned all
-      learning (trained on all six degradations, PSNR for Gaussian noise with sigma 25: 20.4 -> 20.4
-      dB after 1,600 steps, but 26.8 dB after 800 steps with mean_weight 0.1)."""
+    - mean_weight (1 without color_jitter) scales the error's mean over each channel of an image,
+      which is brightness. The image gives no clue to how its brightness was changed. At full weight
+      this error drowned all learning (trained on all six degradations, PSNR for Gaussian noise with
+      sigma 25: 20.4 -> 20.4 dB after 1,600 steps, but 26.8 dB after 800 with mean_weight 0.1)."""
     velocity = restorer(add_noise(x0, noise, sigma), condition, 1000 * sigma, text, text_mask)
     error = velocity.float() - (noise - x0).float()                 # [B, C, H, W]
     if restorer.prediction == "residual":
@@ -526,9 +529,10 @@ def flow_loss(restorer, x0, condition, text, text_mask, sigma, noise, mean_weigh
 def sample_euler(velocity, noise, steps, shift=SHIFT):
     """Follow dx/dsigma = velocity(x, timestep) from noise at sigma = 1 to an image at sigma = 0.
 
-    noise [B, C, H, W] -> the same shape. One step gives x0 as predicted from pure noise, about the
-    mean of all clean images that fit the condition: the best PSNR. More steps settle on one of
-    them. Sigmas are linspace(1, 0, steps + 1), moved by shift_sigma."""
+    velocity: a function, see guided. noise [B, C, H, W] -> the same shape. One step gives x0 as
+    predicted from pure noise, about the mean of all clean images that fit the condition: the best
+    PSNR. More steps settle on one of them. Sigmas are linspace(1, 0, steps + 1), moved towards 1 by
+    shift_sigma."""
     x = noise
     sigmas = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
     for sigma, next_sigma in zip(sigmas, sigmas[1:]):

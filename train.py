@@ -781,6 +781,7 @@ class RestorerStage:
         return restorer
 
     def objective(self, module, batch, step):
+        """Return losses(some): the loss of each picture in a slice of the batch."""
         args = self.args
         x0 = to_device(batch["clean"], args.device)
         condition = to_device(batch["condition"], args.device)
@@ -792,6 +793,7 @@ class RestorerStage:
             condition = torch.cat([self.autoencoder.encode(x) for x in condition.chunk(count)])
         drawn = draw_step(x0.shape[1:], step, args, self.config["shift"])
         noise, sigma, kept = [to_device(t, args.device) for t in drawn]
+        # not kept: --condition_dropout, by default of none
         condition = condition * kept[:, None, None, None]
         text, text_mask = self.prompts(batch["caption"])
 

@@ -33,8 +33,8 @@ from degrade import UserError, atomic_write, explain_errors
 class PixelAE(nn.Module):
     """Turn each factor x factor block of pixels into one latent position, 3 * factor^2 channels.
 
-    Nothing is lost. Latents are pixels times 2, for a variance near 1: the pixels of photographs
-    have a standard deviation of about 0.5."""
+    Nothing is lost. Latents are pixels (-1 to 1) times 2, for a variance near 1: the pixels of
+    photographs have a standard deviation of about 0.5."""
 
     def __init__(self, factor):
         super().__init__()
