@@ -364,12 +364,14 @@ def plans(*flags):
 
 def test_flags_of_drawing():
     for flags, dropped, counts in [
-        ([], 0.1, {1, 2, 3}),
+        ([], 0.1, {1}),
+        (["--max_degradations", 3], 0.1, {1, 2, 3}),
         (["--caption_dropout", 0.6, "--max_degradations", 5], 0.6, {1, 2, 3, 4, 5}),
     ]:
         drawn = plans(*flags)
         assert abs(np.mean([plan.caption == "" for plan in drawn]) - dropped) < 0.1
         assert {len(plan.recipe) for plan in drawn} == counts
+    assert parse("--data", "photos.csv", "--model", "tiny").max_degradations == 3
     steps = []
     for plan in plans("--degradations", "jpeg", "downscale:factor=3"):
         steps += plan.recipe

@@ -249,7 +249,7 @@ def test_a_link_that_leads_nowhere_is_counted(tmp_path, capsys):
     write_pictures(tmp_path / "in", "a.png")
     (tmp_path / "in/b.png").symlink_to("gone.png")
     assert [path.name for path in list_images(tmp_path / "in")] == ["a.png"]
-    assert "left out: 1 files that are no pictures" in capsys.readouterr().err
+    assert "left out: 1 files that cannot be read" in capsys.readouterr().err
 
 
 def test_long_names_stay_legal_and_two_stay_two(tmp_path):
