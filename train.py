@@ -584,7 +584,7 @@ class State:
                 if p.dtype == torch.bfloat16:
                     weight = join_fp32(p, self.moments[name]["low"])
                 average = self.average[name]
-                if args.ema_device == "cpu" and args.device != "cpu":  # to pinned memory: faster
+                if args.ema_device == "cpu" and args.device.startswith("cuda"):  # pinned: faster
                     weight = torch.empty_like(average, pin_memory=True).copy_(weight)
                 average.lerp_(weight.to(args.ema_device), 1 - decay)
 
