@@ -774,8 +774,9 @@ def main():
     image = open_opaque(args.image, notices)
     out = choose_output(args.out, image.mode, notices)
     say_notices(notices)
-    if out.resolve() == Path(args.image).resolve() or out.exists() and str(out) != args.out:
-        raise UserError(f"{out} is there already, and is not what you named; name another")
+    renamed = out != Path(args.out)
+    if out.resolve() == Path(args.image).resolve() or (renamed and out.exists()):
+        raise UserError(f"{out} is there already; name another")
     if args.preview:
         result = contact_sheet(image, rng)
     else:

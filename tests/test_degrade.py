@@ -636,7 +636,7 @@ def test_degrade_writes_over_nothing_that_was_not_named(tmp_path, monkeypatch, g
     with pytest.raises(UserError, match="is there already"):
         degrade.main()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    monkeypatch.setattr("sys.argv", ["degrade.py", given, "b.png"])
+    monkeypatch.setattr("sys.argv", ["degrade.py", given, "./b.png"])
     degrade.main()  # that was named
     assert (tmp_path / "b.png").read_bytes() != before["b.png"]
 
